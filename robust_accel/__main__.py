@@ -1,0 +1,77 @@
+"""Command line: train, evaluate, report."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; faults of the user's go to standard error, one line each, with status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":  # once, not once a process
+            print(f"robust-accel: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from robust_accel.recipe import load_recipe
+    from robust_accel.report import comparison_table
+    from robust_accel.train import train
+
+    recipe = load_recipe(options.recipe, options.settings)
+    train(recipe, resume=options.resume, quiet=options.quiet)
+    if os.environ.get("RANK", "0") == "0":
+        print(comparison_table([recipe.output]))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from robust_accel.evaluate import evaluate_model
+    from robust_accel.report import comparison_table
+
+    folder = evaluate_model(options.model, options.settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(comparison_table([folder.path]))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from robust_accel.report import comparison_table, write_report
+    from robust_accel.run_folder import RunFolder
+
+    for run in options.runs:
+        write_report(RunFolder(run))
+    print(comparison_table(options.runs))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    settings_help = "settings that replace the recipe's, as section.key=value"
+
+    train = commands.add_parser("train", help="train a robust model by a recipe")
+    train.add_argument("recipe", help="a YAML file, or a packaged recipe's name (quickstart)")
+    train.add_argument("settings", nargs="*", help=settings_help)
+    train.add_argument("--resume", action="store_true", help="continue the run, if there is one")
+    train.add_argument("--quiet", action="store_true", help="lines instead of a progress bar")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run or any timm checkpoint")
+    evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
+    evaluate.add_argument("settings", nargs="*", help=settings_help)
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="write reports, and compare runs side by side")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.set_defaults(run=_report)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""Inner maximisation, equation (A1): one file a family of attacks, one line a name."""
+
+from robust_accel.attacks.base import Attack, LossFn
+from robust_accel.attacks.fgsm import FGSMRS, NFGSM
+from robust_accel.attacks.pgd import PGD, NoAttack
+
+ATTACKS = {"none": NoAttack, "pgd": PGD, "fgsm-rs": FGSMRS, "n-fgsm": NFGSM}
+
+__all__ = ["ATTACKS", "FGSMRS", "NFGSM", "PGD", "Attack", "LossFn", "NoAttack"]

@@ -1,0 +1,60 @@
+"""Projected gradient descent on the input, and the attack that leaves images as they are."""
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from pydantic import model_validator
+from torch import Tensor
+
+from robust_accel.attacks.base import LossFn, input_gradient
+from robust_accel.attacks.norms import ascent_direction, project, random_start
+from robust_accel.settings import Norm, Number, Settings
+
+
+class NoAttack(Settings):
+    """No perturbation: adversarial training becomes standard training."""
+
+    def __call__(
+        self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return x.detach()
+
+
+class PGD(Settings):
+    """Iterated steepest ascent, projected to the ball; returns the last iterate.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        eps: Radius of the ball in pixel units, > 0 (``8/255`` is accepted); L-inf: at most 1.
+        step_size: Length of a step in pixel units, > 0.
+        num_steps: Number of steps, >= 1.
+        random_start: Start uniformly in the ball instead of at x.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083); (A1) of DAT.
+    """
+
+    norm: Norm = "linf"
+    eps: Annotated[Number, Gt(0)] = 8 / 255
+    step_size: Annotated[Number, Gt(0)] = 2 / 255
+    num_steps: Annotated[int, Ge(1)] = 10
+    random_start: bool = True
+
+    @model_validator(mode="after")
+    def _eps_in_pixel_units(self) -> "PGD":
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps is in pixel units, at most 1 in L-inf, got {self.eps:g}")
+        return self
+
+    def __call__(
+        self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        x = x.detach()
+        x_adv = x
+        if self.random_start:
+            x_adv = (x + random_start(x, self.eps, self.norm, generator)).clamp(0, 1)
+        for _ in range(self.num_steps):
+            step = self.step_size * ascent_direction(input_gradient(loss_fn, x_adv), self.norm)
+            x_adv = project(x_adv + step, x, self.eps, self.norm)
+        # last iterate: choosing the best one would cost a forward, and training wants no choice
+        return x_adv

@@ -1,0 +1,107 @@
+"""Checkpoints of everything that a run needs to continue as if nothing had happened."""
+
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from robust_accel.run_folder import RunFolder
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimizer steps done
+    best_accuracy: float = -1.0  # robust accuracy on the held-out split
+    best_epoch: float = 0.0
+    validations_since_best: int = 0
+    train_seconds: float = 0.0
+    comm_seconds: float = 0.0
+    bytes_sent: int = 0  # by this rank
+    stopped_early: bool = False
+
+
+class Stateful(Protocol):
+    """The schedule, the gradient compression: anything with a state dict of plain values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Checkpoint:
+    """Saves and restores a run: what Accelerate prepared, and what it does not know.
+
+    Accelerate keeps weights (safetensors), optimizer, loss scaler and the random states of each
+    process; this adds ``progress.pt`` (``weights_only``) and the averaged weights. The order of the
+    images needs no state: it follows from the seed and the step.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        progress: Progress,
+        parts: dict[str, Stateful],
+        ema: nn.Module | None,
+    ) -> None:
+        self.folder, self.accelerator, self.progress = folder, accelerator, progress
+        self.parts, self.ema = parts, ema
+
+    def save(self) -> None:
+        """Write ``checkpoints/step-N`` whole, then remove the older ones."""
+        target = self.folder.checkpoints / f"step-{self.progress.step:08d}"
+        new = target.with_name("incomplete")
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(new))
+        if main:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state["progress"] = asdict(self.progress)
+            state["num_processes"] = self.accelerator.num_processes
+            torch.save(state, new / "progress.pt")
+            if self.ema is not None:
+                save_file(self.ema.state_dict(), new / "ema.safetensors")
+        self.accelerator.wait_for_everyone()
+        if main:
+            older = [path for path in self.folder.steps() if path != target]
+            shutil.rmtree(target, ignore_errors=True)
+            new.rename(target)
+            for path in older:
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> int:
+        """Restore the newest checkpoint; returns the number of processes that wrote it."""
+        source = self.folder.steps()[-1]
+        self.accelerator.load_state(str(source))
+        state = torch.load(source / "progress.pt", map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for field in fields(Progress):
+            setattr(self.progress, field.name, state["progress"][field.name])
+        if self.ema is not None:
+            load_weights(self.ema, source / "ema.safetensors")
+        return int(state["num_processes"])
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state dict as safetensors, in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".incomplete")
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
+    temporary.replace(path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load what ``save_weights`` wrote, in place."""
+    module.load_state_dict(load_file(path))

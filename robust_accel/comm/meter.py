@@ -1,0 +1,71 @@
+"""What communication cost: bytes sent by this rank, and the seconds spent on it."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Meter:
+    """Cumulative counts of one rank; read them between steps.
+
+    Attributes:
+        bytes_sent: payload and metadata that this rank sent, by each collective's formula.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        self._seconds = 0.0
+        self._exposed_seconds = 0.0
+        self._pending: deque[tuple[Any, Any, Any]] = deque()  # CUDA events not yet read
+
+    @property
+    def seconds(self) -> float:
+        """Time in communication: quantising, sending, waiting for the slowest rank, decoding."""
+        self._collect(wait=True)
+        return self._seconds
+
+    @property
+    def exposed_seconds(self) -> float:
+        """The part of it that backward did not hide: from the last bucket's arrival to its end."""
+        self._collect(wait=True)
+        return self._exposed_seconds
+
+    def sent(self, num_bytes: float) -> None:
+        """Count one collective's traffic, rounded to whole bytes."""
+        self.bytes_sent += round(num_bytes)
+
+    @contextmanager
+    def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:
+        """Count the time of the block; `exposed_since` is a `time.perf_counter()` reading."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            self._seconds += end - start
+            if exposed_since is not None:
+                self._exposed_seconds += end - exposed_since
+
+    @contextmanager
+    def timed_stream(self, *, exposed_since: Any = None) -> Iterator[None]:
+        """The same for work queued on the current CUDA stream; `exposed_since` is an event."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._pending.append((start, end, exposed_since))
+            self._collect(wait=False)
+
+    def _collect(self, *, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][1].query()):
+            start, end, exposed_since = self._pending.popleft()
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000  # milliseconds
+            if exposed_since is not None:
+                self._exposed_seconds += exposed_since.elapsed_time(end) / 1000

@@ -1,0 +1,76 @@
+"""The evaluate command: measure a run's own model, or any timm checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from robust_accel.data import load_test
+from robust_accel.evaluation import evaluate
+from robust_accel.models import ModelSettings, check_fits, create_classifier
+from robust_accel.provenance import versions
+from robust_accel.recipe import named, recipe_from_settings
+from robust_accel.report import write_report
+from robust_accel.run_folder import RunFolder, append_line
+
+
+def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
+    """Measure a model and write the result into a run folder.
+
+    Args:
+        model: A run folder; its report gets the new numbers and ``evaluations.jsonl`` keeps the
+            old. Or a timm model's name or ``local-dir:FOLDER``, with ``data.path=...`` and
+            ``evaluate.eps=...`` given; then the folder is ``output``, or ``runs/evaluate-NAME``.
+        overrides: ``section.key=value``.
+
+    Returns:
+        The folder that holds the report.
+    """
+    run = RunFolder(model)
+    if run.recipe.exists():
+        settings: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
+        settings["output"] = model
+        if not (run.model / "config.json").exists():
+            raise ValueError(f"{run.model}: no model there yet: has the run been trained to its end?")
+        source, name = str(run.recipe), f"local-dir:{run.model}"
+    else:
+        if Path(model).is_dir():
+            raise ValueError(f"{model}: no recipe.yaml there; a timm folder is local-dir:{model}")
+        source, name = model, model
+        settings = {
+            "model": {"name": model, "pretrained": True},
+            "output": f"runs/evaluate-{Path(model).name}",
+        }
+    recipe = recipe_from_settings(settings, overrides, source)
+    folder = RunFolder(recipe.output)
+    if folder.path != run.path and folder.recipe.exists():
+        raise ValueError(f"output: {folder.path} holds a training run: choose another")
+    images, num_classes = named("data", lambda: load_test(recipe.data))
+
+    def load() -> Any:
+        # options are in the folder's own config; what is outside the timm model is the recipe's
+        about = recipe.model.model_dump(include={"mean", "std", "size"})
+        own = ModelSettings(name=name, pretrained=True, **about)
+        classifier = create_classifier(own)
+        check_fits(classifier, images, num_classes)
+        return classifier
+
+    classifier = named("model", load)
+    accelerator = Accelerator()
+    classifier.to(accelerator.device).eval()
+    say = print if accelerator.is_main_process else lambda _: None
+    result = {"model": model, "data": recipe.data.model_dump(mode="json")} | evaluate(
+        classifier, images, recipe.evaluate, accelerator, num_classes=num_classes, say=say
+    )
+    result["num_processes"], result["versions"] = accelerator.num_processes, versions()
+    if accelerator.is_main_process:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        append_line(folder.evaluations, result)
+        # how the model was trained stays as it was; what was measured now replaces what was before
+        measured = {k: v for k, v in result.items() if k not in ("versions", "num_processes")}
+        folder.write_report(folder.read_report() | measured | {"evaluated_with": result["versions"]})
+        write_report(folder)
+    accelerator.wait_for_everyone()
+    return folder

@@ -1,0 +1,97 @@
+"""Which test images a classifier gets right, clean or attacked: one flag an image."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from robust_accel.attacks import Attack
+from robust_accel.data import ImageSet
+from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.models import PixelClassifier
+from robust_accel.robust_model import attack_context
+
+Perturb = Callable[[PixelClassifier, Tensor, Tensor, int], Tensor]
+"""classifier, x [B, C, H, W] in [0, 1], labels [B], seed of the unit -> images to classify."""
+
+
+def clean(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """The images as they are."""
+    return x
+
+
+def under_attack(attack: Attack) -> Perturb:
+    """Perturb by one of this package's attacks on the cross-entropy."""
+
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        return attack(
+            lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none"),
+            x,
+            generator=generator,
+        )
+
+    return perturb
+
+
+def correct_flags(
+    classifier: PixelClassifier,
+    images: ImageSet,
+    perturb: Perturb,
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+    *,
+    num_images: int | None = None,
+    title: str = "",
+) -> Tensor:
+    """Flags [N] of the first N images, the same on all processes and for any number of them.
+
+    The images are cut into units of ``settings.batch_size``; each has its own seed and goes to
+    one process. An image is right only if the prediction is right before and after ``perturb``.
+    """
+    num_images = min(num_images or len(images), len(images))
+    units = torch.arange(num_images).split(settings.batch_size)
+    mine = range(accelerator.process_index, len(units), accelerator.num_processes)
+    flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
+    batches = images.batches([units[u] for u in mine], accelerator.device)
+    progress = tqdm(
+        zip(mine, batches, strict=True),
+        total=len(mine),
+        desc=title,
+        leave=False,
+        disable=not accelerator.is_local_main_process or len(mine) < 2,
+    )
+    with attack_context(classifier, "eval"), _parameters_frozen(classifier):
+        for unit, (x, labels) in progress:
+            with torch.no_grad():
+                right = classifier(x).argmax(dim=1) == labels
+            if perturb is not clean and right.any():
+                # only images that are right can be broken: attack no others
+                x_adv = perturb(classifier, x[right], labels[right], settings.seed + 1000 * unit)
+                with torch.no_grad():
+                    right[right.clone()] = classifier(x_adv).argmax(dim=1) == labels[right]
+            flags[units[unit].to(flags.device)] = right.long()
+    return reduce(flags, "sum").bool().cpu()  # each image was one process's: the sum is exact
+
+
+@contextmanager
+def _parameters_frozen(classifier: PixelClassifier) -> Iterator[None]:
+    """FAB calls ``backward``: without this it would fill, and spend time on, weight gradients."""
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def accuracy(flags: Tensor) -> dict[str, float | int]:
+    """Share of right images and their number."""
+    return {"accuracy": flags.double().mean().item(), "n": len(flags)}

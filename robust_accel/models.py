@@ -1,0 +1,174 @@
+"""Classifiers on pixels: any timm model by name, with normalisation and resizing inside."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+from annotated_types import Ge
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+import robust_accel.cifar_models  # noqa: F401  (registers the CIFAR models with timm)
+from robust_accel.data import ImageSet
+from robust_accel.settings import Number, Settings
+
+
+class PixelClassifier(nn.Module):
+    """Maps pixels in [0, 1] to logits: resize, normalise, then the model as it is.
+
+    Args:
+        model: Images [B, C, H, W] to logits [B, K], or to an output with ``.logits``
+            (transformers' image classifiers).
+        mean, std: Of the pixels, one number a channel or one for all. Left out, they are a timm
+            model's own (``pretrained_cfg``); a module that has none is taken to read [0, 1].
+        size: Height and width that the model wants. Images are resized inside, so that eps is
+            measured at the data's own resolution.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        mean = cfg.get("mean", 0.0) if mean is None else mean
+        std = cfg.get("std", 1.0) if std is None else std
+        self.model = model
+        self.size = (size, size) if isinstance(size, int) else size
+        # not persistent: the state dict holds the model's own keys and nothing else
+        self.register_buffer("mean", per_channel(mean, "mean"), persistent=False)
+        self.register_buffer("std", per_channel(std, "std"), persistent=False)
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std must be > 0 in each channel, got {std}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [0, 1] -> logits [B, K].
+
+        A bf16 or fp16 model (DeepSpeed casts the module) works in its own type, but pixels stay
+        fp32, because bf16 is spaced 1/256 near white, and so do the logits, for the losses.
+        """
+        if self.size is not None and x.shape[-2:] != self.size:
+            x = interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
+        x = (x - self.mean) / self.std
+        weight = next(self.model.parameters(), x)
+        output = self.model(x.to(weight.dtype))
+        logits = output if isinstance(output, Tensor) else output.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def per_channel(value: float | Sequence[float], name: str) -> Tensor:
+    """One number, or one a channel, as a tensor [1, 1 or C, 1, 1]."""
+    tensor = torch.as_tensor(value, dtype=torch.float32)
+    if tensor.ndim > 1:
+        raise ValueError(f"{name} must be one number or one a channel, got {value}")
+    return tensor.reshape(1, -1, 1, 1)
+
+
+class ModelSettings(Settings):
+    """The recipe's ``model`` section.
+
+    Args:
+        name: A timm model (``timm.list_models()``), with this package's ``preact_resnet18``,
+            ``wide_resnet28_10`` and their smaller widths, or ``local-dir:FOLDER``.
+        num_classes, in_chans: Taken from the data when not given.
+        pretrained: Load timm's weights.
+        mean, std: See ``PixelClassifier``.
+        size: Height and width that the model wants, if not the data's own.
+        options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
+    """
+
+    name: str
+    num_classes: Annotated[int, Ge(2)] | None = None
+    in_chans: Annotated[int, Ge(1)] | None = None
+    pretrained: bool = False
+    mean: Number | tuple[Number, ...] | None = None
+    std: Number | tuple[Number, ...] | None = None
+    size: Annotated[int, Ge(1)] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def create_classifier(
+    settings: ModelSettings, *, num_classes: int | None = None, in_chans: int | None = None
+) -> PixelClassifier:
+    """Build the model that the settings name; classes and channels are the data's, if not set.
+
+    Raises:
+        ValueError: timm has no such model, or the model refuses its options.
+    """
+    name = settings.name
+    if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")) and not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4)
+        hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
+        raise ValueError(f"name: timm has no model {name!r} ({hint})")
+    shape = {
+        "num_classes": settings.num_classes or num_classes,
+        "in_chans": settings.in_chans or in_chans,
+    }
+    options = {key: value for key, value in shape.items() if value} | settings.options
+    try:
+        model = timm.create_model(name, pretrained=settings.pretrained, **options)
+    except (TypeError, RuntimeError, AssertionError, FileNotFoundError) as error:
+        raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
+    statistics = {}
+    for key, value in (("mean", settings.mean), ("std", settings.std)):
+        own = model.pretrained_cfg[key]
+        if len(own) != options.get("in_chans", len(own)):
+            # timm's three-channel ImageNet statistics on grey images, say: their average
+            own = sum(own) / len(own)
+        statistics[key] = own if value is None else value
+    return PixelClassifier(model, **statistics, size=settings.size)
+
+
+def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:
+    """Raise ValueError unless the classifier takes images of this shape and has enough classes."""
+    shape = "x".join(map(str, images.shape))
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        with torch.no_grad():
+            logits = classifier(torch.zeros(1, *images.shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"name: the model does not take the data's images of {shape} ({error}); "
+            "model.size resizes them inside the model"
+        ) from error
+    finally:
+        classifier.train(was_training)
+    if logits.shape[1] < num_classes:
+        raise ValueError(
+            f"num_classes: the model has {logits.shape[1]} classes, the data {num_classes}"
+        )
+
+
+def save_model(classifier: PixelClassifier, folder: Path, options: dict[str, Any]) -> None:
+    """Write the model as a timm folder: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+
+    Args:
+        classifier: Holds a timm model; its mean and std go into the folder's ``pretrained_cfg``.
+        folder: Made when it is not there.
+        options: Arguments that build the same model again: ``ModelSettings.options``, and
+            ``in_chans`` if the images have other channels than timm's default.
+    """
+    model = getattr(classifier.model, "_orig_mod", classifier.model)  # torch.compile's own keys
+    channels = options.get("in_chans", model.pretrained_cfg["input_size"][0])
+    statistics = {
+        "mean": classifier.mean.flatten().expand(channels).tolist(),
+        "std": classifier.std.flatten().expand(channels).tolist(),
+    }
+    timm.models.save_for_hf(
+        model,
+        str(folder),
+        model_config={"pretrained_cfg": statistics, "model_args": dict(options)},
+        safe_serialization=True,
+    )

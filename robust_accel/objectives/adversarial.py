@@ -1,0 +1,46 @@
+"""Adversarial training with an optional clean term."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from annotated_types import Ge, Lt
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from robust_accel.objectives.base import Classifier
+from robust_accel.settings import Number, Settings
+
+
+class Adversarial(Settings):
+    """clean_weight * CE(f(x), y) + CE(f(x_adv), y), averaged over the batch.
+
+    Args:
+        clean_weight: lambda of equation (2), >= 0. 0 is adversarial training (1); the authors'
+            published code trains with 1.
+        label_smoothing: in [0, 1); of the outer loss only: the attack climbs the plain loss.
+
+    Source: equation (2) of DAT with phi = l(theta, x + delta; y).
+    """
+
+    clean_weight: Annotated[Number, Ge(0)] = 0.0
+    label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
+
+    def inner_loss(
+        self, classifier: Classifier, x: Tensor, labels: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none")
+
+    def loss(
+        self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        logits = classifier(x_adv)
+        adv_loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.clean_weight == 0:
+            return {"loss": adv_loss, "logits": logits, "adv_loss": adv_loss.detach()}
+        clean_loss = cross_entropy(classifier(x), labels, label_smoothing=self.label_smoothing)
+        return {
+            "loss": self.clean_weight * clean_loss + adv_loss,
+            "logits": logits,
+            "adv_loss": adv_loss.detach(),
+            "clean_loss": clean_loss.detach(),
+        }

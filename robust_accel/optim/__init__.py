@@ -1,0 +1,144 @@
+"""Outer minimisation, step (A4): LAMB of this package, timm's other optimizers, and schedules."""
+
+import difflib
+import inspect
+from typing import Annotated, Any
+
+import timm.optim
+from pydantic import ConfigDict, Field
+from torch import nn
+from torch.optim import Optimizer
+
+from robust_accel.optim.lamb import LAMB
+from robust_accel.optim.schedules import (
+    SCHEDULES,
+    Constant,
+    Cosine,
+    Cyclic,
+    OneCycle,
+    Piecewise,
+    Schedule,
+    make_scheduler,
+)
+from robust_accel.settings import Number, Settings, parse_fraction
+
+__all__ = [
+    "LAMB",
+    "SCHEDULES",
+    "Constant",
+    "Cosine",
+    "Cyclic",
+    "OneCycle",
+    "OptimizerSettings",
+    "Piecewise",
+    "Schedule",
+    "check_optimizer",
+    "create_optimizer",
+    "make_scheduler",
+]
+
+
+class OptimizerSettings(Settings):
+    """The recipe's ``optimizer`` section; any further key is an option of the optimizer's class.
+
+    Args:
+        name: ``lamb`` (this package's), or one of timm's (``timm.optim.list_optimizers()``). Two
+            of timm's names are torch's SGD: ``sgd`` with Nesterov momentum, ``momentum`` with the
+            classical one of the paper's SGD baselines. Unlike torch, both have momentum 0.9
+            unless the option ``momentum`` says otherwise.
+        lr: Learning rate > 0.
+        weight_decay: >= 0, on every parameter, as the paper and its peers do. To spare BatchNorm
+            and biases: ``exclude_1d: true`` for LAMB (which then does not adapt them either), or
+            ``filter_bias_and_bn: true`` for timm's optimizers (timm's own default).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "lamb"
+    lr: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+    weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+def create_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """Build the named optimizer over the model's trainable parameters.
+
+    Raises:
+        ValueError: Unknown name or option, impossible value, or nothing to train.
+    """
+    params = [param for param in model.parameters() if param.requires_grad]
+    if not params:
+        raise ValueError("optimizer: the model has no parameter that requires a gradient")
+    options = _options(settings)
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    try:
+        if settings.name == "lamb":
+            return LAMB(params, **common, **options)
+        filtered = options.pop("filter_bias_and_bn", False)
+        if not isinstance(filtered, bool):
+            raise ValueError(f"filter_bias_and_bn must be true or false, got {filtered!r}")
+        # given a list, timm makes no groups: every parameter decays
+        return timm.optim.create_optimizer_v2(
+            model if filtered else params, opt=settings.name, **common, **options
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"optimizer {settings.name!r} refuses its options: {error}") from error
+
+
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Refuse unknown names, unknown options and impossible values, without the real model.
+
+    Raises:
+        ValueError: As ``create_optimizer`` would.
+    """
+    create_optimizer(nn.Linear(2, 2), settings)
+
+
+def _options(settings: OptimizerSettings) -> dict[str, Any]:
+    """The further options, numbers in text read as numbers, each known to the optimizer's class."""
+    known = _known_options(settings.name)
+    options = dict(settings.model_extra or {})
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"optimizer.{key} is not an option of {settings.name}"
+                f"{_suggest(key, known)}; allowed: {', '.join(sorted(known))}"
+            )
+    return {key: _number(value) for key, value in options.items()}
+
+
+def _known_options(name: str) -> set[str]:
+    common = {"self", "params", "lr", "weight_decay"}
+    if name == "lamb":
+        return set(inspect.signature(LAMB.__init__).parameters) - common
+    names = timm.optim.list_optimizers()
+    if name not in names:
+        raise ValueError(
+            f"optimizer.name: unknown optimizer {name!r}{_suggest(name, names)};"
+            f" allowed: {', '.join(names)}"
+        )
+    if timm.optim.get_optimizer_info(name).second_order:
+        raise ValueError(f"optimizer.name: {name} needs second derivatives; training makes none")
+    try:
+        cls = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError) as error:  # apex and bitsandbytes, without their package
+        raise ValueError(f"optimizer.name: {name} is not available here: {error}") from error
+    parameters = inspect.signature(cls).parameters.values()
+    keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return (keywords | {"filter_bias_and_bn"}) - common
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-8 as text: read text as a number where it is one, within lists too."""
+    if isinstance(value, list | tuple):
+        return [_number(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(parse_fraction(value))  # type: ignore[arg-type]
+    except ValueError:
+        return value

@@ -1,0 +1,349 @@
+"""Recipes: YAML files, inherited by ``base:``, overridden on the command line, checked whole."""
+
+import dataclasses
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+from pydantic import BaseModel, ValidationError
+
+from robust_accel.attacks import ATTACKS, Attack
+from robust_accel.comm import COLLECTIVES
+from robust_accel.data import DataSettings
+from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.models import ModelSettings
+from robust_accel.objectives import OBJECTIVES, Objective
+from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
+from robust_accel.robust_model import AttackMode
+from robust_accel.settings import Number, Settings
+
+Built = TypeVar("Built")
+
+RECIPES = next(
+    folder / "recipes"
+    for folder in (Path(__file__).parent, Path(__file__).parent.parent)  # wheel, repository
+    if (folder / "recipes").is_dir()
+)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run: one line a fault, with file, key, what was found and allowed."""
+
+
+class TrainSettings(Settings):
+    """The recipe's ``train`` section.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images an optimizer step, over all processes and accumulated micro-batches.
+        gradient_accumulation: Micro-batches that a process adds up before a step.
+        max_steps: Stop after so many optimizer steps; the schedule still counts in epochs.
+        seed: Of the weights, the order, the augmentation and the attacks.
+        precision: ``auto`` is bf16 where the device computes in it, else fp32.
+        attack_mode: Mode of the model during the attack, see ``RobustModel``.
+        max_grad_norm: Clip the gradient's global L2 norm to this.
+        ema_decay: Keep an exponential moving average of the weights, and evaluate that.
+        select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
+            train (``data.validation_size``), or ``last``.
+        validate_every: Epochs between measurements on the held-out split.
+        validation_steps: Steps of the PGD that measures robust accuracy there.
+        early_stopping: Stop after so many measurements in a row without a better one.
+        checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.
+        log_every: Optimizer steps between lines of ``metrics.jsonl``.
+        log_with: Accelerate's trackers, for example ``[tensorboard]``.
+        channels_last, compile: Memory format and ``torch.compile`` of the inner model.
+    """
+
+    epochs: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(1)]
+    gradient_accumulation: Annotated[int, Ge(1)] = 1
+    max_steps: Annotated[int, Ge(1)] | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    attack_mode: AttackMode = "eval"
+    max_grad_norm: Annotated[Number, Gt(0)] | None = None
+    ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
+    select: Literal["best", "last"] = "last"
+    validate_every: Annotated[int, Ge(1)] = 1
+    validation_steps: Annotated[int, Ge(1)] = 10
+    early_stopping: Annotated[int, Ge(1)] | None = None
+    checkpoint_every: Annotated[int, Ge(1)] | None = None
+    log_every: Annotated[int, Ge(1)] = 50
+    log_with: tuple[str, ...] = ()
+    channels_last: bool = False
+    compile: bool = False
+
+
+# One line a section: its settings, or the family whose member its ``name`` chooses.
+SECTIONS: dict[str, type[Settings] | Mapping[str, type]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "attack": ATTACKS,
+    "objective": OBJECTIVES,
+    "optimizer": OptimizerSettings,
+    "schedule": SCHEDULES,
+    "communication": COLLECTIVES,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+}
+DEFAULTS = {
+    "objective": {"name": "adversarial"},
+    "schedule": {"name": "constant"},
+    "communication": {"name": "allreduce"},
+    "evaluate": {},
+}
+FOR_TRAINING = ("model", "data", "attack", "optimizer", "train")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: each section built, sections that the command does not need are None."""
+
+    model: ModelSettings
+    data: DataSettings
+    evaluate: EvaluateSettings
+    objective: Objective
+    schedule: Any
+    communication: Any
+    output: Path
+    source: str
+    settings: dict[str, Any]
+    """The resolved settings as plain values: what ``recipe.yaml`` of the run folder holds."""
+    attack: Attack | None = None
+    optimizer: OptimizerSettings | None = None
+    train: TrainSettings | None = None
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+
+
+def load_recipe(
+    source: str | Path, overrides: Sequence[str] = (), *, required: Iterable[str] = FOR_TRAINING
+) -> Recipe:
+    """Read a recipe and check it whole.
+
+    Args:
+        source: A path, or the name of a packaged recipe (``quickstart``, ``cifar10/dat_pgd``).
+        overrides: ``key.subkey=value``, values in YAML.
+        required: Sections that must be there.
+
+    Raises:
+        RecipeError: All faults at once, a line each.
+    """
+    draft = _Draft()
+    path = find_recipe(source)
+    draft.read(path)
+    draft.override(overrides)
+    return draft.build(str(source), default_output=f"runs/{path.stem}", required=tuple(required))
+
+
+def recipe_from_settings(settings: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
+    """Build a recipe for evaluation from settings that no file holds."""
+    draft = _Draft()
+    draft.merge(settings, source)
+    draft.override(overrides)
+    return draft.build(source, default_output=f"runs/{Path(source).name}", required=("data",))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Path of a recipe given as a path or as the name of a packaged one."""
+    for candidate in (Path(source), RECIPES / source, RECIPES / f"{source}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+    names = [n for n in names if "/_" not in f"/{n}" and not n.startswith("accelerate/")]
+    raise RecipeError(f"{source}: no such file, nor a packaged recipe ({', '.join(names)})")
+
+
+def named(section: str, build: Callable[[], Built]) -> Built:
+    """Put the recipe's section before a component's message that starts with the key."""
+    try:
+        return build()
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from error
+
+
+class _Draft:
+    """A recipe while it is put together: plain values, and where each came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}  # dotted key -> file, or "command line"
+        self.faults: list[str] = []
+
+    def read(self, path: Path, seen: tuple[Path, ...] = ()) -> None:
+        """Merge a file over its bases."""
+        if path.resolve() in seen:
+            raise RecipeError(f"{path}: base: the recipe inherits from itself")
+        try:
+            values = yaml.load(path.read_text(), _Loader)
+        except FileNotFoundError:
+            raise RecipeError(f"{seen[-1]}: base: no such file: {path}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of sections, got {values!r}")
+        base = values.pop("base", None)
+        if base is not None:
+            self.read(path.parent / base, (*seen, path.resolve()))
+        self.merge(values, str(path))
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Merge ``key.subkey=value`` settings of the command line."""
+        tree: dict[str, Any] = {}
+        for text in overrides:
+            dotted, equals, value = text.partition("=")
+            keys = dotted.split(".")
+            if not equals or not all(keys):
+                raise RecipeError(f"command line: {text!r} is not of the form key.subkey=value")
+            node = tree
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            node[keys[-1]] = yaml.load(value, _Loader)
+        self.merge(tree, "command line")
+
+    def merge(self, values: dict[str, Any], origin: str) -> None:
+        self.values = self._merged(self.values, values, origin, "")
+
+    def _merged(self, old: Any, new: dict[str, Any], origin: str, prefix: str) -> dict[str, Any]:
+        # another component by name starts its section afresh: its settings are its own
+        renamed = isinstance(old, dict) and new.get("name", old.get("name")) != old.get("name")
+        merged = {} if renamed or not isinstance(old, dict) else dict(old)
+        for key, value in new.items():
+            dotted = f"{prefix}{key}"
+            self.origins[dotted] = origin
+            nested = isinstance(value, dict)
+            merged[key] = (
+                self._merged(merged.get(key), value, origin, f"{dotted}.") if nested else value
+            )
+        return merged
+
+    def build(self, source: str, *, default_output: str, required: tuple[str, ...]) -> Recipe:
+        """Check every section, and raise all faults at once."""
+        output = self.values.pop("output", default_output)
+        for key in self.values.keys() - SECTIONS.keys():
+            self.fault(key, f"unknown section{_close(key, SECTIONS)}; allowed: {_list(SECTIONS)}")
+        for key in required:
+            if key not in self.values:
+                self.fault(key, "missing: this section is required")
+        built: dict[str, Any] = {}
+        resolved: dict[str, Any] = {}
+        for key, spec in SECTIONS.items():
+            values = self.values.get(key, DEFAULTS.get(key))
+            if values is None:
+                continue
+            if not isinstance(values, dict):
+                self.fault(key, f"must be a mapping of settings, got {values!r}")
+                continue
+            built[key], resolved[key] = self._section(key, spec, dict(values))
+        if not self.faults:
+            self._check_together(built)
+        if self.faults:
+            raise RecipeError("\n".join(self.faults))
+        return Recipe(
+            **built, output=Path(str(output)), source=source, settings=resolved | {"output": output}
+        )
+
+    def _section(self, key: str, spec: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Build one section: (its component, its settings with every default)."""
+        name = None
+        if isinstance(spec, Mapping):
+            name = values.pop("name", None)
+            spec = self._component(key, spec, name)
+            if spec is None:
+                return None, {}
+        try:
+            component = spec(**values)
+            if isinstance(component, OptimizerSettings):
+                check_optimizer(component)
+        except ValidationError as error:
+            for fault in error.errors():
+                self.fault(".".join(map(str, (key, *fault["loc"]))), _explain(fault, spec))
+            return None, {}
+        except (TypeError, ValueError) as error:  # a user's own class
+            self.fault(key, str(error))
+            return None, {}
+        if isinstance(component, BaseModel):
+            values = component.model_dump(mode="json")
+        elif dataclasses.is_dataclass(component) and not isinstance(component, type):
+            values = dataclasses.asdict(component)
+        return component, ({} if name is None else {"name": name}) | values
+
+    def _component(self, key: str, family: Mapping[str, type], name: object) -> type | None:
+        """The class that a name stands for: the family's own, or a user's package.module:Class."""
+        if isinstance(name, str) and name in family:
+            return family[name]
+        if isinstance(name, str) and ":" in name:
+            module, _, attribute = name.partition(":")
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                self.fault(f"{key}.name", f"{name!r} cannot be imported: {error}")
+                return None
+        found = "missing" if name is None else f"{name!r} is unknown{_close(name, family)}"
+        self.fault(f"{key}.name", f"{found}; allowed: {_list(family)}, or package.module:Class")
+        return None
+
+    def _check_together(self, built: dict[str, Any]) -> None:
+        """Faults that no section can see alone."""
+        train, data, attack = (built.get(key) for key in ("train", "data", "attack"))
+        evaluate: EvaluateSettings = built["evaluate"]
+        if train is not None:
+            selects = train.select == "best" or train.early_stopping is not None
+            if selects and data.validation_size == 0:
+                self.fault(
+                    "data.validation_size",
+                    "0, but train.select: best and train.early_stopping choose on a held-out "
+                    "split of train: hold out some images",
+                )
+            if train.batch_size % train.gradient_accumulation:
+                self.fault(
+                    "train.gradient_accumulation",
+                    f"{train.gradient_accumulation} does not divide train.batch_size "
+                    f"{train.batch_size}",
+                )
+        if evaluate.eps is None and not hasattr(attack, "eps"):
+            self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
+        else:
+            built["evaluate"] = evaluate.with_threat_model_of(attack)
+
+    def fault(self, dotted: str, message: str) -> None:
+        parts = dotted.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        origin = next((self.origins[p] for p in prefixes if p in self.origins), "recipe")
+        self.faults.append(f"{origin}: {dotted}: {message}")
+
+
+def _explain(fault: Any, spec: type[Settings]) -> str:
+    """One pydantic fault as: what was found, what is allowed."""
+    if fault["type"] == "missing":
+        return "missing: this key is required"
+    if fault["type"] == "extra_forbidden":
+        fields = spec.model_fields
+        return f"unknown key{_close(fault['loc'][-1], fields)}; allowed: {_list(fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _close(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number: YAML 1.1 asks for a dot, people don't."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -1,0 +1,97 @@
+"""The run folder: what a run writes, where, and how nothing in it is lost."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunFolder:
+    """Paths of ``runs/<name>`` and safe writing into it.
+
+    ::
+
+        recipe.yaml       resolved settings
+        metrics.jsonl     one line a log interval, one a validation
+        checkpoints/      step-N: full state, exact resume; best.safetensors: weights with the best
+                          robust accuracy on the held-out split
+        model/            timm folder: config.json and model.safetensors
+        report.json       everything measured; evaluations.jsonl keeps every earlier evaluation
+        report.md, *.png  the same for people
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / "best.safetensors"
+        self.model = self.path / "model"
+        self.report = self.path / "report.json"
+        self.evaluations = self.path / "evaluations.jsonl"
+
+    def check(self, settings: dict[str, Any], *, resume: bool) -> bool:
+        """Whether a run is to be continued here.
+
+        Raises:
+            ValueError: The folder holds a run and ``resume`` is not asked for, or the run that it
+                holds was started from other settings.
+        """
+        if not self.recipe.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"output: {self.path} holds files that are no run: choose another")
+            return False
+        if not resume:
+            raise ValueError(
+                f"output: {self.path} already holds a run: --resume continues it, "
+                "output=FOLDER chooses another"
+            )
+        started = yaml.safe_load(self.recipe.read_text())
+        # what a run may change on the way: how it is measured and where it lies
+        changed = _differences(started, settings, ignored={"evaluate", "output"})
+        if changed:
+            raise ValueError(
+                f"output: {self.path} was started with other settings: {'; '.join(changed)}"
+            )
+        return bool(self.steps())
+
+    def steps(self) -> list[Path]:
+        """Complete checkpoints, the newest last."""
+        return sorted(self.checkpoints.glob("step-*"))
+
+    def read_report(self) -> dict[str, Any]:
+        return json.loads(self.report.read_text()) if self.report.exists() else {}
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        temporary = self.report.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, self.report)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop lines after the step that a run continues from: they will be written again."""
+        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        self.metrics.write_text("".join(lines))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix[:-1]}: {old!r}, now {new!r}"]
+    return [
+        line
+        for key in sorted({*old, *new} - (ignored if not prefix else set()))
+        for line in _differences(old.get(key), new.get(key), ignored, f"{prefix}{key}.")
+    ]
