@@ -9,13 +9,23 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; faults of the user's go to standard error, one line each, with status 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse stops taking settings at the first flag: take those behind one, too
+    if rest and (not hasattr(options, "settings") or not all(map(_is_setting, rest))):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
     try:
         return options.run(options)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # once, not once a process
             print(f"robust-accel: {error}", file=sys.stderr)
         return 2
+
+
+def _is_setting(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _train(options: argparse.Namespace) -> int:

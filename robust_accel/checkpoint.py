@@ -70,7 +70,7 @@ class Checkpoint:
             state["num_processes"] = self.accelerator.num_processes
             torch.save(state, new / "progress.pt")
             if self.ema is not None:
-                save_file(self.ema.state_dict(), new / "ema.safetensors")
+                save_weights(self.ema, new / "ema.safetensors")
         self.accelerator.wait_for_everyone()
         if main:
             older = [path for path in self.folder.steps() if path != target]

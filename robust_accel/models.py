@@ -1,5 +1,6 @@
 """Classifiers on pixels: any timm model by name, with normalisation and resizing inside."""
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,10 +118,10 @@ def create_classifier(
     }
     options = {key: value for key, value in shape.items() if value} | settings.options
     try:
-        model = timm.create_model(name, pretrained=settings.pretrained, **options)
+        model: Any = timm.create_model(name, pretrained=settings.pretrained, **options)
     except (TypeError, RuntimeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
-    statistics = {}
+    statistics: dict[str, Any] = {}
     for key, value in (("mean", settings.mean), ("std", settings.std)):
         own = model.pretrained_cfg[key]
         if len(own) != options.get("in_chans", len(own)):
@@ -160,7 +161,9 @@ def save_model(classifier: PixelClassifier, folder: Path, options: dict[str, Any
         options: Arguments that build the same model again: ``ModelSettings.options``, and
             ``in_chans`` if the images have other channels than timm's default.
     """
-    model = getattr(classifier.model, "_orig_mod", classifier.model)  # torch.compile's own keys
+    # without the prefix that torch.compile puts before each key; safetensors wants plain layout
+    model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     channels = options.get("in_chans", model.pretrained_cfg["input_size"][0])
     statistics = {
         "mean": classifier.mean.flatten().expand(channels).tolist(),

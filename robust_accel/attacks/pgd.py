@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
-from pydantic import model_validator
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, input_gradient
@@ -40,11 +40,12 @@ class PGD(Settings):
     num_steps: Annotated[int, Ge(1)] = 10
     random_start: bool = True
 
-    @model_validator(mode="after")
-    def _eps_in_pixel_units(self) -> "PGD":
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps is in pixel units, at most 1 in L-inf, got {self.eps:g}")
-        return self
+    @field_validator("eps")
+    @classmethod
+    def _in_pixel_units(cls, eps: float, info: ValidationInfo) -> float:
+        if info.data.get("norm") == "linf" and eps > 1:
+            raise ValueError("in pixel units an L-inf eps is at most 1, like 8/255")
+        return eps
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None

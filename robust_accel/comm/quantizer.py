@@ -379,6 +379,9 @@ class Quantizer:
         """message: [num_bytes(segments)] uint8, 4-byte aligned -> [d] fp32."""
         layout = _layout(tuple(segments), self.block_size, message.device)
         assert message.shape == (self.num_bytes(segments),)
+        flat = torch.empty(layout.num_elements, dtype=torch.float32, device=message.device)
+        if not layout.num_elements:
+            return flat  # an empty slice may be misaligned
         sizes = [
             4 * layout.num_raw,
             4 * layout.num_scales,
@@ -387,7 +390,6 @@ class Quantizer:
         if self.norm == "l2":
             sizes.append(packed_size(layout.num_codes, 1))
         planes = message[: sum(sizes)].split(sizes)
-        flat = torch.empty(layout.num_elements, dtype=torch.float32, device=message.device)
         _scatter(planes[0].view(torch.float32), layout.raw, flat)
         scales = planes[1].view(torch.float32)
         codes = unpack(planes[2], layout.num_codes, self.bits)
@@ -421,9 +423,9 @@ def _kernels(compile: bool, device: torch.device) -> tuple[_Encode, _Decode]:
 def _compiled_kernels(device_type: str) -> tuple[_Encode, _Decode]:
     """The kernels fused by torch.compile, tried once; eager, said once, where that fails."""
     device = torch.device(device_type)
-    encode: _Encode = torch.compile(encode_blocks, dynamic=True)
-    decode: _Decode = torch.compile(decode_blocks, dynamic=True)
     try:
+        encode: _Encode = torch.compile(encode_blocks, dynamic=True)
+        decode: _Decode = torch.compile(decode_blocks, dynamic=True)
         x = torch.ones(4, 8, device=device)
         position = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
         decode(*encode(x, position, random_key(0, 0, 0, device), 8, "max"), 8, "max")

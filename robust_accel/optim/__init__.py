@@ -110,7 +110,7 @@ def _known_options(name: str) -> set[str]:
     common = {"self", "params", "lr", "weight_decay"}
     if name == "lamb":
         return set(inspect.signature(LAMB.__init__).parameters) - common
-    names = timm.optim.list_optimizers()
+    names = [str(known) for known in timm.optim.list_optimizers()]
     if name not in names:
         raise ValueError(
             f"optimizer.name: unknown optimizer {name!r}{_suggest(name, names)};"

@@ -87,7 +87,7 @@ class LAMB(Optimizer):
                 values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
@@ -108,7 +108,7 @@ class LAMB(Optimizer):
         )
         start = 0
         for batch in batches:
-            scales: Sequence[float | Tensor] = [batch.group["lr"]] * len(batch.params)
+            scales: Sequence[Any] = [batch.group["lr"]] * len(batch.params)
             if batch.adapt:
                 part = slice(start, start + len(batch.params))
                 start = part.stop
@@ -262,10 +262,10 @@ def _layer_rates(
     return list((ratio * group["lr"]).unbind())
 
 
-def _descend(batch: _Batch, scales: Sequence[float | Tensor]) -> None:
+def _descend(batch: _Batch, scales: Sequence[Any]) -> None:
     """theta = theta - scale u; overwrites u."""
     if batch.foreach:
-        torch._foreach_mul_(batch.updates, scales)  # type: ignore[call-overload]
+        torch._foreach_mul_(batch.updates, scales)
         torch._foreach_sub_(batch.params, batch.updates)
         return
     for param, update, scale in zip(batch.params, batch.updates, scales, strict=True):
@@ -274,11 +274,12 @@ def _descend(batch: _Batch, scales: Sequence[float | Tensor]) -> None:
 
 def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
     """Norms in fp32 or better: an fp16 sum of squares overflows at a norm of 256."""
-    if not tensors:
-        return []
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = torch.float64 if is_double else torch.float32
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+        # _foreach_norm has a dtype too, but DTensor (FSDP2) fails on it in torch 2.14
+        dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        pairs = zip(tensors, dtypes, strict=True)
+        return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in pairs]
+    return list(torch._foreach_norm(tensors, 2)) if tensors else []
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -294,7 +295,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"eps must be > 0 and finite, got {options['eps']}")
     if not 0 <= options["weight_decay"] < math.inf:
         raise ValueError(f"weight_decay must be >= 0 and finite, got {options['weight_decay']}")
-    if len(clamp) != 2 or not (0 <= clamp[0] <= clamp[1] and 0 < clamp[1]):
+    if len(clamp) != 2 or not (0 <= clamp[0] <= clamp[1] and clamp[1] > 0):
         raise ValueError(
             f"weight_norm_clamp must be (c_l, c_u) with 0 <= c_l <= c_u and c_u > 0, got {clamp}"
         )

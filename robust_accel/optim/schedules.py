@@ -3,6 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -59,7 +60,7 @@ class Constant(Schedule):
 def _increasing(milestones: tuple[float, ...]) -> tuple[float, ...]:
     if any(not 0 < milestone < math.inf for milestone in milestones):
         raise ValueError(f"milestones must be > 0 and finite, got {list(milestones)}")
-    if any(a >= b for a, b in zip(milestones[:-1], milestones[1:], strict=True)):
+    if any(a >= b for a, b in pairwise(milestones)):
         raise ValueError(f"milestones must increase, got {list(milestones)}")
     return milestones
 

@@ -1,0 +1,352 @@
+"""LAMB against Algorithm A2 by hand, against timm and torch, and the ways it is called."""
+
+import io
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import timm.optim
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from robust_accel.optim import LAMB
+
+SHAPES = [(4, 3), (5,), (2, 3, 2, 2), ()]
+
+
+def tensors(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES
+    ]
+
+
+def run(optimizer: torch.optim.Optimizer, *, num_steps: int, first_seed: int = 100) -> None:
+    """Steps with gradients that do not depend on the parameters, so that no rounding grows."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(num_steps):
+        for param, grad in zip(params, tensors(seed=first_seed + step), strict=True):
+            param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+
+def make_params(**kwargs) -> list[nn.Parameter]:
+    return [nn.Parameter(tensor) for tensor in tensors(**kwargs)]
+
+
+def assert_equal(actual, expected, **tolerance) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.detach(), torch.as_tensor(b).detach(), **tolerance)
+
+
+def algorithm_a2(theta, grads, *, lr, beta1, beta2, zeta, decay, c_l, c_u):
+    """Algorithm A2 on one layer in numpy, with You et al.'s decay; returns theta and every tau."""
+    m, v, taus = np.zeros_like(theta), np.zeros_like(theta), []
+    for t, g in enumerate(grads, start=1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        u = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + zeta) + decay * theta
+        taus.append(min(max(np.sqrt((theta**2).sum()), c_l), c_u))
+        theta = theta - lr * taus[-1] / np.sqrt((u**2).sum()) * u
+    return theta, taus
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_algorithm_a2_by_hand_with_the_clamp_active_at_both_ends(foreach, decay):
+    generator = np.random.default_rng(0)
+    scales = [0.01, 1.0, 100.0]  # norms far below c_l, between, far above c_u
+    start = [scale * generator.standard_normal((4, 3)) for scale in scales]
+    grads = generator.standard_normal((6, 3, 4, 3))
+    rule = {"lr": 0.05, "zeta": 1e-3, "decay": decay, "c_l": 0.5, "c_u": 10.0}
+    params = [nn.Parameter(torch.tensor(theta)) for theta in start]
+    optimizer = LAMB(
+        params,
+        lr=0.05,
+        betas=(0.8, 0.95),
+        eps=1e-3,
+        weight_decay=decay,
+        weight_norm_clamp=(0.5, 10.0),
+        foreach=foreach,
+    )
+    for step_grads in grads:
+        for param, grad in zip(params, step_grads, strict=True):
+            param.grad = torch.tensor(grad)
+        optimizer.step()
+
+    by_hand = [
+        algorithm_a2(theta, grads[:, i], beta1=0.8, beta2=0.95, **rule)
+        for i, theta in enumerate(start)
+    ]
+    assert_equal(params, [theta for theta, _ in by_hand], rtol=1e-12, atol=1e-12)
+    taus = [taus for _, taus in by_hand]
+    assert taus[0][0] == 0.5
+    assert all(0.5 < tau < 10 for tau in taus[1])
+    assert set(taus[2]) == {10.0}
+
+
+def test_each_step_is_lr_times_the_clamped_norm_long():
+    params = make_params()
+    optimizer = LAMB(params, lr=0.1, weight_norm_clamp=(0.0, 2.0), weight_decay=0.01)
+    for step in range(3):
+        before = [param.detach().clone() for param in params]
+        run(optimizer, num_steps=1, first_seed=step)
+        for param, old in zip(params, before, strict=True):
+            expected = 0.1 * min(old.norm().item(), 2.0)
+            assert (param - old).norm().item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+def test_equals_timms_lamb_where_the_rules_agree(decay):
+    # timm has no clamp on ||theta||; ours has no gradient clipping, and adapts without decay too
+    ours, theirs = make_params(), make_params()
+    ours[1].data.zero_()
+    theirs[1].data.zero_()  # a zero tensor included: ratio 1 in both
+    run(LAMB(ours, lr=0.1, weight_decay=decay, weight_norm_clamp=(0, math.inf)), num_steps=5)
+    options = {"max_grad_norm": None, "always_adapt": True, "trust_clip": False}
+    run(timm.optim.Lamb(theirs, lr=0.1, weight_decay=decay, eps=1e-6, **options), num_steps=5)
+    assert_equal(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("exclude_1d", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_foreach_equals_plain(exclude_1d, dtype):
+    plain, foreach = make_params(dtype=dtype), make_params(dtype=dtype)
+    options = {"lr": 0.1, "weight_decay": 0.01, "exclude_1d": exclude_1d}
+    run(LAMB(plain, foreach=False, **options), num_steps=4)
+    run(LAMB(foreach, foreach=True, **options), num_steps=4)
+    assert_equal(foreach, plain)
+
+
+def test_exclude_1d_gives_vectors_a_step_of_adam_without_decay():
+    adapted, excluded, adam = make_params(), make_params(), make_params()
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6}
+    run(LAMB(adapted, weight_decay=0.1, **options), num_steps=3)
+    run(LAMB(excluded, weight_decay=0.1, exclude_1d=True, **options), num_steps=3)
+    run(torch.optim.Adam(adam, **options), num_steps=3)
+    for i, shape in enumerate(SHAPES):
+        expected = adapted if len(shape) > 1 else adam
+        torch.testing.assert_close(excluded[i], expected[i], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_zero_tensor_moves_and_a_zero_update_does_not_divide(foreach):
+    zero, still = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = LAMB([zero, still], lr=0.1, foreach=foreach)
+    zero.grad, still.grad = torch.ones(3, 2), torch.zeros(3, 2)
+    optimizer.step()
+    torch.testing.assert_close(zero.detach(), torch.full((3, 2), -0.1))  # Adam's first step
+    torch.testing.assert_close(still.detach(), torch.ones(3, 2))
+
+
+def test_a_zero_tensor_follows_the_rule_when_c_l_is_positive():
+    zero = nn.Parameter(torch.zeros(2, 2))
+    optimizer = LAMB([zero], lr=0.1, weight_norm_clamp=(0.5, 10))
+    zero.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert zero.norm().item() == pytest.approx(0.1 * 0.5)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_is_not_hidden_and_stays_in_its_tensor(bad, foreach):
+    params = make_params()
+    optimizer = LAMB(params, lr=0.1, foreach=foreach)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[0].grad[0, 0] = bad
+    optimizer.step()
+    assert params[0].isnan().all()
+    assert all(param.isfinite().all() for param in params[1:])
+
+
+def test_a_tensor_without_gradient_stays_and_counts_its_own_steps():
+    params = make_params()
+    start = params[0].detach().clone()
+    optimizer = LAMB(params, lr=0.1)
+    for step in range(2):
+        for param, grad in zip(params[1:], tensors(seed=step)[1:], strict=True):
+            param.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(params[0].detach(), start)
+    assert params[0] not in optimizer.state
+
+    run(optimizer, num_steps=1)
+    late, alone = params[0], nn.Parameter(start.clone())
+    alone.grad = late.grad.clone()
+    LAMB([alone], lr=0.1).step()  # bias correction of a first step, not of a third
+    torch.testing.assert_close(late, alone)
+
+
+def test_groups_have_their_own_options():
+    params = make_params()
+    groups = [
+        {"params": params[:2], "lr": 0.0},
+        {"params": params[2:], "weight_norm_clamp": (0.0, 0.5), "betas": [0.5, 0.9]},
+    ]
+    run(LAMB(groups, lr=0.1), num_steps=2)
+    expected = make_params()
+    assert_equal(params[:2], expected[:2])
+    only = LAMB(expected[2:], lr=0.1, weight_norm_clamp=(0.0, 0.5), betas=(0.5, 0.9))
+    for step in range(2):
+        for param, grad in zip(expected[2:], tensors(seed=100 + step)[2:], strict=True):
+            param.grad = grad
+        only.step()
+    assert_equal(params[2:], expected[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_norms_do_not_overflow(dtype):
+    param = nn.Parameter(torch.ones(600, 600, dtype=dtype))  # sum of squares 360,000 > 65,504
+    optimizer = LAMB([param], lr=0.25, weight_norm_clamp=(0, math.inf))
+    param.grad = torch.ones_like(param)
+    optimizer.step()  # norms are equal: a step of 0.25 everywhere
+    torch.testing.assert_close(
+        param.detach().float(), torch.full((600, 600), 0.75), rtol=0.01, atol=0
+    )
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), [0.9, 0.99]])
+def test_a_restored_optimizer_continues_the_same_trajectory(betas):
+    straight, resumed = make_params(), make_params()
+    options = {"lr": 0.1, "weight_decay": 0.01, "betas": betas, "exclude_1d": True}
+    run(LAMB(straight, **options), num_steps=6)
+
+    first = LAMB(resumed, **options)
+    run(first, num_steps=3)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = LAMB(resumed, lr=0.7)  # every option comes back from the checkpoint
+    second.load_state_dict(torch.load(file, weights_only=True))
+    run(second, num_steps=3, first_seed=103)
+    assert_equal(resumed, straight, rtol=0, atol=0)
+    assert all(state["step"].device.type == "cpu" for state in second.state.values())
+
+
+def test_lr_as_a_tensor_and_a_scheduler():
+    number, tensor = make_params(), make_params()
+    for params, lr in ((number, 0.1), (tensor, torch.tensor(0.1, dtype=torch.float64))):
+        optimizer = LAMB(params, lr=lr, exclude_1d=True)
+        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(3):
+            run(optimizer, num_steps=1, first_seed=step)
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 / 4)
+    assert_equal(tensor, number, rtol=1e-9, atol=1e-9)
+
+
+def test_closure_runs_with_gradients_and_its_loss_returns():
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = LAMB([param], lr=0.1)
+
+    def closure() -> Tensor:
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4
+    assert param.detach().max() < 1
+
+
+def compiled_equals_eager(backend: str, *, foreach: bool) -> None:
+    # two tensors, one adapted and one excluded: compiling more takes longer and shows no more
+    eager, compiled = (make_params(dtype=torch.float32)[:2] for _ in range(2))
+    for params in (eager, compiled):
+        torch.compiler.reset()
+        optimizer = LAMB(
+            params, lr=torch.tensor(0.1), weight_decay=0.01, exclude_1d=True, foreach=foreach
+        )
+        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        step = optimizer.step
+        if params is compiled:
+            step = torch.compile(optimizer.step, backend=backend)
+        for t in range(4):
+            for param, grad in zip(params, tensors(seed=t, dtype=torch.float32)[:2], strict=True):
+                param.grad = grad
+            # one graph serves every step and every learning rate
+            with torch.compiler.set_stance("fail_on_recompile" if t > 0 else "default"):
+                step()
+            scheduler.step()
+    assert_equal(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+# the scheduler counts calls of optimizer.step itself, and does not see the compiled one
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("foreach", [False, True])
+def test_traced_step_equals_eager(foreach):
+    compiled_equals_eager("aot_eager", foreach=foreach)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.skipif(
+    not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])),
+    reason="torch.compile needs a C++ compiler on a CPU",
+)
+def test_compiled_step_equals_eager():
+    compiled_equals_eager("inductor", foreach=True)
+
+
+class ShardedLAMB(LAMB):
+    """Two shards a tensor in one process: what a ZeRO version does with an all-reduce."""
+
+    def _norms(self, params, updates):
+        def joined(shards):
+            squares = torch.stack([shard.square().sum() for shard in shards])
+            return list((squares[0::2] + squares[1::2]).sqrt().repeat_interleave(2))
+
+        return joined(params), joined(updates)
+
+
+def test_norms_is_all_that_a_sharded_version_overrides():
+    whole = [nn.Parameter(torch.randn(6, 4, dtype=torch.float64)) for _ in range(2)]
+    shards = [nn.Parameter(half.clone()) for t in whole for half in t.detach().split([4, 2])]
+    options = {"lr": 0.1, "weight_decay": 0.01}
+    optimizer = LAMB(whole, **options)
+    # one group a tensor, as on ZeRO: the norms still come in one call
+    sharded = ShardedLAMB([{"params": shards[:2]}, {"params": shards[2:]}], **options)
+    for _ in range(3):
+        for param in whole:
+            param.grad = torch.randn_like(param)
+        for shard, grad in zip(
+            shards, [half for t in whole for half in t.grad.split([4, 2])], strict=True
+        ):
+            shard.grad = grad.clone()
+        optimizer.step()
+        sharded.step()
+    halves = [half for t in whole for half in t.detach().split([4, 2])]
+    assert_equal(shards, halves, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lr": -0.1}, r"lr must be >= 0 and finite, got -0.1"),
+        ({"lr": math.nan}, "lr must be >= 0"),
+        ({"lr": torch.ones(2)}, "lr must be a number or a one-element tensor"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"eps": 0.0}, "eps must be > 0 and finite, got 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be >= 0 and finite, got -1.0"),
+        ({"weight_norm_clamp": (2.0, 1.0)}, "weight_norm_clamp must be .* got"),
+        ({"weight_norm_clamp": (0.0, 0.0)}, "c_u > 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, message):
+    param = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        LAMB([param], **option)
+    with pytest.raises(ValueError, match=message):
+        LAMB([{"params": [param], **option}])
+
+
+def test_complex_and_sparse_are_refused():
+    with pytest.raises(ValueError, match="params must be real"):
+        LAMB([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="dense gradients"):
+        LAMB(embedding.parameters()).step()

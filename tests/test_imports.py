@@ -1,0 +1,108 @@
+"""The layering rule: imports go down only, and processes are known in few places."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "robust_accel"
+LEAVES = ("attacks", "objectives", "comm", "optim")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Everything that a file imports, at any depth of nesting, as absolute dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # level 1 is the file's own package, each further level one above
+            here = path.relative_to(PACKAGE.parent).parent.parts
+            parts = list(here[: len(here) + 1 - node.level]) if node.level else []
+            base = ".".join(parts + ([node.module] if node.module else []))
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def uses_distributed(path: Path) -> bool:
+    named = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    return any(
+        name == "torch.distributed" or name.startswith("torch.distributed.")
+        for name in imports(path) | named
+    )
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def test_the_walk_sees_the_package():
+    assert {p.relative_to(PACKAGE).parts[0] for p in FILES} >= {*LEAVES, "robust_model.py"}
+    found = imports(PACKAGE / "robust_model.py")
+    assert {"torch", "robust_accel.attacks", "robust_accel.attacks.Attack"} <= found
+    assert any(uses_distributed(p) for p in FILES if "comm" in p.parts)
+
+
+@pytest.mark.parametrize("family", LEAVES)
+def test_a_family_imports_its_siblings_and_the_shared_settings(family):
+    allowed = (f"robust_accel.{family}", "robust_accel.settings")
+    for path in (PACKAGE / family).rglob("*.py"):
+        for name in imports(path):
+            if within(name, "robust_accel"):
+                assert any(within(name, a) for a in allowed), f"{path.name} imports {name}"
+
+
+@each_file
+def test_torch_distributed_is_known_to_comm_and_where_evaluation_gathers(path):
+    if path.relative_to(PACKAGE).parts[0] not in ("comm", "evaluation"):
+        assert not uses_distributed(path)
+
+
+@each_file
+def test_deepspeed_is_imported_in_one_file_and_late(path):
+    if path.relative_to(PACKAGE) != Path("comm/deepspeed.py"):
+        assert not any(within(name, "deepspeed") for name in imports(path))
+    at_top = ast.parse(path.read_text()).body
+    assert not any(
+        "deepspeed" in ast.unparse(node).split()[1].split(".")[0]
+        for node in at_top
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
+def test_robust_model_knows_no_particular_attack():
+    names = imports(PACKAGE / "robust_model.py")
+    for family, known in (("attacks", {"Attack"}), ("objectives", {"Adversarial", "Objective"})):
+        prefix = f"robust_accel.{family}."
+        assert {n.removeprefix(prefix) for n in names if n.startswith(prefix)} <= known
+
+
+def test_no_import_goes_round():
+    modules = {module_name(path): path for path in FILES}
+    below = {
+        name: {n for n in imports(path) if n in modules and n != name}
+        for name, path in modules.items()
+    }
+    # a package's own __init__ gathers its files, and they import one another directly
+    below = {
+        name: {n for n in names if not name.startswith(n + ".")} for name, names in below.items()
+    }
+    while leaves := [name for name, names in below.items() if not names]:
+        for leaf in leaves:
+            del below[leaf]
+        for names in below.values():
+            names.difference_update(leaves)
+    assert not below, f"imports that go round: {sorted(below)}"

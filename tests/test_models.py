@@ -1,0 +1,249 @@
+"""Pixels to logits: normalisation and resizing inside, timm models by name, timm folders out."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from robust_accel.models import (
+    ModelSettings,
+    PixelClassifier,
+    create_classifier,
+    save_model,
+)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Recorder(nn.Module):
+    """Keeps what it is given and answers with the mean of each channel."""
+
+    def forward(self, x):
+        self.seen = x
+        return x.mean((2, 3))
+
+
+def normalised(x, mean, std):
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    return (x - mean) / std
+
+
+def equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)), ([0.5], [0.2]), (0.5, 0.2)]
+)
+def test_normalises_by_the_mean_and_std_given(mean, std):
+    model, x = Recorder(), torch.rand(2, 3, 4, 4)
+    PixelClassifier(model, mean=mean, std=std)(x)
+    equal(model.seen, normalised(x, mean, std))
+
+
+def test_a_module_that_says_nothing_reads_pixels():
+    model, x = Recorder(), torch.rand(2, 3, 4, 4)
+    PixelClassifier(model)(x)
+    assert torch.equal(model.seen, x)
+
+
+def test_normalises_as_a_timm_model_asks():
+    x = torch.rand(2, 3, 32, 32)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+    )
+    equal(PixelClassifier(model)(x), model(normalised(x, IMAGENET_MEAN, IMAGENET_STD)))
+    given = PixelClassifier(model, mean=0.5, std=0.5)(x)  # what the user gives goes before it
+    equal(given, model(2 * x - 1))
+    compiled = torch.compile(model, backend="eager")
+    equal(PixelClassifier(compiled).mean.flatten(), torch.tensor(IMAGENET_MEAN))
+
+
+def test_adds_nothing_to_the_models_own_state_dict():
+    model = timm.create_model("test_resnet", num_classes=4)
+    keys = list(model.state_dict())
+    classifier = PixelClassifier(model)
+    assert list(classifier.model.state_dict()) == keys
+    assert list(classifier.state_dict()) == [f"model.{key}" for key in keys]
+
+
+def test_resizes_inside():
+    model, x = Recorder(), torch.rand(2, 3, 8, 8)
+    classifier = PixelClassifier(model, mean=0.5, std=0.5, size=16)
+    classifier(x)
+    resized = interpolate(x, (16, 16), mode="bilinear", align_corners=False, antialias=True)
+    equal(model.seen, 2 * resized - 1)
+    PixelClassifier(model, size=(4, 6))(x)
+    assert model.seen.shape == (2, 3, 4, 6)
+    PixelClassifier(model, size=8)(x)
+    assert torch.equal(model.seen, x)
+
+
+def test_takes_an_output_with_logits():
+    logits = torch.rand(2, 4)
+
+    class Transformer(nn.Module):
+        def forward(self, x):
+            return SimpleNamespace(logits=logits)
+
+    assert torch.equal(PixelClassifier(Transformer())(torch.rand(2, 3, 4, 4)), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_works_in_its_own_type_and_pixels_stay_as_they_are(dtype):
+    classifier = PixelClassifier(nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), mean=0.5, std=0.5)
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+    expected = classifier(x).detach()
+    seen = []
+    classifier.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    logits = classifier.to(dtype)(x)
+    assert seen == [dtype]
+    # not below fp32: losses are taken of these
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.02)
+    (grad,) = torch.autograd.grad(logits.sum(), x)
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"std": 0.0}, "std must be > 0"),
+        ({"std": (0.2, 0.0, 0.2)}, "std must be > 0"),
+        ({"std": (0.2, -0.1, 0.2)}, "std must be > 0"),
+        ({"std": float("nan")}, "std must be > 0"),
+        ({"mean": [[0.5, 0.5]]}, "mean must be one number or one a channel"),
+    ],
+)
+def test_impossible_statistics_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PixelClassifier(Recorder(), **arguments)
+
+
+# create_classifier
+
+
+def test_creates_any_timm_model_with_the_datas_classes_and_channels():
+    classifier = create_classifier(ModelSettings(name="test_resnet"), num_classes=7, in_chans=3)
+    assert classifier(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    classifier = create_classifier(
+        ModelSettings(name="test_resnet", num_classes=5), num_classes=7, in_chans=3
+    )
+    assert classifier(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_creates_the_packages_own_models_and_passes_options():
+    wide, narrow = (
+        create_classifier(
+            ModelSettings(name="preact_resnet18", options={"width": width}), num_classes=10
+        )
+        for width in (16, 8)
+    )
+    assert wide.model.conv1.weight.shape[0] == 2 * narrow.model.conv1.weight.shape[0]
+
+
+def test_options_reach_a_transformer():
+    settings = ModelSettings(name="test_vit", options={"img_size": 32}, size=32)
+    classifier = create_classifier(settings, num_classes=4)
+    assert classifier(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+
+
+GREY = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, GREY),
+        ({"mean": 0.3}, (0.3, GREY[1])),
+        ({"std": "1/4"}, (GREY[0], 0.25)),
+        ({"mean": [0.3], "std": [0.25]}, (0.3, 0.25)),
+    ],
+)
+def test_grey_images_get_the_average_of_what_is_not_given(given, expected):
+    settings = ModelSettings(name="test_resnet", **given)
+    classifier = create_classifier(settings, num_classes=4, in_chans=1)
+    assert (classifier.mean.item(), classifier.std.item()) == pytest.approx(expected)
+    assert classifier(torch.rand(2, 1, 32, 32)).shape == (2, 4)
+
+
+def test_an_unknown_name_is_answered_with_close_ones():
+    with pytest.raises(ValueError, match="resnet19.*resnet18"):
+        create_classifier(ModelSettings(name="resnet19"))
+    with pytest.raises(ValueError, match="no model 'zzzz'"):
+        create_classifier(ModelSettings(name="zzzz"))
+
+
+def test_options_that_the_model_refuses_are_named():
+    settings = ModelSettings(name="test_resnet", options={"no_such_option": 1})
+    with pytest.raises(ValueError, match="no_such_option"):
+        create_classifier(settings, num_classes=4)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        create_classifier(
+            ModelSettings(name=f"local-dir:{tmp_path / 'missing'}", pretrained=True), num_classes=4
+        )
+
+
+def test_impossible_model_settings_are_refused():
+    for settings in ({"num_classes": 1}, {"in_chans": 0}, {"size": 0}, {"depth": 18}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            ModelSettings(name="test_resnet", **settings)
+
+
+# save_model
+
+SAVED = {
+    "resnet": ({"name": "test_resnet"}, 3),
+    "grey": ({"name": "test_resnet"}, 1),
+    "vit": ({"name": "test_vit", "options": {"img_size": 32}}, 3),
+    "own": ({"name": "preact_resnet18", "options": {"width": 8}}, 3),
+    "own statistics": ({"name": "test_resnet", "mean": 0.4, "std": [0.2, 0.3, 0.25]}, 3),
+}
+
+
+def trained(settings: ModelSettings, in_chans: int) -> PixelClassifier:
+    """A classifier whose every weight and statistic has left its initial value."""
+    classifier = create_classifier(settings, num_classes=4, in_chans=in_chans)
+    for tensor in classifier.model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.01 * torch.rand_like(tensor))
+    return classifier.eval()
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_saved_model_is_timms_own(case, tmp_path):
+    fields, in_chans = SAVED[case]
+    settings = ModelSettings(**fields)
+    classifier = trained(settings, in_chans)
+    save_model(classifier, tmp_path / "a" / "b", {"in_chans": in_chans} | settings.options)
+
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'a' / 'b'}", pretrained=True).eval()
+    cfg = loaded.pretrained_cfg
+    assert len(cfg["mean"]) == len(cfg["std"]) == in_chans
+    x = torch.rand(3, in_chans, 32, 32)
+    with torch.no_grad():
+        equal(loaded(normalised(x, cfg["mean"], cfg["std"])), classifier(x))
+        again = create_classifier(
+            ModelSettings(name=f"local-dir:{tmp_path / 'a' / 'b'}", pretrained=True)
+        ).eval()
+        equal(again(x), classifier(x))
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["num_classes"] == 4
+
+
+def test_a_compiled_model_is_saved_under_timms_keys(tmp_path):
+    classifier = trained(ModelSettings(name="test_resnet"), 3)
+    x = torch.rand(2, 3, 32, 32)
+    expected = classifier(x)
+    classifier.model = torch.compile(classifier.model, backend="eager")
+    save_model(classifier, tmp_path, {})
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    equal(PixelClassifier(loaded)(x), expected)
