@@ -11,7 +11,8 @@ makes ``timm.create_model("preact_resnet18", num_classes=10)`` work, and likewis
     wide_resnet16_2       0.69 M
     wide_resnet10_1       0.08 M
 
-Each takes ``depth``, ``width``, ``num_classes``, ``in_chans``, ``global_pool`` and ``drop_rate``.
+Each takes ``depth``, ``width``, ``stem_stride``, ``num_classes``, ``in_chans``, ``global_pool`` and
+``drop_rate``.
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ class CifarResNet(nn.Module):
 
     Args:
         stem_chs: Channels of the stem.
+        stem_stride: 2 makes the stem halve height and width: what a CPU can afford.
         stage_chs: Channels of each stage.
         num_blocks: Blocks in each stage.
         num_classes: Number of logits; 0 for pooled features instead.
@@ -77,12 +79,13 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = stage_chs[-1]
-        self.stem = nn.Conv2d(in_chans, stem_chs, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(in_chans, stem_chs, 3, stride=stem_stride, padding=1, bias=False)
         self.stages = nn.Sequential()
         in_chs = stem_chs
         for out_chs, blocks in zip(stage_chs, num_blocks, strict=True):

@@ -168,7 +168,7 @@ class _Decoded(torch.utils.data.Dataset):
             images.shape,
             is_training=epoch is not None,
             interpolation="bilinear",
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]
             mean=(0, 0, 0),  # pixels stay in [0, 1]: normalisation is inside the model
             std=(1, 1, 1),
         )
@@ -289,7 +289,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of one data set; ``validation`` is held out of train, ``test`` is only measured."""
+    """The splits of a data set; ``validation`` is held out of train, ``test`` only measured."""
 
     train: ImageSet
     validation: ImageSet

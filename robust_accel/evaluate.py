@@ -11,7 +11,7 @@ from robust_accel.data import load_test
 from robust_accel.evaluation import evaluate
 from robust_accel.models import ModelSettings, check_fits, create_classifier
 from robust_accel.provenance import versions
-from robust_accel.recipe import named, recipe_from_settings
+from robust_accel.recipe import recipe_from_settings
 from robust_accel.report import write_report
 from robust_accel.run_folder import RunFolder, append_line
 
@@ -33,7 +33,9 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         settings: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
         settings["output"] = model
         if not (run.model / "config.json").exists():
-            raise ValueError(f"{run.model}: no model there yet: has the run been trained to its end?")
+            raise ValueError(
+                f"{run.model}: no model there yet: has the run been trained to its end?"
+            )
         source, name = str(run.recipe), f"local-dir:{run.model}"
     else:
         if Path(model).is_dir():
@@ -47,7 +49,7 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     folder = RunFolder(recipe.output)
     if folder.path != run.path and folder.recipe.exists():
         raise ValueError(f"output: {folder.path} holds a training run: choose another")
-    images, num_classes = named("data", lambda: load_test(recipe.data))
+    images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
 
     def load() -> Any:
         # options are in the folder's own config; what is outside the timm model is the recipe's
@@ -57,7 +59,7 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         check_fits(classifier, images, num_classes)
         return classifier
 
-    classifier = named("model", load)
+    classifier = recipe.checked("model", load)
     accelerator = Accelerator()
     classifier.to(accelerator.device).eval()
     say = print if accelerator.is_main_process else lambda _: None
@@ -70,7 +72,9 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         append_line(folder.evaluations, result)
         # how the model was trained stays as it was; what was measured now replaces what was before
         measured = {k: v for k, v in result.items() if k not in ("versions", "num_processes")}
-        folder.write_report(folder.read_report() | measured | {"evaluated_with": result["versions"]})
+        folder.write_report(
+            folder.read_report() | measured | {"evaluated_with": result["versions"]}
+        )
         write_report(folder)
     accelerator.wait_for_everyone()
     return folder

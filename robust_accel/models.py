@@ -134,18 +134,15 @@ def create_classifier(
 def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:
     """Raise ValueError unless the classifier takes images of this shape and has enough classes."""
     shape = "x".join(map(str, images.shape))
-    was_training = classifier.training
-    classifier.eval()
     try:
+        # a copy: an eval/train round trip would unfreeze what was frozen
         with torch.no_grad():
-            logits = classifier(torch.zeros(1, *images.shape))
+            logits = copy.deepcopy(classifier).eval()(torch.zeros(1, *images.shape))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"name: the model does not take the data's images of {shape} ({error}); "
             "model.size resizes them inside the model"
         ) from error
-    finally:
-        classifier.train(was_training)
     if logits.shape[1] < num_classes:
         raise ValueError(
             f"num_classes: the model has {logits.shape[1]} classes, the data {num_classes}"

@@ -1,5 +1,6 @@
 """Recipes: YAML files, inherited by ``base:``, overridden on the command line, checked whole."""
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -92,7 +93,7 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, type]] = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
 }
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "objective": {"name": "adversarial"},
     "schedule": {"name": "constant"},
     "communication": {"name": "allreduce"},
@@ -115,9 +116,24 @@ class Recipe:
     source: str
     settings: dict[str, Any]
     """The resolved settings as plain values: what ``recipe.yaml`` of the run folder holds."""
+    origins: dict[str, str]
+    """Where each dotted key was set: a file, or the command line."""
     attack: Attack | None = None
     optimizer: OptimizerSettings | None = None
     train: TrainSettings | None = None
+
+    def checked(self, section: str, build: Callable[[], Built]) -> Built:
+        """Build from a section; a component's ``key: message`` gets the file and the section.
+
+        Raises:
+            RecipeError: ``file: section.key: what was found, what is allowed``.
+        """
+        try:
+            return build()
+        except ValueError as error:
+            key, _, _ = str(error).partition(":")
+            origin = _origin(self.origins, f"{section}.{key}")
+            raise RecipeError(f"{origin}: {section}.{error}") from error
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
@@ -161,19 +177,18 @@ def find_recipe(source: str | Path) -> Path:
     raise RecipeError(f"{source}: no such file, nor a packaged recipe ({', '.join(names)})")
 
 
-def named(section: str, build: Callable[[], Built]) -> Built:
-    """Put the recipe's section before a component's message that starts with the key."""
-    try:
-        return build()
-    except ValueError as error:
-        raise ValueError(f"{section}.{error}") from error
+def _origin(origins: dict[str, str], dotted: str) -> str:
+    """Where a key, or the nearest section above it, was set."""
+    parts = dotted.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((origins[p] for p in prefixes if p in origins), "recipe")
 
 
 class _Draft:
     """A recipe while it is put together: plain values, and where each came from."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Any] = copy.deepcopy(DEFAULTS)
         self.origins: dict[str, str] = {}  # dotted key -> file, or "command line"
         self.faults: list[str] = []
 
@@ -235,7 +250,7 @@ class _Draft:
         built: dict[str, Any] = {}
         resolved: dict[str, Any] = {}
         for key, spec in SECTIONS.items():
-            values = self.values.get(key, DEFAULTS.get(key))
+            values = self.values.get(key)
             if values is None:
                 continue
             if not isinstance(values, dict):
@@ -247,7 +262,11 @@ class _Draft:
         if self.faults:
             raise RecipeError("\n".join(self.faults))
         return Recipe(
-            **built, output=Path(str(output)), source=source, settings=resolved | {"output": output}
+            **built,
+            output=Path(str(output)),
+            source=source,
+            settings=resolved | {"output": str(output)},
+            origins=self.origins,
         )
 
     def _section(self, key: str, spec: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -266,8 +285,8 @@ class _Draft:
             for fault in error.errors():
                 self.fault(".".join(map(str, (key, *fault["loc"]))), _explain(fault, spec))
             return None, {}
-        except (TypeError, ValueError) as error:  # a user's own class
-            self.fault(key, str(error))
+        except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
+            self.fault_of(key, error)
             return None, {}
         if isinstance(component, BaseModel):
             values = component.model_dump(mode="json")
@@ -292,7 +311,9 @@ class _Draft:
 
     def _check_together(self, built: dict[str, Any]) -> None:
         """Faults that no section can see alone."""
-        train, data, attack = (built.get(key) for key in ("train", "data", "attack"))
+        train: TrainSettings | None = built.get("train")
+        data: DataSettings = built["data"]
+        attack = built.get("attack")
         evaluate: EvaluateSettings = built["evaluate"]
         if train is not None:
             selects = train.select == "best" or train.early_stopping is not None
@@ -308,16 +329,23 @@ class _Draft:
                     f"{train.gradient_accumulation} does not divide train.batch_size "
                     f"{train.batch_size}",
                 )
+            try:
+                built["schedule"].check(train.epochs)
+            except ValueError as error:
+                self.fault_of("schedule", error)
         if evaluate.eps is None and not hasattr(attack, "eps"):
             self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
         else:
             built["evaluate"] = evaluate.with_threat_model_of(attack)
 
     def fault(self, dotted: str, message: str) -> None:
-        parts = dotted.split(".")
-        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        origin = next((self.origins[p] for p in prefixes if p in self.origins), "recipe")
-        self.faults.append(f"{origin}: {dotted}: {message}")
+        self.faults.append(f"{_origin(self.origins, dotted)}: {dotted}: {message}")
+
+    def fault_of(self, section: str, error: Exception) -> None:
+        """A component's own complaint, which may begin with ``section.key``."""
+        named_key = re.match(rf"{section}\.([\w.]+):? (.*)", str(error), re.DOTALL)
+        dotted, message = named_key.groups() if named_key else ("", str(error))
+        self.fault(f"{section}.{dotted}".rstrip("."), message)
 
 
 def _explain(fault: Any, spec: type[Settings]) -> str:

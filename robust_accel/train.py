@@ -20,7 +20,7 @@ from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, un
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
-from robust_accel.recipe import Recipe, TrainSettings, named
+from robust_accel.recipe import Recipe, TrainSettings
 from robust_accel.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder, append_line
@@ -41,19 +41,20 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         ValueError: ``section.key: ...``, before any process group starts: data, model, batch size
             or run folder are not as the recipe says.
     """
-    assert recipe.train is not None and recipe.optimizer is not None and recipe.attack is not None
+    settings = recipe.train
+    assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
     continued = folder.check(recipe.settings, resume=resume)
-    data = named("data", lambda: load_data(recipe.data, seed=recipe.train.seed))
-    torch.manual_seed(recipe.train.seed)  # the same first weights on every process
-    classifier = named("model", lambda: _classifier_for(recipe, data))
+    data = recipe.checked("data", lambda: load_data(recipe.data, seed=settings.seed))
+    torch.manual_seed(settings.seed)  # the same first weights on every process
+    classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    named("train", lambda: _sampler(recipe, data, 0, num_processes))
+    recipe.checked("train", lambda: _sampler(recipe, data, 0, num_processes))
 
     accelerator = Accelerator(
-        mixed_precision=choose_precision(recipe.train.precision),
-        gradient_accumulation_steps=recipe.train.gradient_accumulation,
-        log_with=list(recipe.train.log_with) or None,
+        mixed_precision=choose_precision(settings.precision),
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        log_with=list(settings.log_with) or None,
         project_dir=str(folder.path),
     )
     run = _Run(recipe, data, classifier, folder, accelerator, quiet=quiet)
@@ -79,9 +80,7 @@ class _Run:
         assert recipe.attack is not None
         self.recipe, self.settings, self.data, self.folder = recipe, recipe.train, data, folder
         self.accelerator, self.quiet = accelerator, quiet
-        self.sampler = _sampler(
-            recipe, data, accelerator.process_index, accelerator.num_processes
-        )
+        self.sampler = _sampler(recipe, data, accelerator.process_index, accelerator.num_processes)
         self.classifier = classifier.to(accelerator.device)
         if self.settings.channels_last:
             self.classifier.to(memory_format=torch.channels_last)
@@ -204,9 +203,7 @@ class _Run:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True)
         averages.values["clean_batch_accuracy"] = (model.predict(x) == labels).float().mean()
         # averaged over the processes; the clean accuracy is the last batch's alone
-        line = {
-            name: reduce(value, "mean").item() for name, value in averages.means().items()
-        }
+        line = {name: reduce(value, "mean").item() for name, value in averages.means().items()}
         meter = self.compression.meter
         line |= {
             "images_per_second": images / seconds,
@@ -388,7 +385,7 @@ def choose_precision(precision: str) -> str:
         if torch.cuda.is_available():
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+            capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
             native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
         precision = "bf16" if native else "fp32"
     return "no" if precision == "fp32" else precision
@@ -416,7 +413,7 @@ def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
 
 
 def _model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
-    return {"in_chans": data.shape[0]} | recipe.model.options
+    return {"in_chans": recipe.model.in_chans or data.shape[0]} | recipe.model.options
 
 
 def _peak_memory(device: torch.device) -> int:

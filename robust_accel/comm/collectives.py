@@ -17,6 +17,8 @@ from robust_accel.comm.quantizer import BlockNorm, Quantizer, Segment, random_ke
 from robust_accel.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# torch 2.14 renamed it and warns about the name that older ones know
+_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
 
 
@@ -172,7 +174,7 @@ def _all_gather(message: Tensor, group: dist.ProcessGroup | None, meter: Meter) 
     """message: [bytes] of one size on every rank -> [M, bytes]."""
     world_size = dist.get_world_size(group)
     gathered = message.new_empty(world_size, message.numel())
-    dist.all_gather_into_tensor(gathered.view(-1), message, group=group)
+    _all_gather_tensor(gathered.view(-1), message, group=group)
     meter.sent((world_size - 1) * message.numel())
     return gathered
 

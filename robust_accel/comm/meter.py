@@ -30,7 +30,7 @@ class Meter:
 
     @property
     def exposed_seconds(self) -> float:
-        """The part of it that backward did not hide: from the last bucket's arrival to its end."""
+        """Wall time that backward did not hide: from the last bucket's arrival to its end."""
         self._collect(wait=True)
         return self._exposed_seconds
 

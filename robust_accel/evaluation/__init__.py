@@ -55,7 +55,7 @@ def evaluate(
     measure("clean_accuracy", clean, settings.images)
     if settings.pgd is not None:
         pgd = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
-        about = {"num_steps": pgd.num_steps, "step_size": pgd.step_size}
+        about: dict[str, Any] = {"num_steps": pgd.num_steps, "step_size": pgd.step_size}
         measure("pgd_accuracy", under_attack(pgd), settings.images, **about)
     if autoattack is not None:
         assert settings.autoattack is not None

@@ -29,9 +29,7 @@ class AutoAttackUnit:
         ValueError: The data have fewer classes than the targeted attacks need.
     """
 
-    def __init__(
-        self, settings: EvaluateSettings, num_classes: int, device: torch.device
-    ) -> None:
+    def __init__(self, settings: EvaluateSettings, num_classes: int, device: torch.device) -> None:
         assert settings.autoattack is not None
         if num_classes < _MIN_CLASSES:
             raise ValueError(

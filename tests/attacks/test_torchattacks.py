@@ -28,9 +28,7 @@ def agree(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("random_start", [False, True])
 def test_pgd_linf(problem, random_start):
     model, x, labels, loss_fn = problem
-    theirs = torchattacks.PGD(
-        model, eps=8 / 255, alpha=2 / 255, steps=5, random_start=random_start
-    )
+    theirs = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=5, random_start=random_start)
     torch.manual_seed(3)
     expected = theirs(x, labels)
     torch.manual_seed(3)

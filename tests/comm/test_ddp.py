@@ -8,7 +8,6 @@ import time
 import processes
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -472,11 +471,12 @@ def test_rounding_is_independent_across_ranks_steps_sides_and_seeds(ranks):
     result = get(ranks, equal_gradients)[0]
     m = len(ranks)
     one = result["alone"].square().mean()  # the error of one quantisation
-    # M independent errors averaged, plus that of the mean's own quantisation
-    for name, expected in (("one", 1 / m), ("two", 1 / m + 1)):
+    # M independent errors averaged; rounded again, the mean is on one of two neighbouring levels
+    # without bias, which is the law of a single quantisation
+    for name, expected in (("one", 1 / m), ("two", 1.0)):
         errors = result[name]
         for e in errors:
-            assert float(e.square().mean() / one) == pytest.approx(expected, rel=0.1)
+            assert float(e.square().mean() / one) == pytest.approx(expected, rel=0.06)
         for other in errors[1:]:
             correlation = (errors[0] * other).mean() / errors[0].square().mean()
             # both round towards the same two neighbours, but not together
@@ -505,8 +505,8 @@ def test_meter_adds_up(ranks):
     for run in get(ranks, training):
         for name, r in run.items():
             assert r["bytes"] == sum(c["bytes"] for c in r["calls"]) > 0, name
-            assert 0 < r["exposed"]
-            assert 0 < r["seconds"]
+            assert r["exposed"] > 0
+            assert r["seconds"] > 0
             assert r["steps"] == 3
         assert run["2bit-2side"]["bytes"] < run["8bit-2side"]["bytes"] < run["fp32"]["bytes"]
 
@@ -557,7 +557,3 @@ def test_settings_name_the_allowed_values():
     for bad in ({"block_size": 0}, {"sides": 3}, {"seed": -1}, {"norm": "l1"}):
         with pytest.raises(ValidationError):
             QSGD(**bad)
-
-
-def test_rank_and_process_count_stay_out_of_the_test_process():
-    assert not dist.is_initialized()
