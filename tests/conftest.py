@@ -1,7 +1,10 @@
 """Every test runs on one thread and from one seed."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
 
@@ -9,3 +12,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets() -> Iterator[None]:
+    """Accelerate keeps one state a process, precision included: each test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,123 @@
+"""Two real processes under the real launcher."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from robust_accel.run_folder import RunFolder
+
+pytestmark = pytest.mark.launch
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+SMALL = (
+    "communication.name=qsgd",
+    "communication.bits=8",
+    "train.epochs=3",
+    "train.validate_every=2",
+    "train.checkpoint_every=4",
+    "train.log_every=5",
+    "attack.num_steps=2",
+    "attack.step_size=0.1",
+    "data.train_size=784",
+    "evaluate.autoattack=null",
+    "evaluate.batch_size=100",
+    "evaluate.pgd.num_steps=5",
+)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    port = str(20000 + os.getpid() % 20000)
+    return subprocess.Popen(
+        [*LAUNCH, "--main_process_port", port, "-m", "robust_accel", *map(str, arguments)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill the launcher and its workers, which have sessions of their own, without a word."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+    process.communicate()
+
+
+def launch(*arguments: object) -> tuple[int, str]:
+    process = start(*arguments)
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    code, output = launch("train", "quickstart", *SMALL, f"output={folder}")
+    assert code == 0, output
+    return folder
+
+
+def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finished: Path) -> None:
+    report = RunFolder(finished).read_report()
+    assert report["num_processes"] == 2
+    assert report["parameters_equal_on_all_processes"]
+    assert report["clean_accuracy"]["n"] == 360
+    assert report["clean_accuracy"]["accuracy"] > 0.5
+    # 2-sided, 2 workers: 2 (M - 1) / M b d / 8 bytes, scales and small tensors on top
+    num_parameters = sum(
+        tensor.numel() for key, tensor in weights(finished).items() if "running" not in key
+    )
+    assert num_parameters < report["bytes_sent_per_step"] < 1.2 * num_parameters
+    assert report["comm_seconds_per_epoch"] > 0
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "killed")
+    process = start("train", "quickstart", *SMALL, f"output={folder.path}")
+    deadline = time.monotonic() + 200
+    while not folder.steps() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill(process)
+    assert folder.steps()
+    assert not folder.report.exists()
+    code, output = launch("train", "quickstart", *SMALL, f"output={folder.path}", "--resume")
+    assert code == 0, output
+    assert "continuing" in output
+    before, after = weights(finished), weights(folder.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(
+    finished: Path, tmp_path: Path
+) -> None:
+    from robust_accel.evaluate import evaluate_model
+
+    one = evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).read_report()
+    two = RunFolder(finished).read_report()
+    for key in ("clean_accuracy", "pgd_accuracy"):
+        assert one[key] == two[key]
+
+
+def test_a_wrong_recipe_stops_before_anything_is_made(tmp_path: Path) -> None:
+    code, output = launch(
+        "train", "quickstart", "communication.bits=7", "communication.name=qsgd",
+        f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert code != 0
+    message = "command line: communication.bits: 7 is not allowed: input should be 16, 8, 4 or 2"
+    assert output.count(message) == 1  # once, not once a process
+    assert not (tmp_path / "run").exists()
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model" / "model.safetensors")

@@ -1,0 +1,201 @@
+"""The training loop in this process: what it learns, leaves behind, and how it resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from robust_accel.evaluate import evaluate_model
+from robust_accel.recipe import load_recipe
+from robust_accel.run_folder import RunFolder
+from robust_accel.train import train
+
+SMALL = (
+    "train.epochs=3",
+    "train.validate_every=1",
+    "train.log_every=5",
+    "attack.num_steps=2",
+    "attack.step_size=0.1",
+    "data.train_size=640",
+    "data.test_size=100",
+    "evaluate.autoattack=null",
+    "evaluate.pgd.num_steps=5",
+)
+
+
+def run(folder: Path, *settings: str, resume: bool = False) -> dict:
+    recipe = load_recipe("quickstart", [*SMALL, f"output={folder}", *settings])
+    return train(recipe, resume=resume, quiet=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    return folder, run(folder)
+
+
+def test_it_learns_and_leaves_what_the_run_folder_promises(finished: tuple[Path, dict]) -> None:
+    folder, report = finished
+    assert report["clean_accuracy"]["accuracy"] > 0.5
+    assert report["clean_accuracy"]["n"] == 100
+    assert report["pgd_accuracy"]["accuracy"] <= report["clean_accuracy"]["accuracy"]
+    for name in ("recipe.yaml", "metrics.jsonl", "report.json", "report.md", "training.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "report.json").read_text()) == report
+    for key in ("threat_model", "selection", "versions", "train_seconds_per_epoch"):
+        assert key in report
+    assert report["bytes_sent_per_step"] == 0  # one process sends nothing
+    metrics = RunFolder(folder).read_metrics()
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_timm_loads_the_model_folder(finished: tuple[Path, dict]) -> None:
+    model = timm.create_model(f"local-dir:{finished[0] / 'model'}", pretrained=True)
+    assert same(model.state_dict(), weights(finished[0]))
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_evaluate_measures_the_run_again_and_keeps_the_old_numbers(
+    finished: tuple[Path, dict],
+) -> None:
+    folder, report = finished
+    evaluate_model(str(folder), ["evaluate.pgd.num_steps=5"])
+    again = RunFolder(folder).read_report()
+    for key in ("clean_accuracy", "pgd_accuracy"):
+        assert again[key] == report[key]
+    assert again["train_seconds_per_epoch"] == report["train_seconds_per_epoch"]
+    assert len((folder / "evaluations.jsonl").read_text().splitlines()) == 2
+
+
+def test_evaluate_measures_a_timm_folder(finished: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, report = finished
+    settings = ["data.path=sklearn:digits", "data.test_size=100", "evaluate.eps=0.2"]
+    settings += ["evaluate.pgd.num_steps=5", f"output={tmp_path / 'measured'}"]
+    measured = evaluate_model(f"local-dir:{folder / 'model'}", settings).read_report()
+    assert measured["clean_accuracy"] == report["clean_accuracy"]
+    assert measured["pgd_accuracy"] == report["pgd_accuracy"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("fatal_attack", "settings"),
+    [
+        # 7 steps an epoch and 1 validation: both die in the 11th step, after the checkpoint of
+        # the 9th, in the middle of the second epoch
+        pytest.param(12, (), id="plain"),
+        pytest.param(
+            23,
+            (
+                "train.ema_decay=0.9",
+                "train.gradient_accumulation=2",
+                "train.max_grad_norm=1.0",
+                "train.select=best",
+                "train.precision=bf16",
+                "optimizer.name=sgd",
+                "optimizer.lr=0.05",
+            ),
+            id="ema-accumulation-clipping-best-bf16-sgd",
+        ),
+    ],
+)
+def test_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal_attack: int, settings: tuple[str, ...]
+) -> None:
+    settings = ("train.epochs=2", "train.checkpoint_every=3", *settings)
+    whole = run(tmp_path / "whole", *settings)
+
+    from robust_accel.attacks import PGD
+
+    attack, calls = PGD.__call__, 0
+
+    def deadly(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == fatal_attack:
+            raise Killed
+        return attack(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PGD, "__call__", deadly)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", *settings)
+    assert [path.name for path in RunFolder(tmp_path / "killed").steps()] == ["step-00000009"]
+    torch.manual_seed(12345)  # whatever another process would have
+    resumed = run(tmp_path / "killed", *settings, resume=True)
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    for key in ("clean_accuracy", "pgd_accuracy", "steps", "selection", "parameters_digest"):
+        assert resumed[key] == whole[key]
+    steps = [line["step"] for line in RunFolder(tmp_path / "killed").read_metrics()]
+    assert steps == [line["step"] for line in RunFolder(tmp_path / "whole").read_metrics()]
+
+
+def test_a_run_is_never_overwritten(finished: tuple[Path, dict]) -> None:
+    before = weights(finished[0])
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(finished[0])
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.03, now 0\.5"):
+        run(finished[0], "optimizer.lr=0.5", resume=True)
+    assert same(weights(finished[0]), before)
+
+
+def test_early_stopping_and_best_weights(tmp_path: Path) -> None:
+    # a learning rate of almost nothing: no validation after the first is better
+    report = run(
+        tmp_path / "run",
+        "optimizer.lr=1e-12",
+        "train.epochs=9",
+        "train.early_stopping=2",
+        "train.select=best",
+    )
+    assert report["stopped_early"]
+    assert report["epochs"] == 3
+    assert report["selection"]["epoch"] == 1
+    assert report["selection"]["n"] == 144
+
+
+def test_select_best_restores_the_weights_that_were_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    report = run(folder, "train.select=best", "train.epochs=2")
+    assert same(weights(folder), _without_prefix(load_file(RunFolder(folder).best)))
+    validations = [
+        line["validation_robust_accuracy"]
+        for line in RunFolder(folder).read_metrics()
+        if "validation_robust_accuracy" in line
+    ]
+    assert report["selection"]["robust_accuracy"] == max(validations)
+
+
+def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        run(tmp_path / "run", "optimizer.name=sgd", "optimizer.lr=1e30")
+
+
+def test_standard_training_is_not_robust_and_adversarial_training_is(
+    finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        "quickstart_standard",
+        [s for s in SMALL if not s.startswith("attack.")] + [f"output={tmp_path / 'standard'}"],
+    )
+    standard = train(recipe, quiet=True)
+    assert standard["clean_accuracy"]["accuracy"] > 0.8
+    assert standard["pgd_accuracy"]["accuracy"] < finished[1]["pgd_accuracy"]["accuracy"]
