@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test lint
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume

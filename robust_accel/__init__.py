@@ -1,7 +1,7 @@
 """Distributed adversarial training on Accelerate, timm, datasets and AutoAttack."""
 
 from robust_accel.attacks import FGSMRS, NFGSM, PGD, Attack
-from robust_accel.comm import compress_gradients
+from robust_accel.comm import QSGD, AllReduce, compress_gradients
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import Adversarial, Objective
 from robust_accel.optim import LAMB
@@ -14,7 +14,9 @@ __all__ = [
     "LAMB",
     "NFGSM",
     "PGD",
+    "QSGD",
     "Adversarial",
+    "AllReduce",
     "Attack",
     "Objective",
     "PixelClassifier",

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from annotated_types import Ge, Gt, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from robust_accel.attacks import ATTACKS, Attack
 from robust_accel.comm import COLLECTIVES
@@ -35,6 +36,18 @@ RECIPES = next(
 
 class RecipeError(ValueError):
     """A recipe that cannot run: one line a fault, with file, key, what was found and allowed."""
+
+
+def _trackers_at_hand(names: tuple[str, ...]) -> tuple[str, ...]:
+    at_hand = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in at_hand:
+            known = _list(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(
+                f"{name!r} is not installed or unknown; installed: {_list(at_hand) or 'none'}; "
+                f"Accelerate knows {known}"
+            )
+    return names
 
 
 class TrainSettings(Settings):
@@ -76,7 +89,7 @@ class TrainSettings(Settings):
     early_stopping: Annotated[int, Ge(1)] | None = None
     checkpoint_every: Annotated[int, Ge(1)] | None = None
     log_every: Annotated[int, Ge(1)] = 50
-    log_with: tuple[str, ...] = ()
+    log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     channels_last: bool = False
     compile: bool = False
 

@@ -51,8 +51,10 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe.checked("train", lambda: _sampler(recipe, data, 0, num_processes))
 
+    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
+
     accelerator = Accelerator(
-        mixed_precision=choose_precision(settings.precision),
+        mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
         log_with=list(settings.log_with) or None,
         project_dir=str(folder.path),
@@ -381,6 +383,8 @@ class _Averages:
 
 def choose_precision(precision: str) -> str:
     """Accelerate's ``mixed_precision``: ``auto`` is bf16 where the device computes in it."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision: fp16 needs a GPU, and there is none; allowed: auto, fp32, bf16")
     if precision == "auto":
         if torch.cuda.is_available():
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -153,6 +153,14 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, dict]) -> None:
     assert same(weights(finished[0]), before)
 
 
+def test_trackers_are_told(tmp_path: Path) -> None:
+    run(tmp_path / "run", "train.log_with=[tensorboard]", "train.epochs=1")
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"images_per_second" in content
+    assert b"validation_robust_accuracy" in content
+
+
 def test_early_stopping_and_best_weights(tmp_path: Path) -> None:
     # a learning rate of almost nothing: no validation after the first is better
     report = run(
