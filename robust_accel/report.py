@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from robust_accel.run_folder import RunFolder
 
 ACCURACIES = {
@@ -25,7 +27,11 @@ def write_report(folder: RunFolder) -> str:
     if _plot_training(folder):
         lines += ["![Training](training.png)", ""]
     lines += ["## How it was made", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in _flat(report) if key not in ACCURACIES]
+    facts = {key: value for key, value in report.items() if key not in {*ACCURACIES, "recipe"}}
+    lines += [f"| {key} | {value} |" for key, value in _flat(facts)]
+    if "recipe" in report:
+        recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
+        lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
     text = "\n".join(lines) + "\n"
     (folder.path / "report.md").write_text(text)
     return text
@@ -58,10 +64,10 @@ def _percent(measured: dict[str, Any] | None) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of a nested report by dotted key; the accuracies stay whole."""
+    """Leaves of a nested report by dotted key."""
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        nested = isinstance(value, dict) and key not in ACCURACIES
+        nested = isinstance(value, dict)
         leaves += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
     return leaves
 

@@ -277,7 +277,7 @@ class _Run:
             }
         if self.accelerator.is_main_process:
             save_model(classifier, self.folder.model, _model_options(self.recipe, self.data))
-        report = self._facts() | {"selection": selection}
+        report = self._facts(classifier) | {"selection": selection}
         report |= evaluate(
             classifier,
             self.data.test,
@@ -298,11 +298,11 @@ class _Run:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, classifier: PixelClassifier) -> dict[str, Any]:
         """What the report says about how the weights were made."""
         progress, steps = self.progress, max(1, self.progress.step)
         epochs = steps / self.sampler.steps_per_epoch
-        digest, equal = digest_of_parameters(self.classifier, self.accelerator)
+        digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
             "steps": progress.step,
@@ -384,7 +384,9 @@ class _Averages:
 def choose_precision(precision: str) -> str:
     """Accelerate's ``mixed_precision``: ``auto`` is bf16 where the device computes in it."""
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision: fp16 needs a GPU, and there is none; allowed: auto, fp32, bf16")
+        raise ValueError(
+            "precision: fp16 needs a GPU, and there is none; allowed: auto, fp32, bf16"
+        )
     if precision == "auto":
         if torch.cuda.is_available():
             native = torch.cuda.is_bf16_supported(including_emulation=False)
