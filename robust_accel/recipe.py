@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -211,7 +212,7 @@ class _Draft:
             raise RecipeError(f"{path}: base: the recipe inherits from itself")
         try:
             values = yaml.load(path.read_text(), _Loader)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise RecipeError(f"{seen[-1]}: base: no such file: {path}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from None
@@ -219,6 +220,8 @@ class _Draft:
             raise RecipeError(f"{path}: a recipe is a mapping of sections, got {values!r}")
         base = values.pop("base", None)
         if base is not None:
+            if not isinstance(base, str):
+                raise RecipeError(f"{path}: base: must be one file, got {base!r}")
             self.read(path.parent / base, (*seen, path.resolve()))
         self.merge(values, str(path))
 
@@ -233,7 +236,12 @@ class _Draft:
             node = tree
             for key in keys[:-1]:
                 node = node.setdefault(key, {})
-            node[keys[-1]] = yaml.load(value, _Loader)
+                if not isinstance(node, dict):
+                    raise RecipeError(f"command line: {text!r}: {key} is set to {node!r} there too")
+            try:
+                node[keys[-1]] = yaml.load(value, _Loader)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"command line: {text!r} is not YAML: {error}") from None
         self.merge(tree, "command line")
 
     def merge(self, values: dict[str, Any], origin: str) -> None:
@@ -241,8 +249,13 @@ class _Draft:
 
     def _merged(self, old: Any, new: dict[str, Any], origin: str, prefix: str) -> dict[str, Any]:
         # another component by name starts its section afresh: its settings are its own
-        renamed = isinstance(old, dict) and new.get("name", old.get("name")) != old.get("name")
-        merged = {} if renamed or not isinstance(old, dict) else dict(old)
+        old = old if isinstance(old, dict) else {}
+        renamed = prefix and new.get("name", old.get("name")) != old.get("name")
+        if renamed:
+            stale = [key for key in self.origins if key.startswith(prefix)]
+            for key in stale:  # or a key missing now would be blamed on the file that had it
+                del self.origins[key]
+        merged = {} if renamed else dict(old)
         for key, value in new.items():
             dotted = f"{prefix}{key}"
             self.origins[dotted] = origin
@@ -254,16 +267,20 @@ class _Draft:
 
     def build(self, source: str, *, default_output: str, required: tuple[str, ...]) -> Recipe:
         """Check every section, and raise all faults at once."""
-        output = self.values.pop("output", default_output)
-        for key in self.values.keys() - SECTIONS.keys():
+        output = self.values.pop("output", None) or default_output
+        # a section that is there but empty (null) is as good as left out
+        given = copy.deepcopy(DEFAULTS) | {k: v for k, v in self.values.items() if v is not None}
+        for key in map(str, self.values):
+            if key in SECTIONS:
+                continue
             self.fault(key, f"unknown section{_close(key, SECTIONS)}; allowed: {_list(SECTIONS)}")
         for key in required:
-            if key not in self.values:
+            if key not in given:
                 self.fault(key, "missing: this section is required")
         built: dict[str, Any] = {}
         resolved: dict[str, Any] = {}
         for key, spec in SECTIONS.items():
-            values = self.values.get(key)
+            values = given.get(key)
             if values is None:
                 continue
             if not isinstance(values, dict):
@@ -295,8 +312,12 @@ class _Draft:
             if isinstance(component, OptimizerSettings):
                 check_optimizer(component)
         except ValidationError as error:
+            by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
             for fault in error.errors():
-                self.fault(".".join(map(str, (key, *fault["loc"]))), _explain(fault, spec))
+                dotted, message = _explain(fault, spec)
+                by_key.setdefault(".".join((key, *dotted)), {})[message] = None
+            for dotted_key, messages in by_key.items():
+                self.fault(dotted_key, "; or ".join(messages))
             return None, {}
         except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
             self.fault_of(key, error)
@@ -315,7 +336,7 @@ class _Draft:
             module, _, attribute = name.partition(":")
             try:
                 return getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+            except (ImportError, AttributeError, TypeError, ValueError) as error:
                 self.fault(f"{key}.name", f"{name!r} cannot be imported: {error}")
                 return None
         found = "missing" if name is None else f"{name!r} is unknown{_close(name, family)}"
@@ -346,10 +367,15 @@ class _Draft:
                 built["schedule"].check(train.epochs)
             except ValueError as error:
                 self.fault_of("schedule", error)
-        if evaluate.eps is None and not hasattr(attack, "eps"):
+        evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
+        if evaluate.eps is None:
             self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
-        else:
-            built["evaluate"] = evaluate.with_threat_model_of(attack)
+        elif evaluate.norm == "linf" and evaluate.eps > 1:
+            self.fault(
+                "evaluate.eps",
+                f"{evaluate.eps} is not allowed: in pixel units an L-inf eps is at most 1, "
+                "like 8/255",
+            )
 
     def fault(self, dotted: str, message: str) -> None:
         self.faults.append(f"{_origin(self.origins, dotted)}: {dotted}: {message}")
@@ -361,15 +387,31 @@ class _Draft:
         self.fault(f"{section}.{dotted}".rstrip("."), message)
 
 
-def _explain(fault: Any, spec: type[Settings]) -> str:
-    """One pydantic fault as: what was found, what is allowed."""
+def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
+    """One pydantic fault as its keys, and: what was found, what is allowed."""
+    keys: list[str] = []
+    for part in fault["loc"]:
+        fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
+        if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
+            message = f"unknown key{_close(part, fields)}; allowed: {_list(fields)}"
+            return [*keys, str(part)], message
+        if part in fields or isinstance(part, int):  # else it tells a union's members apart
+            keys.append(str(part))
+        spec = _nested(fields[part].annotation) if part in fields else None
     if fault["type"] == "missing":
-        return "missing: this key is required"
-    if fault["type"] == "extra_forbidden":
-        fields = spec.model_fields
-        return f"unknown key{_close(fault['loc'][-1], fields)}; allowed: {_list(fields)}"
+        return keys, "missing: this key is required"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+    if not keys:  # a complaint about keys together names them itself
+        return keys, message
+    return keys, f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _nested(annotation: Any) -> Any:
+    """The settings class in a field's annotation, if there is one."""
+    for member in (annotation, *get_args(annotation)):
+        if inspect.isclass(member) and issubclass(member, BaseModel):
+            return member
+    return None
 
 
 def _close(name: object, known: Iterable[str]) -> str:

@@ -72,7 +72,8 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        whole, _, _ = self.metrics.read_text().rpartition("\n")  # a killed run's last line is not
+        return [json.loads(line) for line in whole.splitlines()]
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after the step that a run continues from: they will be written again."""

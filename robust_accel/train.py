@@ -129,8 +129,7 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder.recipe)
-            if continued:
-                self.folder.truncate_metrics(self.progress.step)
+            self.folder.truncate_metrics(self.progress.step)
         self.accelerator.wait_for_everyone()
         if self.settings.log_with:
             self.accelerator.init_trackers(self.folder.path.name)
@@ -384,9 +383,7 @@ class _Averages:
 def choose_precision(precision: str) -> str:
     """Accelerate's ``mixed_precision``: ``auto`` is bf16 where the device computes in it."""
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError(
-            "precision: fp16 needs a GPU, and there is none; allowed: auto, fp32, bf16"
-        )
+        raise ValueError("precision: fp16 needs a GPU, found none; allowed: auto, fp32, bf16")
     if precision == "auto":
         if torch.cuda.is_available():
             native = torch.cuda.is_bf16_supported(including_emulation=False)

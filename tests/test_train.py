@@ -135,6 +135,8 @@ def test_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
         with pytest.raises(Killed):
             run(tmp_path / "killed", *settings)
     assert [path.name for path in RunFolder(tmp_path / "killed").steps()] == ["step-00000009"]
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # killed while it wrote a line
     torch.manual_seed(12345)  # whatever another process would have
     resumed = run(tmp_path / "killed", *settings, resume=True)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
