@@ -72,6 +72,11 @@ class DataSettings(Settings):
                 "image_size is for images from files (in_memory: false), which need it; got "
                 f"{self.image_size}"
             )
+        if self.validation_size > 1 and self.validation_size % 1:
+            raise ValueError(
+                f"validation_size: {self.validation_size} is neither a number of images nor a "
+                "share < 1"
+            )
         return self
 
 
@@ -136,7 +141,7 @@ class FileImages:
     ) -> None:
         assert settings.image_size is not None
         self.rows, self.columns, self.settings, self.seed = rows, columns, settings, seed
-        self.labels = torch.tensor(rows[columns[1]][:], dtype=torch.int64)
+        self.labels = _labels(rows, columns[1])
         self.shape = (3, settings.image_size, settings.image_size)
 
     def __len__(self) -> int:
@@ -154,6 +159,7 @@ class FileImages:
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=self.settings.num_workers,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the attacks' stream
         )
         for x, labels in loader:
             yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -323,6 +329,8 @@ def load_data(settings: DataSettings, *, seed: int = 0) -> Data:
     num_held_out = round(held_out * len(train)) if 0 < held_out < 1 else int(held_out)
     if num_held_out >= len(train):
         raise ValueError(f"validation_size: {held_out} leaves none of {len(train)} images to train")
+    if held_out and not num_held_out:
+        raise ValueError(f"validation_size: {held_out} of {len(train)} images is not one image")
     order = torch.randperm(len(train), generator=seeded_generator(5))
     return Data(
         train=train.subset(order[num_held_out:]),
@@ -373,7 +381,7 @@ def _load_images(
     images: ImageSet
     if settings.in_memory:
         pixels = _decode(rows[columns[0]], f"split {split} of {settings.path}")
-        labels = torch.tensor(rows[columns[1]][:], dtype=torch.int64)
+        labels = _labels(rows, columns[1])
         images = MemoryImages(pixels, labels, augment=settings.augment == "crop_flip", seed=seed)
     else:
         images = FileImages(rows, columns, settings, seed)
@@ -388,23 +396,35 @@ def _load_images(
     return images, num_classes
 
 
+def _labels(rows: datasets.Dataset, column: str) -> Tensor:
+    labels = rows[column][:]
+    if None in labels:
+        raise ValueError(f"label_column: {column!r} has no label in row {labels.index(None)}")
+    return torch.tensor(labels, dtype=torch.int64)
+
+
 def _find_columns(rows: datasets.Dataset, settings: DataSettings) -> tuple[str, str]:
     """Names of the image and the label column: as given, else by feature type."""
     features: dict[str, Any] = rows.features
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
-    labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    if not labels:
-        integers = [n for n, f in features.items() if "int" in getattr(f, "dtype", "")]
-        labels = [n for n in integers if "label" in n] or integers
+    scalars = {n: f for n, f in features.items() if isinstance(f, datasets.Value)}
+    classes = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    integers = [n for n, f in scalars.items() if "int" in f.dtype]
+    labels = classes or [n for n in integers if "label" in n] or integers
     return (
-        _choose("image_column", settings.image_column, images, features),
-        _choose("label_column", settings.label_column, labels, features),
+        _choose("image_column", settings.image_column, images, images, features),
+        _choose("label_column", settings.label_column, labels, classes + integers, features),
     )
 
 
-def _choose(key: str, given: str | None, found: list[str], features: dict[str, Any]) -> str:
+def _choose(
+    key: str, given: str | None, found: list[str], allowed: list[str], features: dict[str, Any]
+) -> str:
     if given is not None and given not in features:
         raise ValueError(f"{key}: there is no column {given!r}; columns are {list(features)}")
+    if given is not None and given not in allowed:
+        kind = "images" if key == "image_column" else "integers"
+        raise ValueError(f"{key}: {given!r} holds no {kind}: {features[given]}")
     if given is None and len(found) != 1:
         raise ValueError(
             f"{key}: name the column; {found or 'none'} would do, columns are {list(features)}"
@@ -413,21 +433,24 @@ def _choose(key: str, given: str | None, found: list[str], features: dict[str, A
 
 
 def _decode(column: Iterable[Image.Image], where: str) -> Tensor:
-    """Decode all images of a column to uint8 [N, C, H, W]; grey stays one channel."""
-    arrays: list[np.ndarray] = []
-    mode = None
+    """Decode all images of a column to uint8 [N, C, H, W]; one channel if all are grey."""
+    arrays: list[np.ndarray] = []  # [1 or 3, H, W]
     for index, image in enumerate(column):
-        mode = mode or ("L" if image.mode == "L" else "RGB")
-        array = np.asarray(image if image.mode == mode else image.convert(mode))
-        if arrays and array.shape != arrays[0].shape:
+        if image is None:
+            raise ValueError(f"path: image {index} of {where} is missing")
+        grey = image.mode == "L"
+        array = np.asarray(image if grey else image.convert("RGB"))
+        array = array[None] if grey else array.transpose(2, 0, 1)
+        if arrays and array.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(
-                f"path: image {index} of {where} is {_by(array.shape)}, the first is "
-                f"{_by(arrays[0].shape)}; images of several sizes need in_memory: false and "
+                f"path: image {index} of {where} is {_by(array.shape[1:])}, the first is "
+                f"{_by(arrays[0].shape[1:])}; images of several sizes need in_memory: false and "
                 "image_size"
             )
         arrays.append(array)
-    pixels = torch.from_numpy(np.stack(arrays))
-    return pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()
+    channels = max(len(array) for array in arrays)
+    images = [np.broadcast_to(array, (channels, *array.shape[1:])) for array in arrays]
+    return torch.from_numpy(np.stack(images)).contiguous()
 
 
 def _by(shape: Iterable[int]) -> str:

@@ -39,6 +39,8 @@ class RunFolder:
             ValueError: The folder holds a run and ``resume`` is not asked for, or the run that it
                 holds was started from other settings.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output: {self.path} is no folder: choose another")
         if not self.recipe.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"output: {self.path} holds files that are no run: choose another")
@@ -50,7 +52,8 @@ class RunFolder:
             )
         started = yaml.safe_load(self.recipe.read_text())
         # what a run may change on the way: how it is measured and where it lies
-        changed = _differences(started, settings, ignored={"evaluate", "output"})
+        now = yaml.safe_load(yaml.safe_dump(settings))  # as it was saved: a tuple became a list
+        changed = _differences(started, now, ignored={"evaluate", "output"})
         if changed:
             raise ValueError(
                 f"output: {self.path} was started with other settings: {'; '.join(changed)}"
@@ -78,7 +81,9 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after the step that a run continues from: they will be written again."""
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        self.metrics.write_text("".join(lines))
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, self.metrics)
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

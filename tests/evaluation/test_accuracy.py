@@ -1,0 +1,306 @@
+"""Flags are exact, and do not depend on how images are dealt to processes."""
+
+import multiprocessing
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from robust_accel.attacks import PGD, NoAttack
+from robust_accel.data import MemoryImages
+from robust_accel.evaluation import (
+    EvaluateSettings,
+    accuracy,
+    clean,
+    correct_flags,
+    evaluate,
+    under_attack,
+)
+from robust_accel.evaluation.autoattack import AutoAttackUnit
+from robust_accel.models import PixelClassifier
+
+CPU = torch.device("cpu")
+EPS = 0.1
+SETTINGS = EvaluateSettings(norm="linf", eps=EPS, batch_size=7, pgd={"num_steps": 5})  # type: ignore[arg-type]
+
+
+@dataclass
+class Process:
+    """What ``correct_flags`` asks of an accelerator; alone, its reduce is the identity."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    is_local_main_process: bool = False
+    device: torch.device = CPU
+
+
+class Threshold(nn.Module):
+    """One pixel, class 1 above 0.5: an image is robust if it is further than eps from 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixel = x.flatten(1)[:, :1]
+        return torch.cat([0.5 - pixel, pixel - 0.5], dim=1)
+
+
+def grey(values: list[int], labels: list[int]) -> MemoryImages:
+    return MemoryImages(
+        torch.tensor(values, dtype=torch.uint8).reshape(-1, 1, 1, 1), torch.tensor(labels)
+    )
+
+
+def tiny() -> tuple[PixelClassifier, MemoryImages]:
+    """A small convolutional network fitted to a part of its labels, and 40 images in 5 classes."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randint(0, 256, (40, 3, 5, 5), generator=generator, dtype=torch.uint8)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.ReLU(),
+            nn.Flatten(), nn.Linear(54, 5),
+        )  # fmt: skip
+        classifier = PixelClassifier(model, mean=0.5, std=0.25)
+        classifier.train()(pictures.float() / 255)  # BatchNorm statistics that are not 0 and 1
+        labels = classifier.eval()(pictures.float() / 255).argmax(dim=1)
+    labels[::4] = (labels[::4] + 1) % 5  # a quarter is wrong
+    return classifier, MemoryImages(pictures, labels)
+
+
+def flags_of(perturb: Any, settings: EvaluateSettings, process: Any, **options: Any) -> Tensor:
+    classifier, images = tiny()
+    return correct_flags(classifier, images, perturb, settings, process, **options)
+
+
+PGD_ATTACK = PGD(eps=0.02, step_size=0.008, num_steps=4)
+
+
+# ---- exact -------------------------------------------------------------------------------------
+
+
+def test_flags_are_those_computed_by_hand() -> None:
+    values = [0, 60, 101, 103, 127, 128, 152, 154, 255] * 2
+    labels = [0] * 9 + [1] * 9
+    classifier, images = PixelClassifier(Threshold()), grey(values, labels)
+    right = [(v / 255 > 0.5) == bool(label) for v, label in zip(values, labels, strict=True)]
+    robust = [r and abs(v / 255 - 0.5) > EPS for r, v in zip(right, values, strict=True)]
+    assert correct_flags(classifier, images, clean, SETTINGS, Process()).tolist() == right
+    attack = under_attack(PGD(eps=EPS, step_size=0.05, num_steps=5))
+    assert correct_flags(classifier, images, attack, SETTINGS, Process()).tolist() == robust
+    assert 0 < sum(robust) < sum(right) < len(values)
+
+
+def test_an_image_counts_only_if_it_is_right_before_and_after() -> None:
+    """This perturbation mends what is wrong and breaks what is close."""
+
+    def helpful(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        seen.append((x, labels))
+        return torch.where(x > 0.6, x, 1 - x)
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    images = grey([0, 51, 204, 255, 140], [1, 0, 1, 0, 1])  # wrong, right, right, wrong, right
+    flags = correct_flags(PixelClassifier(Threshold()), images, helpful, SETTINGS, Process())
+    assert flags.tolist() == [False, False, True, False, False]
+    ((x, labels),) = seen  # only what was right is attacked
+    assert (x.flatten() * 255).round().tolist() == [51, 204, 140]
+    assert labels.tolist() == [0, 1, 1]
+
+
+def test_nothing_is_attacked_where_nothing_is_right() -> None:
+    def forbidden(*_: Any) -> Tensor:
+        raise AssertionError("attacked")
+
+    images = grey([0, 255], [1, 0])
+    flags = correct_flags(PixelClassifier(Threshold()), images, forbidden, SETTINGS, Process())
+    assert flags.tolist() == [False, False]
+
+
+def test_a_limit_takes_the_first_images() -> None:
+    whole = flags_of(clean, SETTINGS, Process())
+    assert flags_of(clean, SETTINGS, Process(), num_images=16).equal(whole[:16])
+    assert flags_of(clean, SETTINGS, Process(), num_images=1000).equal(whole)
+    assert whole.tolist() == [i % 4 != 0 for i in range(40)]
+
+
+def test_accuracy_is_a_share_with_its_number() -> None:
+    flags = torch.tensor([True, False, True, True])
+    assert accuracy(flags) == {"accuracy": 0.75, "n": 4}
+
+
+# ---- nothing is left behind --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_classifier_and_the_random_streams_stay_as_they_were(fails: bool) -> None:
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        assert not any(m.training for m in classifier.modules())
+        x_adv = under_attack(PGD_ATTACK)(classifier, x, labels, seed)
+        x_in = x.clone().requires_grad_()
+        classifier(x_in).sum().backward()  # as FAB does
+        assert x_in.grad is not None
+        if fails:
+            raise RuntimeError("out of memory")
+        return x_adv
+
+    classifier, images = tiny()
+    classifier.train()
+    frozen = classifier.model[0].weight  # type: ignore[index]
+    frozen.requires_grad_(False)
+    classifier.model[5].bias.grad = torch.ones(5)  # type: ignore[index]
+    classifier.model[1].eval()  # type: ignore[index]
+    modes = [m.training for m in classifier.modules()]
+    wanted = [p.requires_grad for p in classifier.parameters()]
+    state = {k: v.clone() for k, v in classifier.state_dict().items()}
+    rng = torch.get_rng_state()
+    try:
+        correct_flags(classifier, images, perturb, SETTINGS, Process())  # type: ignore[arg-type]
+    except RuntimeError:
+        assert fails
+    else:
+        assert not fails
+    assert [m.training for m in classifier.modules()] == modes
+    assert [p.requires_grad for p in classifier.parameters()] == wanted
+    grads = [name for name, p in classifier.named_parameters() if p.grad is not None]
+    assert grads == ["model.5.bias"]
+    assert classifier.model[5].bias.grad.equal(torch.ones(5))  # type: ignore[index]
+    assert all(v.equal(state[k]) for k, v in classifier.state_dict().items())
+    assert torch.get_rng_state().equal(rng)
+
+
+# ---- dealing -----------------------------------------------------------------------------------
+
+
+def adversarial_images(seed: int, batch_size: int, process: Process) -> dict[int, Tensor]:
+    """Perturbed images by the seed that their unit was given."""
+
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, unit_seed: int) -> Tensor:
+        x_adv = under_attack(PGD_ATTACK)(classifier, x, labels, unit_seed)
+        found[unit_seed] = x_adv
+        return x_adv
+
+    found: dict[int, Tensor] = {}
+    flags_of(perturb, SETTINGS.model_copy(update={"seed": seed, "batch_size": batch_size}), process)
+    return found
+
+
+def test_each_unit_is_one_processs_and_meets_the_same_attack_there() -> None:
+    alone = adversarial_images(3, 7, Process())
+    assert len(alone) == 6  # 40 images in units of 7; no two units share a seed
+    for world_size in (2, 3, 7):
+        parts = [adversarial_images(3, 7, Process(r, world_size)) for r in range(world_size)]
+        assert sum(map(len, parts)) == len(alone)
+        together = {seed: x for part in parts for seed, x in part.items()}
+        assert together.keys() == alone.keys()
+        assert all(together[seed].equal(alone[seed]) for seed in alone)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize("perturb", [clean, under_attack(PGD_ATTACK)])
+def test_flags_add_up_to_those_of_one_process(world_size: int, perturb: Any) -> None:
+    alone = flags_of(perturb, SETTINGS, Process())
+    parts = [flags_of(perturb, SETTINGS, Process(r, world_size)) for r in range(world_size)]
+    assert torch.stack(parts).sum(dim=0).tolist() == alone.int().tolist()
+    assert 0 < alone.sum() < 40
+
+
+def test_attacks_repeat_by_seed() -> None:
+    one, again, other = (adversarial_images(seed, 40, Process()) for seed in (3, 3, 4))
+    assert one[3].equal(again[3])
+    assert not one[3].equal(other[4])
+
+
+AUTOATTACK = SETTINGS.model_copy(update={"autoattack": "quick", "eps": 0.02, "batch_size": 20})
+
+
+def flags_on_two_processes(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=50), rank=rank, world_size=2
+    )
+    accelerator = Accelerator(cpu=True)
+    assert (accelerator.num_processes, accelerator.process_index) == (2, rank)
+    torch.save(measured(accelerator), folder / f"{rank}.pt")
+
+
+def measured(process: Any) -> dict[str, list[bool]]:
+    autoattack = AutoAttackUnit(AUTOATTACK, 5, CPU)
+    return {
+        "clean": flags_of(clean, SETTINGS, process).tolist(),
+        "pgd": flags_of(under_attack(PGD_ATTACK), SETTINGS, process).tolist(),
+        "autoattack": flags_of(autoattack, AUTOATTACK, process).tolist(),
+    }
+
+
+def test_two_real_processes_agree_with_one(tmp_path: Path) -> None:
+    # forked, not spawned: imports take longer than the work
+    context = multiprocessing.get_context("fork")
+    workers = [
+        context.Process(target=flags_on_two_processes, args=(rank, tmp_path), daemon=True)
+        for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    alone = measured(Process())
+    for worker in workers:
+        worker.join(timeout=60)
+    exits = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert exits == [0, 0]
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt") == alone
+    assert 0 < sum(alone["autoattack"]) <= sum(alone["pgd"]) < sum(alone["clean"]) == 30
+
+
+# ---- evaluate ----------------------------------------------------------------------------------
+
+
+def test_evaluate_reports_what_it_did() -> None:
+    classifier, images = tiny()
+    settings = EvaluateSettings(
+        norm="linf",
+        eps=0.02,
+        pgd={"num_steps": 3},  # type: ignore[arg-type]
+        autoattack="quick",
+        images=20,
+        autoattack_images=4,
+        batch_size=5,
+        seed=4,
+    )
+    said: list[str] = []
+    result = evaluate(classifier, images, settings, Process(), num_classes=5, say=said.append)  # type: ignore[arg-type]
+    assert result["threat_model"] == {"norm": "linf", "eps": 0.02}
+    assert (result["batchnorm_mode"], result["evaluation_seed"]) == ("eval", 4)
+    assert result["clean_accuracy"] == {"accuracy": 0.75, "n": 20}
+    pgd = result["pgd_accuracy"]
+    assert (pgd["n"], pgd["num_steps"], pgd["step_size"]) == (20, 3, 0.005)
+    expected = correct_flags(
+        classifier, images, under_attack(PGD(eps=0.02, step_size=0.005, num_steps=3)),
+        settings, Process(), num_images=20,
+    )  # fmt: skip
+    assert pgd["accuracy"] == expected.float().mean().item()
+    autoattack = result["autoattack_accuracy"]
+    assert (autoattack["n"], autoattack["version"]) == (4, "quick")
+    assert autoattack["attacks"] == ["apgd-ce", "apgd-t"]
+    assert [text.split(":")[0] for text in said] == [
+        "clean_accuracy", "pgd_accuracy", "autoattack_accuracy",
+    ]  # fmt: skip
+
+
+def test_what_is_not_asked_for_is_not_measured() -> None:
+    classifier, images = tiny()
+    settings = EvaluateSettings(norm="linf", eps=0.02, pgd=None)
+    result = evaluate(classifier, images, settings, Process(), num_classes=5)  # type: ignore[arg-type]
+    assert result["clean_accuracy"]["n"] == 40
+    assert "pgd_accuracy" not in result and "autoattack_accuracy" not in result
+
+
+def test_no_attack_is_clean_accuracy() -> None:
+    one, other = (flags_of(p, SETTINGS, Process()) for p in (clean, under_attack(NoAttack())))
+    assert one.equal(other)
