@@ -133,6 +133,22 @@ def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(numpy_before, numpy_after, strict=True))
 
 
+def test_streams_that_an_attack_reseeds_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square reseeds numpy's too, but takes 5,000 queries to say so."""
+
+    def reseed(self: AutoAttack, x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+        return x, y
+
+    monkeypatch.setattr(AutoAttack, "run_standard_evaluation", reseed)
+    classifier, images = fitted()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    AutoAttackUnit(settings(), 5, CPU)(classifier, images.images / 255, images.labels, 0)
+    assert torch.get_rng_state().equal(states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index,union-attr]  # noqa: NPY002
+
+
 def test_one_image_a_unit_works() -> None:
     """A unit may hold a single right image: shapes must not collapse."""
     classifier, images = fitted()
