@@ -17,6 +17,7 @@ from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_wei
 from robust_accel.comm import GradientCompression, compress_gradients
 from robust_accel.data import Data, Sampler, load_data
 from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
+from robust_accel.evaluation.autoattack import AutoAttackUnit
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
@@ -50,8 +51,9 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe.checked("train", lambda: _sampler(recipe, data, 0, num_processes))
-
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
+    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
+        AutoAttackUnit(recipe.evaluate, data.num_classes, torch.device("cpu"))
 
     accelerator = Accelerator(
         mixed_precision=precision,

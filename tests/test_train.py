@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from robust_accel.evaluate import evaluate_model
@@ -192,6 +195,23 @@ def test_select_best_restores_the_weights_that_were_measured(tmp_path: Path) -> 
 
 def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def test_too_few_classes_for_autoattack_are_refused_before_training(tmp_path: Path) -> None:
+    images = [Image.fromarray(np.full((8, 8), 80 * i, np.uint8)) for i in range(3)] * 4
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)}
+    )
+    rows = {"image": images, "label": [0, 1, 2] * 4}
+    for split in ("train", "test"):
+        target = tmp_path / "data" / f"{split}.parquet"
+        target.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(target)
+    settings = [f"data.path={tmp_path / 'data'}", f"output={tmp_path / 'run'}"]
+    recipe = load_recipe("quickstart", [*settings, "train.batch_size=4", "data.validation_size=2"])
+    with pytest.raises(ValueError, match="needs at least 4 classes"):
+        train(recipe, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
