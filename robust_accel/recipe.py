@@ -127,7 +127,6 @@ class Recipe:
     schedule: Any
     communication: Any
     output: Path
-    source: str
     settings: dict[str, Any]
     """The resolved settings as plain values: what ``recipe.yaml`` of the run folder holds."""
     origins: dict[str, str]
@@ -170,7 +169,7 @@ def load_recipe(
     path = find_recipe(source)
     draft.read(path)
     draft.override(overrides)
-    return draft.build(str(source), default_output=f"runs/{path.stem}", required=tuple(required))
+    return draft.build(default_output=f"runs/{path.stem}", required=tuple(required))
 
 
 def recipe_from_settings(settings: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
@@ -178,7 +177,7 @@ def recipe_from_settings(settings: dict[str, Any], overrides: Sequence[str], sou
     draft = _Draft()
     draft.merge(settings, source)
     draft.override(overrides)
-    return draft.build(source, default_output=f"runs/{Path(source).name}", required=("data",))
+    return draft.build(default_output=f"runs/{Path(source).name}", required=("data",))
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -265,7 +264,7 @@ class _Draft:
             )
         return merged
 
-    def build(self, source: str, *, default_output: str, required: tuple[str, ...]) -> Recipe:
+    def build(self, *, default_output: str, required: tuple[str, ...]) -> Recipe:
         """Check every section, and raise all faults at once."""
         output = self.values.pop("output", None) or default_output
         # a section that is there but empty (null) is as good as left out
@@ -294,7 +293,6 @@ class _Draft:
         return Recipe(
             **built,
             output=Path(str(output)),
-            source=source,
             settings=resolved | {"output": str(output)},
             origins=self.origins,
         )
