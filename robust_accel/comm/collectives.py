@@ -4,8 +4,9 @@ They know nothing of DDP or DeepSpeed. Every rank decodes the same bytes with th
 in the same order, so that parameters stay bit-identical across ranks.
 """
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,38 +15,14 @@ from torch import Tensor
 
 from robust_accel.comm.meter import Meter
 from robust_accel.comm.quantizer import BlockNorm, Quantizer, Segment, random_key, split
+from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
-
-
-class Collective(Protocol):
-    """A protocol; its public fields are the recipe's keys."""
-
-    def reduce(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
-        step: int,
-        group: dist.ProcessGroup | None,
-        meter: Meter,
-    ) -> Tensor:
-        """Average a gradient over the group.
-
-        Args:
-            flat: [d] fp32, this worker's gradient; may be overwritten.
-            segments: the parameter tensors that lie end to end in `flat`, the same on every rank.
-            step: number of the training step, the same on every rank; seeds the rounding.
-            group: the process group; None is the default one.
-            meter: counts the bytes that this rank sends.
-
-        Returns:
-            [d] fp32, the mean, bit-identical on every rank.
-        """
-        ...
+_SLICE = 1 << 22  # elements exchanged at a time: one slice is computed while another is sent
 
 
 class AllReduce(Settings):
@@ -54,67 +31,71 @@ class AllReduce(Settings):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 
     def reduce(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
-        step: int,
-        group: dist.ProcessGroup | None,
-        meter: Meter,
+        self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
     ) -> Tensor:
         """See `Collective.reduce`. A ring sends 2 (M - 1) / M of the gradient."""
-        world_size = dist.get_world_size(group)
         # multiplied before the sum: DDP's own order, and a sum of halves overflows less
-        mean = flat.mul_(1.0 / world_size).to(_DTYPES[self.dtype])
-        dist.all_reduce(mean, group=group)
-        meter.sent(2 * (world_size - 1) * mean.nbytes / world_size)
+        mean = flat.mul_(1.0 / workers.size).to(_DTYPES[self.dtype])
+        dist.all_reduce(mean, group=workers.group)
+        meter.sent(2 * (workers.size - 1) * mean.nbytes / workers.size)
         return mean.to(torch.float32)
 
 
 class QSGD(Settings):
     """Quantised gradients: (A5)-(A6) of DAT, arXiv 2206.06257, block-wise and packed.
 
+    Where several machines hold several workers each, the mean over a machine's workers is taken
+    in fp32, and only machines exchange quantised gradients.
+
     Args:
         bits: bits an element, scales and signs apart.
-        sides: 1 sends every gradient to every worker (step 7 of Algorithm A1, the paper's
-            Ring-AllReduce setting); 2 also quantises the mean (step 10), with every worker the
-            server of 1/M of the gradient.
+        sides: 1 quantises each worker's gradient (step 7 of Algorithm A1, the paper's
+            Ring-AllReduce setting); 2 also quantises the mean (step 10, its parameter-server
+            setting), with every worker the server of 1/M of the gradient.
         norm: "max" (default) or the paper's "l2" with s = 2^bits levels.
-        block_size: elements that share a norm: 256, or 128 below 8 bits, where not given; null is
-            a whole tensor. The paper takes the whole gradient, which DDP never holds at once.
-            With `sides: 2` null is 1/M of a tensor, or one server would carry it alone.
+        block_size: elements that share a norm: 256, or 128 below 8 bits, where not given ("auto");
+            null is a whole tensor; "whole" is the whole gradient as far as one exchange holds it
+            (a bucket: DDP's `bucket_cap_mb`), small tensors included, as in the paper. With
+            `sides: 2` a block is at most what one worker serves, 1/M of it.
         seed: of the stochastic rounding.
-        compile: fuse the arithmetic with torch.compile.
+        compile: fuse the arithmetic with torch.compile; "auto" does so for large gradients.
     """
 
     bits: Literal[16, 8, 4, 2] = 8
     sides: Literal[1, 2] = 2
     norm: BlockNorm = "max"
-    block_size: Literal["auto"] | PositiveInt | None = "auto"
+    block_size: Literal["auto", "whole"] | PositiveInt | None = "auto"
     seed: int = Field(default=0, ge=0)
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
     @property
     def quantizer(self) -> Quantizer:
         block_size = self.block_size
         if block_size == "auto":
             block_size = 256 if self.bits >= 8 else 128
+        elif block_size == "whole":
+            block_size = None  # of one segment
         return Quantizer(self.bits, self.norm, block_size, self.compile)
 
     def reduce(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
-        step: int,
-        group: dist.ProcessGroup | None,
-        meter: Meter,
+        self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
     ) -> Tensor:
         """See `Collective.reduce`."""
         if flat.numel() == 0:
             return flat
-        exchange = self._one_sided if self.sides == 1 else self._two_sided
-        return exchange(flat, segments, step, group, meter)
+        if self.block_size == "whole":
+            segments = [Segment(flat.numel(), min(s.position for s in segments), raw=False)]
+        if workers.node is None:
+            return self._exchange(flat, segments, step, workers.group, meter)
+        # full precision inside the machine: each of its workers takes one part to the others
+        part = _Shares(flat, split(segments, _size(workers.node), self.quantizer.block_size))
+        mean = part.scatter_mean(workers.node, meter)
+        own = part.chunks[dist.get_rank(workers.node)]
+        if own:
+            mean = self._exchange(mean, own, step, workers.peers, meter)
+        return part.gather(mean, workers.node, meter)
 
-    def _one_sided(
+    def _exchange(
         self,
         flat: Tensor,
         segments: Sequence[Segment],
@@ -122,61 +103,182 @@ class QSGD(Settings):
         group: dist.ProcessGroup | None,
         meter: Meter,
     ) -> Tensor:
-        key = random_key(self.seed, dist.get_rank(group), step, flat.device)
-        message = self.quantizer.encode(flat, segments, key)
-        return self._mean(_all_gather(message, group, meter), segments)
+        """Average over a group whose workers all send quantised gradients."""
+        mean = torch.empty_like(flat)
+        keys = [
+            random_key(self.seed, stream, step, flat.device)
+            for stream in (dist.get_rank(group), _SERVER)
+        ]
+        slices = _slices(segments, self.quantizer.block_size)
+        sizes = [sum(s.size for s in members) for members in slices]
+        _run_interleaved(
+            self._exchange_slice(gradient, out, members, keys, group, meter)
+            for gradient, out, members in zip(
+                flat.split(sizes), mean.split(sizes), slices, strict=True
+            )
+        )
+        return mean
 
-    def _two_sided(
+    def _exchange_slice(
         self,
         flat: Tensor,
+        mean: Tensor,
         segments: Sequence[Segment],
-        step: int,
+        keys: Sequence[Tensor],
         group: dist.ProcessGroup | None,
         meter: Meter,
-    ) -> Tensor:
-        quantizer = self.quantizer
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        chunks = split(segments, world_size, quantizer.block_size)  # chunk i is served by rank i
+    ) -> Iterator[dist.Work]:
+        """Fill `mean`; pauses wherever it has set something on its way."""
+        quantizer, num_workers = self.quantizer, _size(group)
+        message_bytes = quantizer.num_bytes(segments)
+        served = self.sides == 2 or self._serving_is_cheaper(
+            flat.nbytes, message_bytes, num_workers
+        )
+        if not served:
+            # Step 7 of Algorithm A1: every worker decodes all
+            message = quantizer.encode(flat, segments, keys[0])
+            messages = message.new_empty(num_workers, message_bytes)
+            yield _all_gather(messages, message, group, meter)
+            quantizer.mean(messages, segments, out=mean)
+            return
+
+        # Step 7: each server gets its chunk of every worker's gradient
+        rank = dist.get_rank(group)
+        chunks = split(segments, num_workers, quantizer.block_size)  # chunk i is served by rank i
+        sizes = [sum(s.size for s in chunk) for chunk in chunks]
         num_bytes = [quantizer.num_bytes(chunk) for chunk in chunks]
+        message = flat.new_empty(sum(num_bytes), dtype=torch.uint8)
+        for values, chunk, out in zip(
+            flat.split(sizes), chunks, message.split(num_bytes), strict=True
+        ):
+            quantizer.encode(values, chunk, keys[0], out=out)
+        messages = message.new_empty(num_workers, num_bytes[rank])
+        yield _all_to_all(messages, message, num_bytes, group, meter)
+        own = quantizer.mean(messages, chunks[rank])
 
-        # Step 7 of Algorithm A1: each server gets its chunk of every worker's gradient.
-        key = random_key(self.seed, rank, step, flat.device)
-        pieces = flat.split([sum(s.size for s in chunk) for chunk in chunks])
-        messages = [quantizer.encode(p, c, key) for p, c in zip(pieces, chunks, strict=True)]
-        received = messages[rank].new_empty(world_size, num_bytes[rank])
-        receive_sizes = [num_bytes[rank]] * world_size
+        if self.sides == 1:  # the means go back in full
+            replies = [4 * size for size in sizes]
+            reply = own.view(torch.uint8)
+        else:  # Step 10: it quantises the mean
+            replies = num_bytes
+            reply = quantizer.encode(own, chunks[rank], keys[1])
+        rows = reply.new_empty(num_workers, max(replies))
+        yield _all_gather(rows, _padded(reply, max(replies)), group, meter)
+        # a server's own reply is decoded like everyone's, or ranks drift
+        for row, size, chunk, out in zip(rows, replies, chunks, mean.split(sizes), strict=True):
+            if self.sides == 1:
+                out.copy_(row[:size].view(torch.float32))
+            else:
+                quantizer.decode(row[:size], chunk, out=out)
+
+    def _serving_is_cheaper(self, full_bytes: int, message_bytes: int, num_workers: int) -> bool:
+        """Bytes that a worker sends: (M - 1) m to all, or (M - 1) / M (m + 4 d) through servers.
+
+        Both give the same mean; with blocks of whole tensors the servers' would be other blocks.
+        """
+        if self.quantizer.block_size is None:
+            return False
+        return num_workers * message_bytes > message_bytes + full_bytes
+
+
+class _Shares:
+    """A gradient cut into one share for each worker of a group, in fp32."""
+
+    def __init__(self, flat: Tensor, chunks: list[list[Segment]]) -> None:
+        self.flat, self.chunks = flat, chunks
+        self.sizes = [sum(s.size for s in chunk) for chunk in chunks]
+
+    def scatter_mean(self, group: dist.ProcessGroup | None, meter: Meter) -> Tensor:
+        """This worker's share, averaged: [sizes[rank]]."""
+        num_workers, own = _size(group), self.sizes[dist.get_rank(group)]
+        received = self.flat.new_empty(num_workers, own)
+        num_bytes = [4 * size for size in self.sizes]
+        flat = self.flat.view(torch.uint8)
+        _all_to_all(received.view(torch.uint8), flat, num_bytes, group, meter, inside=True).wait()
+        return received.sum(dim=0).mul_(1.0 / num_workers)
+
+    def gather(self, share: Tensor, group: dist.ProcessGroup | None, meter: Meter) -> Tensor:
+        """Everyone's averaged share, end to end: [d]."""
+        rows = share.new_empty(len(self.sizes), max(self.sizes))
+        own = _padded(share, max(self.sizes)).view(torch.uint8)
+        _all_gather(rows.view(torch.uint8), own, group, meter, inside=True).wait()
+        return torch.cat([row[:size] for row, size in zip(rows, self.sizes, strict=True)])
+
+
+def _slices(segments: Sequence[Segment], block_size: int | None) -> list[list[Segment]]:
+    """Cut a gradient into runs of about `_SLICE` elements; a whole tensor's block stays whole."""
+    if block_size is None:
+        return [list(segments)]
+    parts = -(-sum(s.size for s in segments) // _SLICE)
+    return [part for part in split(segments, parts, block_size) if part]
+
+
+def _run_interleaved(exchanges: Iterable[Iterator[dist.Work]], depth: int = 2) -> None:
+    """Run exchanges `depth` at a time, computing one while another is on its way.
+
+    The order depends on nothing but their number: collectives must match across ranks.
+    """
+    waiting = iter(exchanges)
+    under_way: deque[tuple[Iterator[dist.Work], dist.Work]] = deque()
+    while True:
+        fresh = next(waiting, None) if len(under_way) < depth else None
+        if fresh is not None:
+            exchange = fresh
+        elif under_way:
+            exchange, work = under_way.popleft()
+            work.wait()
+        else:
+            return
+        sent = next(exchange, None)
+        if sent is not None:
+            under_way.append((exchange, sent))
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group)
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    if values.numel() == size:
+        return values
+    return torch.cat([values, values.new_zeros(size - values.numel())])
+
+
+def _all_gather(
+    rows: Tensor,
+    message: Tensor,
+    group: dist.ProcessGroup | None,
+    meter: Meter,
+    *,
+    inside: bool = False,
+) -> dist.Work:
+    """message: [bytes] of one size on every rank -> rows: [M, bytes]."""
+    meter.sent((len(rows) - 1) * message.numel(), inside_machine=inside)
+    return _sent(_all_gather_tensor(rows.view(-1), message, group=group, async_op=True))
+
+
+def _all_to_all(
+    rows: Tensor,
+    message: Tensor,
+    num_bytes: list[int],
+    group: dist.ProcessGroup | None,
+    meter: Meter,
+    *,
+    inside: bool = False,
+) -> dist.Work:
+    """message: [sum(num_bytes)], part i for rank i -> rows: [M, num_bytes[rank]]."""
+    own = num_bytes[dist.get_rank(group)]
+    meter.sent(sum(num_bytes) - own, inside_machine=inside)
+    return _sent(
         dist.all_to_all_single(
-            received.view(-1), torch.cat(messages), receive_sizes, num_bytes, group=group
+            rows.view(-1), message, [own] * len(rows), num_bytes, group=group, async_op=True
         )
-        meter.sent(sum(num_bytes) - num_bytes[rank])
-
-        # Step 10: it quantises the mean. Its own copy is decoded like everyone's, or ranks drift.
-        key = random_key(self.seed, _SERVER, step, flat.device)
-        reply = quantizer.encode(self._mean(received, chunks[rank]), chunks[rank], key)
-        padded = torch.cat([reply, reply.new_zeros(max(num_bytes) - reply.numel())])
-        replies = _all_gather(padded, group, meter)
-        return torch.cat(
-            [
-                quantizer.decode(row[:n], chunk)
-                for row, n, chunk in zip(replies, num_bytes, chunks, strict=True)
-            ]
-        )
-
-    def _mean(self, messages: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """messages: [M, bytes] uint8 -> [d] fp32, summed in rank order."""
-        total = self.quantizer.decode(messages[0], segments)
-        for message in messages[1:]:
-            total += self.quantizer.decode(message, segments)
-        return total.mul_(1.0 / len(messages))
+    )
 
 
-def _all_gather(message: Tensor, group: dist.ProcessGroup | None, meter: Meter) -> Tensor:
-    """message: [bytes] of one size on every rank -> [M, bytes]."""
-    world_size = dist.get_world_size(group)
-    gathered = message.new_empty(world_size, message.numel())
-    _all_gather_tensor(gathered.view(-1), message, group=group)
-    meter.sent((world_size - 1) * message.numel())
-    return gathered
+def _sent(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this process is no member of the group"
+    return work
 
 
 COLLECTIVES: dict[str, type[AllReduce] | type[QSGD]] = {"allreduce": AllReduce, "qsgd": QSGD}

@@ -1,4 +1,4 @@
-"""Places a protocol in DistributedDataParallel: one call after `accelerator.prepare()`."""
+"""A protocol in DistributedDataParallel: the hook, and who runs it beside the backward."""
 
 # no `from __future__ import annotations`: DDP compares the hook's annotations as objects
 
@@ -10,104 +10,50 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from robust_accel.comm.collectives import AllReduce, Collective
-from robust_accel.comm.meter import Meter
+from robust_accel.comm.base import Collective, GradientCompression, averaged
 from robust_accel.comm.quantizer import Segment, segment
+from robust_accel.comm.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 
-def compress_gradients(
-    model: nn.Module,
-    collective: Collective | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> "GradientCompression":
-    """Send a model's gradients by `collective` from now on, and count what that costs.
-
-    Args:
-        model: what `accelerator.prepare()` returned, before its first backward.
-        collective: the protocol; None is the uncompressed all-reduce, counted.
-        group: process group to send on. On CPU (gloo) nothing else may use it; by default one is
-            made, which every rank of the model must take part in.
-
-    Returns:
-        The counts (`.meter`) and the step (`.state_dict()`, to be saved with a checkpoint). On one
-        process nothing is sent: `collective` is ignored and the counts stay zero.
-
-    Raises:
-        ValueError: several processes but no DistributedDataParallel, or an unsupported device.
-    """
-    collective = AllReduce() if collective is None else collective
-    model = getattr(model, "_orig_mod", model)  # torch.compile around DDP
-    if not isinstance(model, DistributedDataParallel):
-        num_processes = dist.get_world_size() if dist.is_initialized() else 1
-        if num_processes > 1:
-            raise ValueError(
-                f"on {num_processes} processes compress_gradients needs a DistributedDataParallel "
-                f"model, got {type(model).__name__}: call accelerator.prepare(model) before it"
-            )
-    elif dist.get_world_size(model.process_group) > 1:
-        return GradientCompression(model, collective, group)
-    if collective != AllReduce():
-        logger.warning("communication: %r is ignored on one process", collective)
-    return GradientCompression(None, collective, None)
-
-
-class GradientCompression:
-    """A protocol at work in one DDP model; `compress_gradients` makes it.
-
-    Attributes:
-        meter: bytes and seconds so far, of this rank.
-        steps: synchronised backward passes so far; seeds the rounding, hence part of a checkpoint.
-    """
+class DDPCompression(GradientCompression):
+    """A protocol as the communication hook of one DDP model."""
 
     def __init__(
         self,
-        model: DistributedDataParallel | None,
+        model: DistributedDataParallel,
         collective: Collective,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.meter = Meter()
-        self.steps = 0
+        super().__init__()
         self._collective = collective
-        self._group = group
-        self._positions: dict[int, int] = {}
         self._worker: _Worker | None = None
         self._stream: torch.cuda.Stream | None = None
-        if model is not None:
-            self._attach(model)
-
-    def _attach(self, model: DistributedDataParallel) -> None:
         # keyed by parameter: DDP rebuilds its buckets after the first iteration
+        self._positions: dict[int, int] = {}
         position = 0
         for parameter in model.module.parameters():
             self._positions[id(parameter)] = position
             position += parameter.numel()
         device = next(p for p in model.module.parameters() if p.requires_grad).device
+        backend = dist.get_backend(model.process_group)
         if device.type == "cpu":
-            self._group = self._group or _own_group(model.process_group)
             self._worker = _Worker()
-        elif device.type == "cuda" and dist.get_backend(model.process_group) != "gloo":
+        elif device.type == "cuda" and backend != "gloo":
             # the model's own group: two NCCL communicators at work at once can deadlock
-            self._group = self._group or model.process_group
+            group = group or model.process_group
             self._stream = torch.cuda.Stream(device)
         else:
-            backend = dist.get_backend(model.process_group)
             raise ValueError(
                 f"compress_gradients supports CPU, and CUDA with NCCL; got {device.type} with "
                 f"{backend}"
             )
+        self._workers = Workers.of(group, parent=model.process_group)
         model.register_comm_hook(self, _hook)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.steps = state["steps"]
 
     def close(self) -> None:
         """Stop the worker thread. The model cannot run a synchronised backward afterwards."""
@@ -130,7 +76,7 @@ class GradientCompression:
         self, buffer: Tensor, segments: list[Segment], step: int, arrived: float | None
     ) -> Tensor:
         with self.meter.timed(exposed_since=arrived):
-            return self._reduce(buffer, segments, step)
+            return self._averaged(buffer, segments, step)
 
     def _on_stream(
         self, buffer: Tensor, segments: list[Segment], step: int, last: bool
@@ -142,34 +88,19 @@ class GradientCompression:
         self._stream.wait_event(arrived)
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.meter.timed_stream(exposed_since=arrived if last else None):
-                result = self._reduce(buffer, segments, step)
+                result = self._averaged(buffer, segments, step)
             # a future with devices records this stream, and DDP's stream will wait for it
             future = torch.futures.Future[torch.Tensor](devices=[buffer.device])
             future.set_result(result)
         return future
 
-    def _reduce(self, buffer: Tensor, segments: list[Segment], step: int) -> Tensor:
-        flat = buffer.to(torch.float32)
-        mean = self._collective.reduce(flat, segments, step, self._group, self.meter)
+    def _averaged(self, buffer: Tensor, segments: list[Segment], step: int) -> Tensor:
         # into DDP's own memory: with gradient_as_bucket_view the gradients live there
-        return buffer if mean is buffer else buffer.copy_(mean)
+        return averaged(self._collective, buffer, segments, step, self._workers, self.meter)
 
 
-def _hook(
-    state: GradientCompression, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def _hook(state: DDPCompression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return state._launch(bucket)
-
-
-def _own_group(parent: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group with the same ranks and the same time limit."""
-    ranks = dist.get_process_group_ranks(parent)
-    subset = len(ranks) < dist.get_world_size()
-    options = getattr(parent._get_backend(torch.device("cpu")), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=subset)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 class _Worker:

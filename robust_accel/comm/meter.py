@@ -14,10 +14,12 @@ class Meter:
 
     Attributes:
         bytes_sent: payload and metadata that this rank sent, by each collective's formula.
+        bytes_inside_machine: how many of them never left the machine.
     """
 
     def __init__(self) -> None:
         self.bytes_sent = 0
+        self.bytes_inside_machine = 0
         self._seconds = 0.0
         self._exposed_seconds = 0.0
         self._pending: deque[tuple[Any, Any, Any]] = deque()  # CUDA events not yet read
@@ -34,9 +36,10 @@ class Meter:
         self._collect(wait=True)
         return self._exposed_seconds
 
-    def sent(self, num_bytes: float) -> None:
+    def sent(self, num_bytes: float, *, inside_machine: bool = False) -> None:
         """Count one collective's traffic, rounded to whole bytes."""
         self.bytes_sent += round(num_bytes)
+        self.bytes_inside_machine += round(num_bytes) * inside_machine
 
     @contextmanager
     def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:

@@ -1,20 +1,23 @@
 """A flat gradient to bytes and back, unbiased: pure tensor code that never sees a process group.
 
-One message holds, in this order (all ranks know the sizes, so there is no header):
+One message is 32-bit words in this order (all ranks know the sizes, so there is no header):
 
     raw      fp32, one an element    tensors that `segment` leaves uncompressed
-    scales   fp32, one a block       the block's norm
-    codes    `bits` an element       levels; low bits first within a byte
-    signs    1 bit an element        only for `norm="l2"`
-    padding  to a multiple of 4      so that messages laid end to end stay fp32-aligned
+    steps    fp32, one a block       the distance between two levels
+    codes    `bits` an element       block by block, a tensor's last one filled up with zeros;
+                                     a block of n words holds in bits [i b, (i + 1) b) of its word j
+                                     element i n + j, so that whole vectors are packed at a time
+    signs    1 bit an element        only for `norm="l2"`: packed likewise, after a block's codes
+
+With `block_size=None` every tensor is one block: its step and codes, then the next tensor's.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +27,12 @@ logger = logging.getLogger(__name__)
 BlockNorm = Literal["max", "l2"]
 
 RAW_LIMIT = 4096  # one-dimensional tensors up to this size stay fp32
-SLAB = 1 << 16  # elements that eager code handles at a time, so that temporaries stay in cache
+FUSE_LIMIT = 1 << 16  # elements from which `compile="auto"` fuses
+LONG_RUN = 1 << 17  # elements from which a call (0.2 ms if compiled) costs less than a copy
+EAGER_SLAB = 1 << 16  # elements that eager code handles at a time, so that they stay in cache
+MAX_UNROLL = 8  # messages that one kernel adds up
+TINY = 2.0**-126  # the smallest step: its reciprocal is still a normal number
+Plane: TypeAlias = tuple[Tensor, Tensor]  # steps [rows] fp32, words [rows, row_words] int32
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -100,21 +108,31 @@ def _int32(x: int) -> int:
     return (x + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def uniform(position: Tensor, key: Tensor) -> Tensor:
-    """A number in [0, 1) for each position, by hashing. position: [...] int32; key: [2] int32.
-
-    Source: the 32-bit mixer `lowbias32`, with half of the key added between its two rounds.
-    """
-    # int32 wraps; `>>` keeps the sign, so the shifted-in bits are masked away
-    x = position + key[0]
+def _mix32(x: Tensor) -> Tensor:
+    """One round of the 32-bit mixer `lowbias32`. x: int32, which wraps."""
+    # `>>` keeps the sign, so the shifted-in bits are masked away
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = x + key[1]
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _int32(0x846CA68B)
-    x = x ^ ((x >> 16) & 0xFFFF)
-    return ((x >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    return x ^ ((x >> 15) & 0x1FFFF)
 
 
-# ---------------------------------------------------------------------------- blocks to codes
+def row_seeds(row_position: Tensor, key: Tensor) -> Tensor:
+    """Where each block's sequence of draws starts. row_position: [rows] int32, key: [2] int32."""
+    x = _mix32(row_position + key[0]) + key[1]
+    return _mix32(_mix32(x * _int32(0x846CA68B)))
+
+
+def uniform_pair(seeds: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Draws in (0, 1) with 16 bits, two from a hash. seeds: [rows] -> two of [rows, size]."""
+    column = torch.arange(size, dtype=torch.int32, device=seeds.device)
+    weyl = column * _int32(0x9E3779B9) + _int32(start * 0x9E3779B9 & _MASK32)
+    hashed = _mix32(seeds[:, None] + weyl)
+    # in the middle of each interval: the mean is exactly 1/2
+    low = ((hashed & 0xFFFF).to(torch.float32) + 0.5) * 2.0**-16
+    high = (((hashed >> 16) & 0xFFFF).to(torch.float32) + 0.5) * 2.0**-16
+    return low, high
+
+
+# ---------------------------------------------------------------------------- blocks to words
 
 
 def num_levels(bits: int, norm: BlockNorm) -> int:
@@ -122,103 +140,94 @@ def num_levels(bits: int, norm: BlockNorm) -> int:
     return 2**bits if norm == "l2" else 2 ** (bits - 1) - 1
 
 
-def code_dtype(bits: int) -> torch.dtype:
-    return torch.int16 if bits == 16 else torch.uint8
-
-
-def block_scale(x: Tensor, norm: BlockNorm) -> Tensor:
-    """Norm of each block; NaN or Inf where the block holds one. x: [rows, block] -> [rows, 1]."""
-    largest = x.abs().amax(dim=1, keepdim=True)
+def block_norm(x: Tensor, norm: BlockNorm) -> Tensor:
+    """Norm of each block; NaN or Inf where the block holds one. x: [rows, width] -> [rows]."""
+    largest = x.abs().amax(dim=1)
     if norm == "max":
         return largest
     # relative to the largest entry: squares of fp32 overflow above 1e19 and vanish below 1e-23
     ok = (largest > 0) & torch.isfinite(largest)
-    relative = x / torch.where(ok, largest, 1.0)
-    return torch.where(ok, largest * (relative * relative).sum(dim=1, keepdim=True).sqrt(), largest)
+    relative = x / torch.where(ok, largest, 1.0)[:, None]
+    return torch.where(ok, largest * relative.square().sum(dim=1).sqrt(), largest)
 
 
-def stochastic_levels(x: Tensor, scale: Tensor, u: Tensor, s: int) -> Tensor:
-    """(A6): x / scale * s, rounded down or up at random. x, u: [rows, block] -> integers, fp32.
-
-    Rounding towards minus infinity with a signed x has the law of (A6), which rounds |x|.
-    """
-    ok = (scale > 0) & torch.isfinite(scale)  # a zero or poisoned block has no level but 0
-    t = torch.where(ok, x / torch.where(ok, scale, 1.0) * s, 0.0)
-    low = t.floor()
-    # compared, not floor(t + u): the sum would be rounded to fp32's 24 bits
-    return (low + (u < t - low).to(torch.float32)).clamp(-s, s)
-
-
-def encode_blocks(
-    x: Tensor, row_position: Tensor, key: Tensor, bits: int, norm: BlockNorm
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def encode_blocks(x: Tensor, seeds: Tensor, words: Tensor, *, bits: int, norm: BlockNorm) -> Tensor:
     """Quantise blocks by (A5)-(A6).
 
     Args:
-        x: [rows, block] fp32.
-        row_position: [rows] int32, the position of each row's first element.
-        key: [2] int32, from `random_key`.
+        x: [rows, width] fp32.
+        seeds: [rows] int32, from `row_seeds`.
+        words: [rows, row_words] int32, filled by this function.
 
     Returns:
-        codes [rows, block] uint8 or int16, signs [rows, block] bool (only l2), scales [rows].
+        steps [rows]: scale / s; NaN where the block holds NaN or Inf, so that every rank sees it.
     """
-    s = num_levels(bits, norm)
-    scale = block_scale(x, norm)
-    column = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    q = stochastic_levels(x, scale, uniform(row_position[:, None] + column, key), s)
+    s, parts, width = num_levels(bits, norm), 32 // bits, x.shape[1]
+    scale = block_norm(x, norm)
+    step = torch.where(torch.isfinite(scale), (scale / s).clamp(min=TINY), torch.nan)
+    # a hair more, that the largest entry reaches level s in spite of fp32's rounding
+    inverse = ((1 + 2.0**-22) / step)[:, None]
+    levels: list[Tensor] = []  # [rows, width / parts] int32 in [-s, s]
+    for i, part in enumerate(x.view(-1, parts, width // parts).unbind(1)):
+        if i % 2 == 0:
+            draws = uniform_pair(seeds, i * (width // parts), width // parts)
+        # floor of a signed x has the law of (A6), which rounds |x|; the sum's own rounding to 24
+        # bits is below that of x
+        level = (part * inverse + draws[i % 2]).floor().to(torch.int32)
+        levels.append(level.clamp(-s, s))
     if norm == "max":
-        codes = q if bits == 16 else q + s
-        return codes.to(code_dtype(bits)), None, scale[:, 0]
-    # b bits hold the levels 0..s-1 and (A6) also reaches s. Only an entry above (s - 1) / s of the
-    # norm can, hence at most one in a block: "-0" marks it and its sign goes into the scale's.
-    top = q.abs() == s
-    magnitude = torch.where(top, 0.0, q.abs()) - (32768 if bits == 16 else 0)
-    scale = torch.where((q == -s).any(dim=1, keepdim=True), -scale, scale)
-    return magnitude.to(code_dtype(bits)), (q < 0) | top, scale[:, 0]
+        words.copy_(pack([level + s for level in levels], bits))
+        return step
+    # b bits and a sign hold -s..s-1 and (A6) also reaches +s. Only an entry above (s - 1) / s of
+    # the norm can, hence at most one in a block: then the whole block changes sign, and the step.
+    q = torch.stack(levels, dim=1).view(-1, width)
+    top = (q == s).any(dim=1)
+    codes = torch.where(top[:, None], -q, q) + s  # [rows, width] in [0, 2s)
+    low, high = codes & (s - 1), codes >> bits
+    low_words = pack(low.view(-1, parts, width // parts).unbind(1), bits)
+    high_words = pack(high.view(-1, 32, width // 32).unbind(1), 1)
+    words.copy_(torch.cat([low_words, high_words], dim=1))
+    return torch.where(top, -step, step)
 
 
 def decode_blocks(
-    codes: Tensor, signs: Tensor | None, scales: Tensor, bits: int, norm: BlockNorm
-) -> Tensor:
-    """Inverse of `encode_blocks`: [rows, block] fp32; a poisoned block is non-finite throughout."""
-    s = num_levels(bits, norm)
-    scale = scales[:, None]
-    q = codes.to(torch.float32)
-    if signs is None:
-        return (q if bits == 16 else q - s) / s * scale
-    q = q + 32768 if bits == 16 else q
-    q = torch.where(signs, torch.where(q == 0, torch.where(scale < 0, -s, s), -q), q)
-    return q / s * scale.abs()
+    planes: Sequence[Plane],
+    out: Tensor,
+    add: bool,
+    divisor: int,
+    *,
+    bits: int,
+    norm: BlockNorm,
+) -> None:
+    """Sum planes in order onto `out` [rows, width] (if `add`), then divide.
+
+    An element is one multiplication, hence the same bits everywhere; a poisoned block is all NaN.
+    """
+    s, n = num_levels(bits, norm), out.shape[1] * bits // 32
+    total = out if add else None
+    for step, words in planes:
+        codes = unpack(words[:, :n], bits)
+        if norm == "l2":
+            codes = codes + (unpack(words[:, n:], 1) << bits)
+        value = (codes - s).to(torch.float32) * step[:, None]
+        total = value if total is None else total + value
+    assert total is not None
+    out.copy_(total if divisor == 1 else total * (1.0 / divisor))
 
 
-# ---------------------------------------------------------------------------- codes to bytes
+def pack(parts: Sequence[Tensor], bits: int) -> Tensor:
+    """32 / bits matrices of codes below 2^bits, [rows, n] int32 each -> words [rows, n]."""
+    words = parts[0]
+    for i, codes in enumerate(parts[1:], start=1):
+        words = words | (codes << (i * bits))
+    return words
 
 
-def packed_size(num_codes: int, bits: int) -> int:
-    return -(-num_codes * bits // 8)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits (int16 at 16 bits) to bytes. codes: [n] -> [packed_size(n)] uint8."""
-    if bits >= 8:
-        return codes.view(torch.uint8)
-    per_byte = 8 // bits
-    short = -codes.numel() % per_byte
-    if short:
-        codes = torch.cat([codes, codes.new_zeros(short)])
-    columns = codes.to(torch.uint8).view(codes.numel() // per_byte, per_byte)
-    packed = columns[:, 0].clone()
-    for i in range(1, per_byte):
-        packed |= columns[:, i] << (i * bits)
-    return packed
-
-
-def unpack(packed: Tensor, num_codes: int, bits: int) -> Tensor:
-    """Inverse of `pack`: [num_codes]."""
-    if bits >= 8:
-        return packed.view(code_dtype(bits))
-    columns = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return torch.stack(columns, dim=1).view(-1)[:num_codes]
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack`: [rows, n] int32 -> codes [rows, n * 32 / bits]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    codes = (words[:, None, :] >> shifts[:, None]) & (2**bits - 1)
+    return codes.view(-1, words.shape[1] * (32 // bits))
 
 
 # ---------------------------------------------------------------------------- layout
@@ -233,64 +242,87 @@ class _Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Blocks of one size, quantised together as a matrix [rows, block]."""
+class _Group:
+    """Blocks of one size: rows of long runs, which are read in place, then a matrix of the rest."""
 
-    block: int
+    width: int  # of a block, filled up to whole words
     rows: int
-    first_row: int  # where its scales begin in the message
     row_position: Tensor  # [rows] int32
-    values: tuple[_Run, ...]  # from the flat gradient to the matrix
-    codes: tuple[_Run, ...]  # from the message's codes to the matrix
+    long: tuple[_Run, ...]  # from the flat gradient to the first rows
+    short: tuple[_Run, ...]  # from the flat gradient to the matrix, zero elsewhere
+    num_short: int  # rows of that matrix
+
+    def slabs(self, flat: Tensor, short: Tensor, slab: int) -> list[Tensor]:
+        """Views of `flat` and `short`, at most `slab` rows each: [rows, width] in all."""
+        parts = [flat[src : src + size] for src, _, size in self.long]
+        if self.num_short:
+            parts.append(short)
+        return [x for part in parts for x in part.view(-1, self.width).split(slab)]
 
 
 @dataclass(frozen=True)
 class _Layout:
     num_elements: int
     num_raw: int
-    num_codes: int
-    num_scales: int
     raw: tuple[_Run, ...]  # from the flat gradient to the message's raw values
-    batches: tuple[_Batch, ...]
+    groups: tuple[_Group, ...]
 
 
 @lru_cache(maxsize=1024)  # one a bucket (and chunk) of the model
-def _layout(segments: tuple[Segment, ...], block_size: int | None, device: torch.device) -> _Layout:
+def _layout(
+    segments: tuple[Segment, ...], block_size: int | None, unit: int, device: torch.device
+) -> _Layout:
     raw: list[_Run] = []
-    groups: list[tuple[int, list[tuple[Segment, int, int]]]] = []  # block, (segment, flat, code)
-    num_elements = num_raw = num_codes = 0
+    members: list[list[_Run]] = []  # of each group, from the flat gradient to the whole model
+    num_elements = num_raw = 0
     for s in segments:
         if s.raw:
             raw.append(_Run(num_elements, num_raw, s.size))
             num_raw += s.size
         elif s.size:
-            if block_size is None or not groups:
-                groups.append((block_size or s.size, []))
-            groups[-1][1].append((s, num_elements, num_codes))
-            num_codes += s.size
+            if block_size is None or not members:
+                members.append([])
+            members[-1].append(_Run(num_elements, s.position, s.size))
         num_elements += s.size
-    batches: list[_Batch] = []
-    num_scales = 0
-    for block, members in groups:
-        batches.append(_batch(block, members, num_scales, device))
-        num_scales += batches[-1].rows
-    return _Layout(num_elements, num_raw, num_codes, num_scales, _merge(raw), tuple(batches))
+    groups = tuple(_group(m, block_size or m[0].size, unit, device) for m in members)
+    return _Layout(num_elements, num_raw, _merge(raw), groups)
 
 
-def _batch(
-    block: int, members: list[tuple[Segment, int, int]], first_row: int, device: torch.device
-) -> _Batch:
-    values: list[_Run] = []
-    codes: list[_Run] = []
-    positions: list[Tensor] = []
+def _group(members: list[_Run], block: int, unit: int, device: torch.device) -> _Group:
+    width = _round_up(block, unit)
+    runs: list[list[_Run]] = []  # whole blocks that follow one another in the gradient
+    tails: list[_Run] = []
+    for src, position, size in members:
+        whole = size // block * block if width == block else 0
+        if whole:
+            if not runs or runs[-1][-1].src + runs[-1][-1].size != src:
+                runs.append([])
+            runs[-1].append(_Run(src, position, whole))
+        if size > whole:
+            tails.append(_Run(src + whole, position + whole, size - whole))
+    long = [p for run in runs for p in run if sum(q.size for q in run) >= LONG_RUN]
+    short = [p for run in runs for p in run if sum(q.size for q in run) < LONG_RUN] + tails
+    long_rows, _ = _rows(long, block, width)
+    short_rows, num_short = _rows(short, block, width)
+    starts = [torch.arange(p.dst, p.dst + p.size, block) for p in long + short]
+    row_position = torch.cat(starts).to(torch.int32).to(device)  # wraps above 2^31
+    return _Group(width, len(row_position), row_position, long_rows, short_rows, num_short)
+
+
+def _rows(pieces: list[_Run], block: int, width: int) -> tuple[tuple[_Run, ...], int]:
+    """Place pieces of the gradient in a matrix [rows, width], a block a row; and count its rows."""
+    runs: list[_Run] = []
     rows = 0
-    for s, flat, code in members:
-        values.append(_Run(flat, rows * block, s.size))
-        codes.append(_Run(code, rows * block, s.size))
-        positions.append(torch.arange(s.position, s.position + s.size, block))
-        rows += -(-s.size // block)
-    row_position = torch.cat(positions).to(torch.int32).to(device)  # wraps above 2^31
-    return _Batch(block, rows, first_row, row_position, _merge(values), _merge(codes))
+    for src, _, size in pieces:
+        length = size if block == width else block  # a filled-up block ends its run
+        for i in range(0, size, length):
+            runs.append(_Run(src + i, rows * width, min(length, size - i)))
+            rows += -(-min(length, size - i) // width)
+    return _merge(runs), rows
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _merge(runs: list[_Run]) -> tuple[_Run, ...]:
@@ -305,20 +337,76 @@ def _merge(runs: list[_Run]) -> tuple[_Run, ...]:
     return tuple(merged)
 
 
-def _gather(source: Tensor, runs: tuple[_Run, ...], size: int) -> Tensor:
-    """Copy runs into a vector of `size`, zero elsewhere; a view where one run fills it."""
-    if len(runs) == 1 and runs[0].size == size:
-        return source[runs[0].src : runs[0].src + size]
-    out = source.new_zeros(size)
+def _gather(source: Tensor, runs: tuple[_Run, ...], out: Tensor) -> None:
     for src, dst, n in runs:
         out[dst : dst + n] = source[src : src + n]
-    return out
 
 
-def _scatter(matrix: Tensor, runs: tuple[_Run, ...], out: Tensor) -> None:
+def _scatter(source: Tensor, runs: tuple[_Run, ...], out: Tensor) -> None:
     """Copy runs back from where `_gather` put them."""
     for src, dst, n in runs:
-        out[src : src + n] = matrix[dst : dst + n]
+        out[src : src + n] = source[dst : dst + n]
+
+
+# ---------------------------------------------------------------------------- eager or compiled
+
+_Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Decode = Callable[[Sequence[Plane], Tensor, bool, int], None]
+
+
+def _eager(bits: int, norm: BlockNorm) -> tuple[_Encode, _Decode]:
+    return partial(encode_blocks, bits=bits, norm=norm), partial(
+        decode_blocks, bits=bits, norm=norm
+    )
+
+
+@lru_cache(maxsize=None)  # noqa: UP033  one a format and kind of device
+@torch.no_grad()  # as where the kernels are called: torch compiles anew for each grad mode
+def _fused(bits: int, width: int, device_type: str) -> tuple[_Encode, _Decode] | None:
+    """The kernels for `norm="max"` fused by torch.compile; None, said once, where that fails."""
+
+    # not the partials: torch would count them all as one function that compiles again and again
+    def plain_encode(x: Tensor, seeds: Tensor, words: Tensor) -> Tensor:
+        return encode_blocks(x, seeds, words, bits=bits, norm="max")
+
+    def plain_decode(planes: Sequence[Plane], out: Tensor, add: bool, divisor: int) -> None:
+        decode_blocks(planes, out, add, divisor, bits=bits, norm="max")
+
+    def encode(x: Tensor, seeds: Tensor, words: Tensor) -> Tensor:
+        if len(x) == 1:
+            return plain_encode(x, seeds, words)  # a size of 1 would be compiled on its own
+        _any_rows(x, seeds, words)
+        return fast_encode(x, seeds, words)
+
+    def decode(planes: Sequence[Plane], out: Tensor, add: bool, divisor: int) -> None:
+        if len(out) == 1:
+            return plain_decode(planes, out, add, divisor)
+        _any_rows(out, *(t for plane in planes for t in plane))
+        return fast_decode(planes, out, add, divisor)
+
+    try:
+        # static but for the number of rows: the sizes of the inner loops become constants
+        fast_encode = torch.compile(plain_encode, dynamic=False)
+        fast_decode = torch.compile(plain_decode, dynamic=False)
+        # at the size of most calls, for which the compiler then tunes
+        x = torch.zeros(2 + LONG_RUN // width, width, device=torch.device(device_type))
+        seeds = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+        words = seeds.new_empty(len(x), width * bits // 32)
+        decode([(encode(x, seeds, words), words)], x, False, 1)
+    except Exception as error:  # torch raises a different class for each missing tool
+        _say_eager(str(error))
+        return None
+    return encode, decode
+
+
+def _any_rows(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
+@lru_cache(maxsize=None)  # noqa: UP033  once a reason
+def _say_eager(reason: str) -> None:
+    logger.warning("torch.compile failed, gradients are quantised in eager mode: %s", reason)
 
 
 # ---------------------------------------------------------------------------- the quantiser
@@ -332,124 +420,138 @@ class Quantizer:
         bits: 16, 8, 4 or 2.
         norm: "max" divides a block by its largest magnitude; "l2" is (A5), sign sent apart.
         block_size: elements a block; blocks never straddle segments. None: one block a segment.
-        compile: fuse the arithmetic with torch.compile; eager where there is no compiler.
+        compile: fuse the arithmetic of "max" with torch.compile, to the same bytes; "auto" does
+            so for at least `FUSE_LIMIT` elements. Eager where there is no compiler.
 
     Source: equations (A5)-(A6) of DAT, arXiv 2206.06257. They take one L2 norm over the whole
     vector: that is `norm="l2"`, `block_size=None` and a single segment. The default differs, as
-    the error then grows with the square root of the vector's length.
+    the error then grows with the square root of the vector's length. Also, the step between levels
+    is sent and not the norm, so that to decode is one multiplication.
     """
 
     bits: int = 8
     norm: BlockNorm = "max"
     block_size: int | None = 256
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
     def num_bytes(self, segments: Sequence[Segment]) -> int:
-        """Size of a message, padding included."""
-        raw = sum(s.size for s in segments if s.raw)
-        sizes = [s.size for s in segments if not s.raw and s.size]
-        scales = sum(-(-n // (self.block_size or n)) for n in sizes)
-        size = 4 * (raw + scales) + packed_size(sum(sizes), self.bits)
-        if self.norm == "l2":
-            size += packed_size(sum(sizes), 1)
-        return size + -size % 4
+        """Size of a message, a multiple of 4."""
+        num_words = 0
+        for s in segments:
+            block = self.block_size or max(s.size, 1)
+            num_words += s.size if s.raw else -(-s.size // block) * (1 + self._row_words(block))
+        return 4 * num_words
 
-    def encode(self, flat: Tensor, segments: Sequence[Segment], key: Tensor) -> Tensor:
-        """flat: [d] fp32, key: [2] from `random_key` -> [num_bytes(segments)] uint8."""
-        layout = _layout(tuple(segments), self.block_size, flat.device)
+    @torch.no_grad()
+    def encode(
+        self, flat: Tensor, segments: Sequence[Segment], key: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Quantise a gradient.
+
+        Args:
+            flat: [d] fp32, contiguous.
+            segments: the tensors that lie end to end in `flat`.
+            key: [2] int32, from `random_key`.
+            out: [num_bytes(segments)] uint8, 4-byte aligned, to be filled; None makes one.
+
+        Returns:
+            The message, [num_bytes(segments)] uint8.
+        """
+        layout = self._layout(segments, flat.device)
         assert flat.dtype == torch.float32
         assert flat.shape == (layout.num_elements,)
-        raw = _gather(flat, layout.raw, layout.num_raw)
-        scales = flat.new_empty(layout.num_scales)
-        codes = flat.new_empty(layout.num_codes, dtype=code_dtype(self.bits))
-        signs = flat.new_empty(layout.num_codes if self.norm == "l2" else 0, dtype=torch.bool)
-        kernel = _kernels(self.compile, flat.device)[0]
-        for batch in layout.batches:
-            x = _gather(flat, batch.values, batch.rows * batch.block).view(batch.rows, batch.block)
-            c, sign, scale = kernel(x, batch.row_position, key, self.bits, self.norm)
-            scales[batch.first_row : batch.first_row + batch.rows] = scale
-            _scatter(c.view(-1), batch.codes, codes)
-            if sign is not None:
-                _scatter(sign.view(-1), batch.codes, signs)
-        parts = [raw.view(torch.uint8), scales.view(torch.uint8), pack(codes, self.bits)]
-        message = torch.cat([*parts, pack(signs, 1)])
-        return torch.cat([message, message.new_zeros(-message.numel() % 4)])
-
-    def decode(self, message: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """message: [num_bytes(segments)] uint8, 4-byte aligned -> [d] fp32."""
-        layout = _layout(tuple(segments), self.block_size, message.device)
-        assert message.shape == (self.num_bytes(segments),)
-        flat = torch.empty(layout.num_elements, dtype=torch.float32, device=message.device)
+        if out is None:
+            out = flat.new_empty(self.num_bytes(segments), dtype=torch.uint8)
         if not layout.num_elements:
-            return flat  # an empty slice may be misaligned
-        sizes = [
-            4 * layout.num_raw,
-            4 * layout.num_scales,
-            packed_size(layout.num_codes, self.bits),
-        ]
-        if self.norm == "l2":
-            sizes.append(packed_size(layout.num_codes, 1))
-        planes = message[: sum(sizes)].split(sizes)
-        _scatter(planes[0].view(torch.float32), layout.raw, flat)
-        scales = planes[1].view(torch.float32)
-        codes = unpack(planes[2], layout.num_codes, self.bits)
-        signs = unpack(planes[3], layout.num_codes, 1).bool() if self.norm == "l2" else None
-        kernel = _kernels(self.compile, message.device)[1]
-        for batch in layout.batches:
-            shape = (batch.rows, batch.block)
-            c = _gather(codes, batch.codes, batch.rows * batch.block).view(shape)
-            sign = None
-            if signs is not None:
-                sign = _gather(signs, batch.codes, batch.rows * batch.block).view(shape)
-            scale = scales[batch.first_row : batch.first_row + batch.rows]
-            values = kernel(c, sign, scale, self.bits, self.norm)
-            _scatter(values.view(-1), batch.values, flat)
-        return flat
+            return out  # an empty slice may be misaligned
+        raw, planes = self._planes(out, layout)
+        _gather(flat, layout.raw, raw)
+        for group, (steps, words) in zip(layout.groups, planes, strict=True):
+            kernel, _, slab = self._kernels(layout, group.width, flat.device)
+            seeds, row = row_seeds(group.row_position, key), 0
+            short = flat.new_zeros(group.num_short * group.width)
+            _gather(flat, group.short, short)
+            for x in group.slabs(flat, short, slab):
+                rows = slice(row, row + len(x))
+                steps[rows] = kernel(x, seeds[rows], words[rows])
+                row += len(x)
+        return out
+
+    def decode(
+        self, message: Tensor, segments: Sequence[Segment], out: Tensor | None = None
+    ) -> Tensor:
+        """message: [num_bytes(segments)] uint8, 4-byte aligned -> [d] fp32, `out` where given."""
+        return self.mean(message[None], segments, out)
+
+    @torch.no_grad()
+    def mean(
+        self, messages: Tensor, segments: Sequence[Segment], out: Tensor | None = None
+    ) -> Tensor:
+        """Decode and average messages, summed in their order.
+
+        Args:
+            messages: [M, num_bytes(segments)] uint8, 4-byte aligned.
+            out: [d] fp32, to be filled; None makes one.
+
+        Returns:
+            [d] fp32; the same bits wherever it is computed.
+        """
+        layout = self._layout(segments, messages.device)
+        assert messages.shape[1] == self.num_bytes(segments)
+        if out is None:
+            out = messages.new_empty(layout.num_elements, dtype=torch.float32)
+        if not layout.num_elements:
+            return out
+        raws, planes = zip(*(self._planes(m, layout) for m in messages), strict=True)
+        _scatter(_mean(raws), layout.raw, out)
+        for group, *sources in zip(layout.groups, *planes, strict=True):
+            _, kernel, slab = self._kernels(layout, group.width, out.device)
+            short, row = out.new_empty(group.num_short * group.width), 0
+            for y in group.slabs(out, short, slab):
+                rows = slice(row, row + len(y))
+                for m in range(0, len(sources), MAX_UNROLL):
+                    part = [(s[rows], w[rows]) for s, w in sources[m : m + MAX_UNROLL]]
+                    last = m + MAX_UNROLL >= len(sources)
+                    kernel(part, y, m > 0, len(sources) if last else 1)
+                row += len(y)
+            _scatter(short, group.short, out)
+        return out
+
+    @property
+    def _unit(self) -> int:
+        """Elements that fill whole words of codes, and of signs."""
+        return 32 if self.norm == "l2" else 32 // self.bits
+
+    def _row_words(self, block: int) -> int:
+        return _round_up(block, self._unit) * (self.bits + (self.norm == "l2")) // 32
+
+    def _layout(self, segments: Sequence[Segment], device: torch.device) -> _Layout:
+        return _layout(tuple(segments), self.block_size, self._unit, device)
+
+    def _planes(self, message: Tensor, layout: _Layout) -> tuple[Tensor, list[Plane]]:
+        """Views of a message [num_bytes]: its raw values, and the plane of each group."""
+        floats, ints = message.view(torch.float32), message.view(torch.int32)
+        planes = []
+        start = layout.num_raw
+        for group in layout.groups:
+            end = start + group.rows
+            stop = end + group.rows * self._row_words(group.width)
+            planes.append((floats[start:end], ints[end:stop].view(group.rows, -1)))
+            start = stop
+        return floats[: layout.num_raw], planes
+
+    def _kernels(
+        self, layout: _Layout, width: int, device: torch.device
+    ) -> tuple[_Encode, _Decode, int]:
+        """Encode and decode, and the number of rows that one call should handle."""
+        fuse = layout.num_elements >= FUSE_LIMIT if self.compile == "auto" else self.compile
+        if fuse and self.norm == "max" and (fused := _fused(self.bits, width, device.type)):
+            return *fused, max(1, layout.num_elements)
+        return *_eager(self.bits, self.norm), max(1, EAGER_SLAB // width)
 
 
-# ---------------------------------------------------------------------------- eager or compiled
-
-_Encode = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
-_Decode = Callable[..., Tensor]
-
-
-def _kernels(compile: bool, device: torch.device) -> tuple[_Encode, _Decode]:
-    if compile:
-        return _compiled_kernels(device.type)
-    return (_slab_encode, _slab_decode) if device.type == "cpu" else (encode_blocks, decode_blocks)
-
-
-@lru_cache(maxsize=None)  # noqa: UP033  one a kind of device
-def _compiled_kernels(device_type: str) -> tuple[_Encode, _Decode]:
-    """The kernels fused by torch.compile, tried once; eager, said once, where that fails."""
-    device = torch.device(device_type)
-    try:
-        encode: _Encode = torch.compile(encode_blocks, dynamic=True)
-        decode: _Decode = torch.compile(decode_blocks, dynamic=True)
-        x = torch.ones(4, 8, device=device)
-        position = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
-        decode(*encode(x, position, random_key(0, 0, 0, device), 8, "max"), 8, "max")
-    except Exception as error:  # torch raises a different class for each missing tool
-        logger.warning("torch.compile failed, gradients are quantised in eager mode: %s", error)
-        return _kernels(False, device)
-    return encode, decode
-
-
-def _slab_encode(
-    x: Tensor, row_position: Tensor, key: Tensor, bits: int, norm: BlockNorm
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    rows = max(1, SLAB // x.shape[1])
-    slabs = zip(x.split(rows), row_position.split(rows), strict=True)
-    codes, signs, scales = zip(
-        *(encode_blocks(piece, position, key, bits, norm) for piece, position in slabs), strict=True
-    )
-    return torch.cat(codes), torch.cat(signs) if norm == "l2" else None, torch.cat(scales)
-
-
-def _slab_decode(
-    codes: Tensor, signs: Tensor | None, scales: Tensor, bits: int, norm: BlockNorm
-) -> Tensor:
-    rows = max(1, SLAB // codes.shape[1])
-    sign_slabs = [None] * len(codes.split(rows)) if signs is None else signs.split(rows)
-    slabs = zip(codes.split(rows), sign_slabs, scales.split(rows), strict=True)
-    return torch.cat([decode_blocks(c, sign, scale, bits, norm) for c, sign, scale in slabs])
+def _mean(raws: Sequence[Tensor]) -> Tensor:
+    total = raws[0].clone()
+    for raw in raws[1:]:
+        total += raw
+    return total if len(raws) == 1 else total.mul_(1.0 / len(raws))

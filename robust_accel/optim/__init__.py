@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 from torch.optim import Optimizer
 
-from robust_accel.optim.lamb import LAMB
+from robust_accel.optim.lamb import LAMB, Piece
 from robust_accel.optim.schedules import (
     SCHEDULES,
     Constant,
@@ -30,6 +30,7 @@ __all__ = [
     "Cyclic",
     "OneCycle",
     "OptimizerSettings",
+    "Piece",
     "Piecewise",
     "Schedule",
     "check_optimizer",

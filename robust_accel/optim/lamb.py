@@ -2,12 +2,36 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from robust_accel.optim.lamb_kernels import (
+    FUSED_TOTAL,
+    Batch,
+    Form,
+    Row,
+    descend,
+    fused_kernels,
+    update_and_norms,
+)
+
+
+class Piece(NamedTuple):
+    """The part of one layer's tensor that lies in a flat shard; see ``LAMB.shard``."""
+
+    layer: int  # index of the tensor among its group's, the same on every rank
+    start: int  # of the part's first element in the shard
+    size: int  # number of elements
+    ndim: int  # of the whole tensor, for exclude_1d
+
+
+class _Shard(NamedTuple):
+    pieces: tuple[Piece, ...]
+    num_layers: int
+    sum_over_ranks: Callable[[Tensor], Tensor]
 
 
 class LAMB(Optimizer):
@@ -26,7 +50,7 @@ class LAMB(Optimizer):
 
     Norms of fp16 and bf16 tensors are computed in fp32. NaN gradients give NaN parameters, and an
     infinite entry turns its whole tensor into NaN (through the norm), so neither can go unnoticed.
-    A step holds one temporary copy of the parameters: the updates.
+    Unless fused, a step holds one temporary copy of the parameters: the updates.
 
     Args:
         params: Parameters, named parameters or groups; a group may override every option below.
@@ -40,6 +64,10 @@ class LAMB(Optimizer):
         exclude_1d: Give tensors of at most one dimension (BatchNorm, biases) a plain step of Adam:
             no layer-wise factor and no weight decay. The paper's own code adapts them too.
         foreach: Run over all tensors of a group at once; None: when they are all on a GPU.
+        fused: Let torch.compile make kernels for the group's large fp32 tensors on a CPU (seconds
+            at the first step; then faster, and without temporary copies); None: when they have
+            a million elements together and foreach is None. Where nothing compiles, a
+            warning says so.
 
     Raises:
         ValueError: An option is out of range, a parameter is complex, or a gradient is sparse.
@@ -60,7 +88,10 @@ class LAMB(Optimizer):
         *,
         exclude_1d: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
+        self._shapes: set[torch.Size] = set()  # of every tensor that we were given
+        self._shards: dict[Tensor, _Shard] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -69,6 +100,7 @@ class LAMB(Optimizer):
             "weight_norm_clamp": weight_norm_clamp,
             "exclude_1d": exclude_1d,
             "foreach": foreach,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -78,9 +110,55 @@ class LAMB(Optimizer):
         for param in self.param_groups[-1]["params"]:
             if param.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {param.dtype}")
+            self._shapes.add(param.shape)
+
+    def shard(
+        self,
+        flat: Tensor,
+        pieces: Sequence[Piece],
+        num_layers: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Tell which layers lie in a flat shard that has replaced a group's parameters.
+
+        DeepSpeed's ZeRO 1 and 2 replace each group's ``params`` by one tensor: this rank's part of
+        the group laid end to end. A step then takes each piece as a tensor of its own, whose norms
+        are those of the whole layer: its squared norms are summed over ranks. Elements outside of
+        all pieces (padding) are never touched. The state stays one tensor a shard.
+
+        Every rank calls this for each group, also a rank that holds nothing but padding.
+
+        Args:
+            flat: [num_elements], the only parameter of one group.
+            pieces: Those on this rank, in any order; they may not overlap.
+            num_layers: Tensors in the whole group, the same on every rank.
+            sum_over_ranks: Gets one [2, num_layers] fp32 tensor on flat's device, returns its sum
+                over ranks. Called once a step of the group on every rank, gradient or not.
+
+        Raises:
+            ValueError: flat is no group's only parameter, or the pieces do not fit in it.
+        """
+        if not any(len(g["params"]) == 1 and g["params"][0] is flat for g in self.param_groups):
+            raise ValueError("flat must be the only parameter of one of the optimizer's groups")
+        if flat.ndim != 1:
+            raise ValueError(f"flat must have one dimension, got shape {tuple(flat.shape)}")
+        end = 0
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            if not (0 <= piece.layer < num_layers and end <= piece.start and piece.size >= 0):
+                raise ValueError(f"{piece} overlaps another, or is no layer of {num_layers}")
+            end = piece.start + piece.size
+        if end > flat.numel():
+            raise ValueError(f"pieces end at element {end} of a shard of {flat.numel()}")
+        self._shards[flat] = _Shard(tuple(pieces), num_layers, sum_over_ranks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of a sharded optimizer has no shards, and its step must refuse
+        return {**super().__getstate__(), "_shapes": self._shapes, "_shards": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("fused", None)  # saved before the option was there
         # a checkpoint may have been read onto a GPU: step counts there would cost a wait each
         for values in self.state.values():
             if "step" in values:
@@ -94,63 +172,47 @@ class LAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        batches: list[_Batch] = []
         for group in self.param_groups:
-            batches += self._collect(group)
-        for batch in batches:
-            direction = _direction_foreach if batch.foreach else _direction_plain
-            batch.updates = direction(batch)
-
-        adapted = [batch for batch in batches if batch.adapt]
-        weight_norms, update_norms = self._norms(
-            [param for batch in adapted for param in batch.params],
-            [update for batch in adapted for update in batch.updates],
-        )
-        start = 0
-        for batch in batches:
-            scales: Sequence[Any] = [batch.group["lr"]] * len(batch.params)
-            if batch.adapt:
-                part = slice(start, start + len(batch.params))
-                start = part.stop
-                scales = _layer_rates(batch.group, weight_norms[part], update_norms[part])
-            _descend(batch, scales)
+            shard = self._shards.get(group["params"][0]) if self._shards else None
+            batches = self._collect(group, shard)
+            for batch in batches:
+                update_and_norms(batch)
+            if shard is not None:
+                _sum_norms(batches, shard, group["params"][0].device)
+            for batch in batches:
+                descend(batch)
         return loss
 
-    def _norms(
-        self, params: list[Tensor], updates: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """||theta|| and ||u|| of every adapted tensor, in order; called once a step.
-
-        Where a rank holds shards of the tensors, override this: sum the squared norms over ranks.
-        """
-        return _l2_norms(params), _l2_norms(updates)
-
-    def _adapts(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a tensor has a layer-wise factor and weight decay."""
-        return not group["exclude_1d"] or param.ndim > 1
-
-    def _collect(self, group: dict[str, Any]) -> list["_Batch"]:
-        """The group's tensors with a gradient, in batches of one device, dtype and treatment."""
+    def _collect(self, group: dict[str, Any], shard: _Shard | None) -> list[Batch]:
+        """The group's layers with a gradient, in batches of one device, dtype and treatment."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
+        for step in steps:
+            step += 1
+        rows = [
+            Row(*row, layer, row[0].ndim)
+            for layer, row in enumerate(
+                zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+            )
+        ]
+        if shard is not None and rows:
+            rows = _cut(rows[0], shard.pieces)
         foreach = group["foreach"]
         if foreach is None:
             foreach = all(param.is_cuda for param in params)
-        batches: dict[tuple[torch.device, torch.dtype, bool], _Batch] = {}
-        for i, param in enumerate(params):
-            key = (param.device, param.dtype, self._adapts(param, group))
+        fused = _fused(group, rows)
+        batches: dict[tuple[torch.device, torch.dtype, bool, Form], Batch] = {}
+        for row, is_fused in zip(rows, fused, strict=True):
+            adapt = not group["exclude_1d"] or row.ndim > 1
+            form: Form = "fused" if is_fused else "foreach" if foreach else "plain"
+            key = (row.param.device, row.param.dtype, adapt, form)
             if key not in batches:
-                batches[key] = _Batch(group, foreach, key[2], [], [], [], [], [], [])
-            batch = batches[key]
-            batch.params.append(param)
-            batch.grads.append(grads[i])
-            batch.exp_avgs.append(exp_avgs[i])
-            batch.exp_avg_sqs.append(exp_avg_sqs[i])
-            batch.steps.append(steps[i])
+                batches[key] = Batch(group, form, adapt)
+            batches[key].append(row)
         return list(batches.values())
 
     def _init_group(
@@ -171,6 +233,12 @@ class LAMB(Optimizer):
                 continue
             if param.grad.is_sparse:
                 raise ValueError("LAMB needs dense gradients, got a sparse one (sparse=True?)")
+            if param.ndim == 1 and param.shape not in self._shapes and param not in self._shards:
+                raise RuntimeError(
+                    "LAMB's parameters were replaced by a flat shard (DeepSpeed ZeRO), whose norm"
+                    " is no layer's: call robust_accel.compress_gradients(model, ...) after"
+                    " accelerator.prepare(), which tells LAMB the layers"
+                )
             state = self.state[param]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
@@ -183,103 +251,40 @@ class LAMB(Optimizer):
             steps.append(state["step"])
 
 
-@dataclass
-class _Batch:
-    """Tensors of one group, device and dtype that are updated alike."""
-
-    group: dict[str, Any]
-    foreach: bool
-    adapt: bool
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-    updates: list[Tensor]
-
-    @property
-    def weight_decay(self) -> float:
-        return self.group["weight_decay"] if self.adapt else 0.0
-
-    def corrections(self) -> tuple[list[Any], list[Any]]:
-        """1 - beta^t of m and v for each tensor; advances t."""
-        for step in self.steps:
-            step += 1
-        beta1, beta2 = self.group["betas"]
-        counts = [_count(step) for step in self.steps]
-        return [1 - beta1**t for t in counts], [1 - beta2**t for t in counts]
+def _cut(whole: Row, pieces: Sequence[Piece]) -> list[Row]:
+    """Each piece of a flat shard as a tensor of its own: views."""
+    rows = []
+    for p in pieces:
+        param, grad, exp_avg, exp_avg_sq = (t[p.start : p.start + p.size] for t in whole[:4])
+        rows.append(Row(param, grad, exp_avg, exp_avg_sq, whole.step, p.layer, p.ndim))
+    return rows
 
 
-def _count(step: Tensor) -> Any:
-    # step counts live on the CPU: reading one waits for no GPU. A compiled graph keeps the
-    # tensor, which a number would tie to its value; in fp32, 1 - 0.999 would lose four digits.
-    return step.double() if torch.compiler.is_compiling() else step.item()
+def _fused(group: dict[str, Any], rows: Sequence[Row]) -> list[bool]:
+    """Which tensors of a group the compiled kernels take."""
+    none = [False] * len(rows)
+    # a user's torch.compile(optimizer.step) fuses by itself
+    off = group["fused"] is False or (group["fused"] is None and group["foreach"] is not None)
+    if off or torch.compiler.is_compiling():
+        return none
+    fusable = [row.fusable() for row in rows]
+    num_elements = sum(row.param.numel() for row, yes in zip(rows, fusable, strict=True) if yes)
+    if num_elements < (1 if group["fused"] else FUSED_TOTAL) or fused_kernels() is None:
+        return none
+    return fusable
 
 
-def _direction_plain(batch: _Batch) -> list[Tensor]:
-    """Algorithm A2 tensor by tensor: the reference. Advances m and v, returns u."""
-    beta1, beta2 = batch.group["betas"]
-    corrections1, corrections2 = batch.corrections()
-    updates = []
-    for i, param in enumerate(batch.params):
-        grad, exp_avg, exp_avg_sq = batch.grads[i], batch.exp_avgs[i], batch.exp_avg_sqs[i]
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (exp_avg_sq / corrections2[i]).sqrt_().add_(batch.group["eps"])
-        update = (exp_avg / corrections1[i]).div_(denominator)
-        if batch.weight_decay != 0:
-            update.add_(param, alpha=batch.weight_decay)
-        updates.append(update)
-    return updates
-
-
-def _direction_foreach(batch: _Batch) -> list[Tensor]:
-    """The same with one kernel for many tensors."""
-    beta1, beta2 = batch.group["betas"]
-    corrections1, corrections2 = batch.corrections()
-    torch._foreach_lerp_(batch.exp_avgs, batch.grads, 1 - beta1)
-    torch._foreach_mul_(batch.exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(batch.exp_avg_sqs, batch.grads, batch.grads, value=1 - beta2)
-    denominators = torch._foreach_div(batch.exp_avg_sqs, corrections2)
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, batch.group["eps"])
-    updates = torch._foreach_div(batch.exp_avgs, corrections1)
-    torch._foreach_div_(updates, denominators)
-    if batch.weight_decay != 0:
-        torch._foreach_add_(updates, batch.params, alpha=batch.weight_decay)
-    return list(updates)
-
-
-def _layer_rates(
-    group: dict[str, Any], weight_norms: list[Tensor], update_norms: list[Tensor]
-) -> list[Tensor]:
-    """lr tau(||theta||) / ||u|| for each tensor of a batch, equation (3)."""
-    c_l, c_u = group["weight_norm_clamp"]
-    tau = torch.stack(weight_norms).clamp(c_l, c_u)
-    update_norm = torch.stack(update_norms)
-    # 1 where either is zero: see the class; a NaN equals nothing, and passes
-    ratio = torch.where((tau == 0) | (update_norm == 0), 1.0, tau / update_norm)
-    return list((ratio * group["lr"]).unbind())
-
-
-def _descend(batch: _Batch, scales: Sequence[Any]) -> None:
-    """theta = theta - scale u; overwrites u."""
-    if batch.foreach:
-        torch._foreach_mul_(batch.updates, scales)
-        torch._foreach_sub_(batch.params, batch.updates)
-        return
-    for param, update, scale in zip(batch.params, batch.updates, scales, strict=True):
-        param.sub_(update.mul_(scale))
-
-
-def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Norms in fp32 or better: an fp16 sum of squares overflows at a norm of 256."""
-    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
-        # _foreach_norm has a dtype too, but DTensor (FSDP2) fails on it in torch 2.14
-        dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
-        pairs = zip(tensors, dtypes, strict=True)
-        return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in pairs]
-    return list(torch._foreach_norm(tensors, 2)) if tensors else []
+def _sum_norms(batches: Sequence[Batch], shard: _Shard, device: torch.device) -> None:
+    """Replace the norms of this rank's pieces by the norms of the whole layers."""
+    squares = torch.zeros(2, shard.num_layers, dtype=torch.float32, device=device)
+    adapted = [batch for batch in batches if batch.adapt]
+    for batch in adapted:
+        index = torch.tensor(batch.layers, device=device)
+        norms = torch.stack([batch.weight_norms, batch.update_norms])
+        squares.index_add_(1, index, norms.square().to(torch.float32))
+    norms = shard.sum_over_ranks(squares).sqrt()
+    for batch in adapted:
+        batch.weight_norms, batch.update_norms = norms[:, batch.layers].unbind()
 
 
 def _check_options(options: dict[str, Any]) -> None:

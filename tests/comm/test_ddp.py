@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import random
 import time
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from robust_accel.comm import COLLECTIVES, QSGD, AllReduce, Meter, compress_gradients
+from robust_accel.comm import COLLECTIVES, QSGD, AllReduce, Meter, Workers, compress_gradients
 from robust_accel.comm.quantizer import Segment, random_key, segment
 
 BITS = [16, 8, 4, 2]
@@ -34,10 +35,10 @@ class Recorder:
         self.inner = inner
         self.calls = []
 
-    def reduce(self, flat, segments, step, group, meter):
+    def reduce(self, flat, segments, step, workers, meter):
         before = flat.clone()
         sent = meter.bytes_sent
-        mean = self.inner.reduce(flat, segments, step, group, meter)
+        mean = self.inner.reduce(flat, segments, step, workers, meter)
         self.calls.append(
             {
                 "in": before,
@@ -209,7 +210,7 @@ def overflow(rank, world_size):
 def half_precision_overflow(rank, world_size):
     flat = torch.full((100,), 1e6 if rank == 0 else 1.0)
     protocol = AllReduce(dtype="fp16")
-    return protocol.reduce(flat, [Segment(100, 0, False)], 0, None, Meter())
+    return protocol.reduce(flat, [Segment(100, 0, False)], 0, Workers(), Meter())
 
 
 def odd_sizes(rank, world_size):
@@ -233,7 +234,7 @@ def odd_sizes(rank, world_size):
         for name, protocol in PROTOCOLS.items():
             g = torch.Generator().manual_seed(100 * i + rank)
             flat = torch.randn(position, generator=g)
-            mean = protocol.reduce(flat.clone(), segments, i, None, Meter())
+            mean = protocol.reduce(flat.clone(), segments, i, Workers(), Meter())
             results.append({"name": name, "in": flat, "out": mean, "segments": segments})
     return results
 
@@ -244,7 +245,7 @@ def formulas(rank, world_size):
     results = {}
     for name, protocol in PROTOCOLS.items():
         meter = Meter()
-        protocol.reduce(torch.randn(d), [Segment(d, 0, False)], 0, None, meter)
+        protocol.reduce(torch.randn(d), [Segment(d, 0, False)], 0, Workers(), meter)
         results[name] = meter.bytes_sent
     return d, results
 
@@ -256,7 +257,7 @@ def equal_gradients(rank, world_size):
 
     def error(step, **kwargs):
         protocol = QSGD(bits=4, **kwargs)
-        mean = protocol.reduce(flat.clone(), [Segment(d, 0, False)], step, None, Meter())
+        mean = protocol.reduce(flat.clone(), [Segment(d, 0, False)], step, Workers(), Meter())
         return mean - flat
 
     single = QSGD(bits=4).quantizer
@@ -267,6 +268,48 @@ def equal_gradients(rank, world_size):
         "one": [error(0, sides=1), error(1, sides=1), error(0, sides=1, seed=1)],
         "two": [error(0), error(1), error(0, seed=1)],
     }
+
+
+class ByServers(QSGD):
+    def _serving_is_cheaper(self, *_):
+        return True
+
+
+def both_one_sided_exchanges(rank, world_size):
+    """The same gradients to all and through servers; more than one slice of them."""
+    d = (1 << 20) + 1000
+    flat = torch.randn(d, generator=torch.Generator().manual_seed(rank))
+    segments = [Segment(d - 300, 0, False), Segment(300, d - 300, True)]
+    return [
+        kind(bits=8, sides=1).reduce(flat.clone(), segments, 3, Workers(), Meter())
+        for kind in (QSGD, ByServers)
+    ]
+
+
+def machines(rank, world_size):
+    """Two machines of two processes, by what the launcher says."""
+    os.environ["GROUP_RANK"] = str(rank // 2)
+    results = {}
+    for name in ("8bit-1side", "8bit-2side", "4bit-2side"):
+        recorder = Recorder(PROTOCOLS[name])
+        model = wrap(make_model())
+        comp = compress_gradients(model, recorder)
+        train(model, range(3), rank, delay=True)
+        results[name] = {
+            "params": params(model),
+            "calls": recorder.calls,
+            "bytes": comp.meter.bytes_sent,
+            "inside": comp.meter.bytes_inside_machine,
+        }
+        comp.close()
+    return results
+
+
+def uneven_machines(rank, world_size):
+    os.environ["GROUP_RANK"] = str(rank // 2)
+    workers = Workers.of(None, parent=None)
+    del os.environ["GROUP_RANK"]
+    return workers.node is None and workers.peers is None and workers.size == world_size
 
 
 def not_ddp(rank, world_size):
@@ -283,11 +326,11 @@ class Failing:
         self.fails = fails
         self.calls = 0
 
-    def reduce(self, flat, segments, step, group, meter):
+    def reduce(self, flat, segments, step, workers, meter):
         self.calls += 1
         if self.calls == 3 and self.fails:
             raise KeyError("cable unplugged")
-        return AllReduce().reduce(flat, segments, step, group, meter)
+        return AllReduce().reduce(flat, segments, step, workers, meter)
 
 
 def raising_everywhere(rank, world_size):
@@ -332,7 +375,16 @@ TWO = [
     raising_everywhere,
     raising_on_one_rank,
 ]
-THREE = [training, without_a_hook, resumed, odd_sizes, formulas, equal_gradients]
+THREE = [
+    training,
+    without_a_hook,
+    resumed,
+    odd_sizes,
+    formulas,
+    equal_gradients,
+    both_one_sided_exchanges,
+    uneven_machines,
+]
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +395,11 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     return processes.run(THREE, 3, tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return processes.run([machines], 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(params=[2, 3])
@@ -491,6 +548,8 @@ def test_bytes_follow_the_formulas(ranks, name):
             bits = int(name.split("bit")[0])
             payload = d * bits / 8 + 4 * d / (256 if bits >= 8 else 128)
             one_sided = (m - 1) * payload
+            if "1side" in name:  # through servers that answer in fp32, where that is cheaper
+                one_sided = min(one_sided, (m - 1) / m * (payload + 4 * d))
         elif "paper" in name:
             # 32 + d + bd bits, with a norm for each of the M pieces that servers take
             norms = 1 if "1side" in name else m
@@ -499,6 +558,31 @@ def test_bytes_follow_the_formulas(ranks, name):
             one_sided = (m - 1) * d * (4 if name == "fp32" else 2)
         expected = one_sided if "1side" in name else 2 * one_sided / m
         assert results[name] == expected
+
+
+def test_both_one_sided_exchanges_give_the_same_mean(three):
+    means = [mean for r in get(three, both_one_sided_exchanges) for mean in r]
+    assert all(torch.equal(means[0], mean) for mean in means[1:])
+    assert means[0].std() > 0.5 / 3**0.5
+
+
+@pytest.mark.parametrize("name", ["8bit-1side", "8bit-2side", "4bit-2side"])
+def test_only_machines_exchange_quantised_gradients(four, name):
+    runs = [r[name] for r in get(four, machines)]
+    assert all(torch.equal(runs[0]["params"], run["params"]) for run in runs)
+    size = params(make_model()).numel()
+    for same in zip(*(run["calls"] for run in runs), strict=True):
+        # two machines: at most the rounding of two workers' exchange
+        check_mean(name, same[0]["segments"], [c["in"] for c in same], [c["out"] for c in same])
+    for run in runs:
+        inside, between = run["inside"], run["bytes"] - run["inside"]
+        # fp32 to one other process and back, of half of the gradient each; padding on top
+        assert 3 * 4 * size <= inside < 1.2 * 3 * 4 * size
+        assert 0 < between < 0.4 * inside
+
+
+def test_uneven_machines_are_one_group(three):
+    assert all(get(three, uneven_machines))
 
 
 def test_meter_adds_up(ranks):

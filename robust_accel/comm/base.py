@@ -1,0 +1,67 @@
+"""What protocols and engines share: the protocol's one method, and a protocol at work."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from robust_accel.comm.meter import Meter
+from robust_accel.comm.quantizer import Segment
+from robust_accel.comm.workers import Workers
+
+
+class Collective(Protocol):
+    """A protocol; its public fields are the recipe's keys."""
+
+    def reduce(
+        self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
+    ) -> Tensor:
+        """Average a gradient over the workers.
+
+        Args:
+            flat: [d] fp32, this worker's gradient; may be overwritten.
+            segments: the parameter tensors that lie end to end in `flat`, the same on every rank.
+            step: number of the exchange, the same on every rank; seeds the rounding.
+            workers: the process groups.
+            meter: counts the bytes that this rank sends.
+
+        Returns:
+            [d] fp32, the mean, bit-identical on every rank.
+        """
+        ...
+
+
+class GradientCompression:
+    """A protocol at work in one model; `compress_gradients` makes it. On one process, none is.
+
+    Attributes:
+        meter: bytes and seconds so far, of this rank.
+        steps: synchronised backward passes so far (DeepSpeed: exchanges); seeds the rounding,
+            hence part of a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+    def close(self) -> None:
+        """Stop what runs beside the training; the model cannot train on."""
+
+
+def averaged(
+    collective: Collective,
+    buffer: Tensor,
+    segments: Sequence[Segment],
+    step: int,
+    workers: Workers,
+    meter: Meter,
+) -> Tensor:
+    """Replace a gradient of any floating point type by its mean, in its own memory."""
+    mean = collective.reduce(buffer.float(), segments, step, workers, meter)
+    return buffer if mean is buffer else buffer.copy_(mean)

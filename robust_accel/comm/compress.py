@@ -1,0 +1,61 @@
+"""The one call that puts a protocol into a prepared model, DDP or DeepSpeed."""
+
+import logging
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robust_accel.comm.base import Collective, GradientCompression
+from robust_accel.comm.collectives import AllReduce
+from robust_accel.comm.ddp import DDPCompression
+from robust_accel.comm.deepspeed import DeepSpeedCompression, is_engine, tell_layers
+
+logger = logging.getLogger(__name__)
+
+
+def compress_gradients(
+    model: nn.Module,
+    collective: Collective | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> GradientCompression:
+    """Send a model's gradients by `collective` from now on, and count what that costs.
+
+    Under DeepSpeed's ZeRO 1 and 2 it also tells this package's LAMB where each layer lies in the
+    flat shards that ZeRO makes of the parameters, so that LAMB stays layer-wise.
+
+    Args:
+        model: what `accelerator.prepare()` returned, before its first backward: a
+            DistributedDataParallel model, or a DeepSpeed engine (ZeRO 0, 1 or 2).
+        collective: the protocol; None is the uncompressed all-reduce, counted.
+        group: process group to send on under DDP. On CPU (gloo) nothing else may use it; by
+            default one is made, which every rank of the model must take part in.
+
+    Returns:
+        The counts (`.meter`) and the step (`.state_dict()`, to be saved with a checkpoint). On one
+        process nothing is sent: `collective` is ignored, which is said, and the counts stay zero.
+
+    Raises:
+        ValueError: several processes but neither DistributedDataParallel nor DeepSpeed, ZeRO 3, a
+            version or setting of DeepSpeed that is not supported, or an unsupported device.
+    """
+    collective = AllReduce() if collective is None else collective
+    model = getattr(model, "_orig_mod", model)  # torch.compile around DDP
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if is_engine(model):
+        tell_layers(model)
+        if num_processes > 1:
+            return DeepSpeedCompression(model, collective)
+    elif isinstance(model, DistributedDataParallel):
+        if dist.get_world_size(model.process_group) > 1:
+            return DDPCompression(model, collective, group)
+    elif num_processes > 1:
+        raise ValueError(
+            f"on {num_processes} processes compress_gradients needs a DistributedDataParallel "
+            f"model or a DeepSpeed engine, got {type(model).__name__}: call "
+            "accelerator.prepare(model) before it"
+        )
+    if collective != AllReduce():
+        logger.warning("communication: %r is ignored on one process", collective)
+    return GradientCompression()
