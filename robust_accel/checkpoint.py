@@ -1,15 +1,18 @@
 """Checkpoints of everything that a run needs to continue as if nothing had happened."""
 
 import shutil
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from robust_accel.comm.deepspeed import weights_only_loads
 from robust_accel.run_folder import RunFolder
 
 
@@ -23,6 +26,7 @@ class Progress:
     validations_since_best: int = 0
     train_seconds: float = 0.0
     comm_seconds: float = 0.0
+    comm_exposed_seconds: float = 0.0  # not hidden behind the backward
     bytes_sent: int = 0  # by this rank
     stopped_early: bool = False
 
@@ -39,8 +43,9 @@ class Checkpoint:
     """Saves and restores a run: what Accelerate prepared, and what it does not know.
 
     Accelerate keeps weights (safetensors), optimizer, loss scaler and the random states of each
-    process; this adds ``progress.pt`` (``weights_only``) and the averaged weights. The order of the
-    images needs no state: it follows from the seed and the step.
+    process (with DeepSpeed, its own files, read without executing anything); this adds
+    ``progress.pt`` (``weights_only``) and the averaged weights. The order of the images needs no
+    state: it follows from the seed and the step.
     """
 
     def __init__(
@@ -83,12 +88,14 @@ class Checkpoint:
     def load(self) -> int:
         """Restore the newest checkpoint; returns the number of processes that wrote it."""
         source = self.folder.steps()[-1]
-        self.accelerator.load_state(str(source))
+        with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with weights_only_loads() if with_deepspeed else nullcontext():
+            self.accelerator.load_state(str(source))
         state = torch.load(source / "progress.pt", map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        for field in fields(Progress):
-            setattr(self.progress, field.name, state["progress"][field.name])
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
         if self.ema is not None:
             load_weights(self.ema, source / "ema.safetensors")
         return int(state["num_processes"])

@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from robust_accel.accelerator import create_accelerator, share_buffers
 from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_weights
 from robust_accel.comm import GradientCompression, compress_gradients
 from robust_accel.data import Data, Sampler, load_data
@@ -55,12 +56,8 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackUnit(recipe.evaluate, data.num_classes, torch.device("cpu"))
 
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        log_with=list(settings.log_with) or None,
-        project_dir=str(folder.path),
-    )
+    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
+    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
     run = _Run(recipe, data, classifier, folder, accelerator, quiet=quiet)
     run.open(continued)
     run.fit()
@@ -107,6 +104,7 @@ class _Run:
         if self.settings.ema_decay is not None:
             self.ema = ModelEmaV3(self.classifier, decay=self.settings.ema_decay, use_warmup=True)
         self.model, self.optimizer = accelerator.prepare(robust_model, optimizer)
+        share_buffers(robust_model, accelerator)
         self.compression: GradientCompression = compress_gradients(self.model, recipe.communication)
         self.progress = Progress()
         self.checkpoint = Checkpoint(
@@ -207,10 +205,9 @@ class _Run:
         averages.values["clean_batch_accuracy"] = (model.predict(x) == labels).float().mean()
         # averaged over the processes; the clean accuracy is the last batch's alone
         line = {name: reduce(value, "mean").item() for name, value in averages.means().items()}
-        meter = self.compression.meter
         line |= {
             "images_per_second": images / seconds,
-            "bytes_sent": self.progress.bytes_sent + meter.bytes_sent - self._bytes_at_start,
+            **self._communication_so_far(),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         self.bar.set_postfix(
@@ -219,6 +216,7 @@ class _Run:
             robust=f"{100 * line['robust_batch_accuracy']:.1f}%",
             images_s=f"{line['images_per_second']:.0f}",
             sent=f"{line['bytes_sent'] / 2**20:.1f}MiB",
+            waited=f"{line['comm_exposed_seconds']:.0f}s",
         )
         self._write(line)
         if not math.isfinite(line["loss"]):
@@ -323,6 +321,7 @@ class _Run:
             "parameters_equal_on_all_processes": equal,
             "train_seconds_per_epoch": progress.train_seconds / epochs,
             "comm_seconds_per_epoch": progress.comm_seconds / epochs,
+            "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
             "bytes_sent_per_step": progress.bytes_sent / steps,
             "peak_memory_bytes": _peak_memory(self.accelerator.device),
             "versions": versions(),
@@ -349,14 +348,27 @@ class _Run:
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
-        self._bytes_at_start = self.compression.meter.bytes_sent
-        self._comm_at_start = self.compression.meter.seconds
+        self._meter_at_start = self._meter()
 
     def _stop_clock(self) -> None:
-        meter, progress = self.compression.meter, self.progress
-        progress.train_seconds += time.perf_counter() - self._started
-        progress.bytes_sent += meter.bytes_sent - self._bytes_at_start
-        progress.comm_seconds += meter.seconds - self._comm_at_start
+        self.progress.train_seconds += time.perf_counter() - self._started
+        for name, value in self._communication_so_far().items():
+            setattr(self.progress, name, value)
+
+    def _meter(self) -> dict[str, float]:
+        meter = self.compression.meter
+        return {
+            "bytes_sent": meter.bytes_sent,
+            "comm_seconds": meter.seconds,
+            "comm_exposed_seconds": meter.exposed_seconds,
+        }
+
+    def _communication_so_far(self) -> dict[str, float]:
+        """What training has cost this rank, earlier parts of a continued run included."""
+        return {
+            name: getattr(self.progress, name) + value - self._meter_at_start[name]
+            for name, value in self._meter().items()
+        }
 
 
 class _Averages:

@@ -10,11 +10,13 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from robust_accel.recipe import RECIPES
 from robust_accel.run_folder import RunFolder
 
 pytestmark = pytest.mark.launch
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+DDP = ("--multi_gpu", "--num_processes", "2")
+ZERO = [("--config_file", str(RECIPES / f"accelerate/zero{stage}.yaml")) for stage in (0, 1, 2)]
 SMALL = (
     "communication.name=qsgd",
     "communication.bits=8",
@@ -31,11 +33,13 @@ SMALL = (
 )
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, flags: tuple[str, ...] = DDP) -> subprocess.Popen[str]:
     port = str(20000 + os.getpid() % 20000)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+    cpu = {"ACCELERATE_USE_CPU": "true"} if flags == DDP else {}  # the variable disables DeepSpeed
     return subprocess.Popen(
-        [*LAUNCH, "--main_process_port", port, "-m", "robust_accel", *map(str, arguments)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [*command, "--main_process_port", port, "-m", "robust_accel", *map(str, arguments)],
+        env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,8 +53,8 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def launch(*arguments: object) -> tuple[int, str]:
-    process = start(*arguments)
+def launch(*arguments: object, flags: tuple[str, ...] = DDP) -> tuple[int, str]:
+    process = start(*arguments, flags=flags)
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -79,18 +83,43 @@ def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finishe
     )
     assert num_parameters < report["bytes_sent_per_step"] < 1.2 * num_parameters
     assert report["comm_seconds_per_epoch"] > 0
+    assert report["comm_exposed_seconds_per_epoch"] > 0
+
+
+@pytest.mark.parametrize("flags", ZERO, ids=["zero0", "zero1", "zero2"])
+def test_deepspeed_trains_by_the_same_recipe(
+    finished: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    code, output = launch("train", "quickstart", *SMALL, f"output={folder.path}", flags=flags)
+    assert code == 0, output
+    report, by_ddp = folder.read_report(), RunFolder(finished).read_report()
+    assert report["num_processes"] == 2
+    assert report["parameters_equal_on_all_processes"]
+    # the same gradient in other buckets; only their padding differs
+    assert report["bytes_sent_per_step"] == pytest.approx(by_ddp["bytes_sent_per_step"], rel=0.02)
+    first, expected = folder.read_metrics()[0], RunFolder(finished).read_metrics()[0]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    if flags == ZERO[2]:
+        killed_and_resumed(folder.path, tmp_path / "killed", flags)
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "killed")
-    process = start("train", "quickstart", *SMALL, f"output={folder.path}")
+    killed_and_resumed(finished, tmp_path / "killed", DDP)
+
+
+def killed_and_resumed(finished: Path, path: Path, flags: tuple[str, ...]) -> None:
+    folder = RunFolder(path)
+    process = start("train", "quickstart", *SMALL, f"output={folder.path}", flags=flags)
     deadline = time.monotonic() + 200
     while not folder.steps() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     kill(process)
     assert folder.steps()
     assert not folder.report.exists()
-    code, output = launch("train", "quickstart", *SMALL, f"output={folder.path}", "--resume")
+    code, output = launch(
+        "train", "quickstart", *SMALL, f"output={folder.path}", "--resume", flags=flags
+    )
     assert code == 0, output
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)

@@ -1,0 +1,79 @@
+"""The Accelerator of a training run, with DeepSpeed's settings taken from the recipe."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast
+from torch import Tensor, nn
+
+from robust_accel.recipe import TrainSettings
+
+
+def create_accelerator(
+    settings: TrainSettings, precision: str, micro_batch_size: int, project_dir: Path
+) -> Accelerator:
+    """Join the other processes, as the launcher says: DDP, DeepSpeed or alone.
+
+    Under DeepSpeed (``accelerate launch --config_file recipes/accelerate/zero2.yaml``) the launch
+    configuration chooses the ZeRO stage, and the recipe everything that both could set: batch size,
+    gradient accumulation, clipping and precision. Half precision is torch's autocast there too,
+    with fp32 weights.
+
+    Args:
+        settings: The recipe's ``train`` section.
+        precision: Accelerate's ``mixed_precision``.
+        micro_batch_size: Images a process and backward pass.
+        project_dir: Where trackers write.
+    """
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    without_gpu = not torch.cuda.is_available()
+    accelerator = Accelerator(
+        mixed_precision="no" if with_deepspeed else precision,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        log_with=list(settings.log_with) or None,
+        project_dir=str(project_dir),
+        # without the name, Accelerate takes DeepSpeed on CPUs for a single process
+        kwargs_handlers=(
+            [InitProcessGroupKwargs(backend="gloo")] if with_deepspeed and without_gpu else None
+        ),
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        config["gradient_accumulation_steps"] = settings.gradient_accumulation
+        config["gradient_clipping"] = settings.max_grad_norm or 0.0
+        if precision != "no":
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return accelerator
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Make the first process's BatchNorm statistics everyone's before each step, as DDP does.
+
+    DeepSpeed leaves each process its own, though a checkpoint holds only the first one's, and the
+    attack normalises by them.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    due = True
+
+    def before_forward(module: nn.Module, _: object) -> None:
+        nonlocal due
+        if module.training and due:
+            _broadcast_all(list(module.buffers()))
+        due = accelerator.sync_gradients  # not between accumulated micro-batches, like DDP
+
+    model.register_forward_pre_hook(before_forward)
+
+
+def _broadcast_all(tensors: list[Tensor]) -> None:
+    """One message a type: a network has three buffers a layer."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = broadcast(torch.cat([tensor.flatten() for tensor in same]))
+        parts = flat.split([tensor.numel() for tensor in same])
+        for tensor, part in zip(same, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
