@@ -1,0 +1,104 @@
+"""Benchmarks start, and the smallest case runs; what they measure is not judged here."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, FOLDER / name, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{Path(name).stem}", FOLDER / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_is_measured(name: str) -> None:
+    result = run(name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python benchmarks/{name}" in result.stdout
+
+
+def has_namespaces() -> bool:
+    """Root, the tools, and a kernel that lets us: containers often do not."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    ip = shutil.which("ip", path=path)
+    if os.geteuid() != 0 or ip is None or shutil.which("tc", path=path) is None:
+        return False
+    name = f"robust-test-{os.getpid()}"
+    if subprocess.run([ip, "netns", "add", name], capture_output=True).returncode:
+        return False
+    return subprocess.run([ip, "netns", "del", name], capture_output=True).returncode == 0
+
+
+def namespaces() -> set[str]:
+    folder = Path("/var/run/netns")
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
+    if not has_namespaces():
+        pytest.skip("needs root, ip, tc and network namespaces")
+    process = subprocess.Popen(
+        [
+            sys.executable, FOLDER / "comm.py", "--nodes", "2", "--rate", "none", "--repeats", "1",
+            "--model", "wide_resnet10_1", "--protocols", "fp32", "8bit-2sided",
+            "--what", "exchange",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    rows = [line.strip("| \n").split(" | ") for line in output.splitlines() if line[:1] == "|"]
+    header, _, *rows = rows
+    assert [row[0] for row in rows] == ["fp32", "8bit-2sided"], output
+    for row in rows:
+        # a small model: gloo's own headers weigh more than with a real one
+        assert float(row[header.index("wire / sent")]) == pytest.approx(1, abs=0.05)
+    assert not [name for name in namespaces() if f"-{process.pid}-" in name]
+
+
+def test_paired_difference_is_the_textbook_t_interval() -> None:
+    module = load("no_loss.py")
+    # differences 1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5), t(0.975, 4) = 2.776445
+    result = module.paired_difference([11, 22, 33, 44, 55], [10, 20, 30, 40, 50])
+    assert result.mean == pytest.approx(3)
+    assert result.low == pytest.approx(3 - 2.776445 * 0.5**0.5, abs=1e-5)
+    assert result.high == pytest.approx(3 + 2.776445 * 0.5**0.5, abs=1e-5)
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        module.paired_difference([1.0], [1.0])
+
+
+def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
+    module = load("no_loss.py")
+    args = module.parse(["--table", "--output", str(tmp_path), "--seeds", "0", "1", "2"])
+    for protocol, gain, sent in (("fp32", 0.0, 400), ("8bit-2sided", 0.01, 100)):
+        for seed in (0, 1):
+            folder = module.run_folder(args, protocol, seed)
+            folder.mkdir(parents=True)
+            accuracy = {"accuracy": 0.5 + 0.1 * seed + gain, "n": 100}
+            report = {"clean_accuracy": accuracy, "pgd_accuracy": accuracy, "num_processes": 2}
+            report |= {"parameters_equal_on_all_processes": True, "bytes_sent_per_step": sent}
+            (folder / "report.json").write_text(json.dumps(report))
+    lines = module.table(args).splitlines()
+    assert len(lines) == 4
+    assert "+1.00 [+1.00, +1.00]" in lines[3]
+    assert "1/4.00" in lines[3]
