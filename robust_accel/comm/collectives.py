@@ -103,8 +103,7 @@ class QSGD(Settings):
         group: dist.ProcessGroup | None,
         meter: Meter,
     ) -> Tensor:
-        """Average over a group whose workers all send quantised gradients."""
-        mean = torch.empty_like(flat)
+        """Average, in place, over a group whose workers all send quantised gradients."""
         keys = [
             random_key(self.seed, stream, step, flat.device)
             for stream in (dist.get_rank(group), _SERVER)
@@ -112,23 +111,20 @@ class QSGD(Settings):
         slices = _slices(segments, self.quantizer.block_size)
         sizes = [sum(s.size for s in members) for members in slices]
         _run_interleaved(
-            self._exchange_slice(gradient, out, members, keys, group, meter)
-            for gradient, out, members in zip(
-                flat.split(sizes), mean.split(sizes), slices, strict=True
-            )
+            self._exchange_slice(part, members, keys, group, meter)
+            for part, members in zip(flat.split(sizes), slices, strict=True)
         )
-        return mean
+        return flat
 
     def _exchange_slice(
         self,
         flat: Tensor,
-        mean: Tensor,
         segments: Sequence[Segment],
         keys: Sequence[Tensor],
         group: dist.ProcessGroup | None,
         meter: Meter,
     ) -> Iterator[dist.Work]:
-        """Fill `mean`; pauses wherever it has set something on its way."""
+        """Replace `flat` by the mean; pauses wherever it has set something on its way."""
         quantizer, num_workers = self.quantizer, _size(group)
         message_bytes = quantizer.num_bytes(segments)
         served = self.sides == 2 or self._serving_is_cheaper(
@@ -139,7 +135,7 @@ class QSGD(Settings):
             message = quantizer.encode(flat, segments, keys[0])
             messages = message.new_empty(num_workers, message_bytes)
             yield _all_gather(messages, message, group, meter)
-            quantizer.mean(messages, segments, out=mean)
+            quantizer.mean(messages, segments, out=flat)
             return
 
         # Step 7: each server gets its chunk of every worker's gradient
@@ -165,7 +161,7 @@ class QSGD(Settings):
         rows = reply.new_empty(num_workers, max(replies))
         yield _all_gather(rows, _padded(reply, max(replies)), group, meter)
         # a server's own reply is decoded like everyone's, or ranks drift
-        for row, size, chunk, out in zip(rows, replies, chunks, mean.split(sizes), strict=True):
+        for row, size, chunk, out in zip(rows, replies, chunks, flat.split(sizes), strict=True):
             if self.sides == 1:
                 out.copy_(row[:size].view(torch.float32))
             else:

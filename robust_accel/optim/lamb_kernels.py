@@ -6,7 +6,7 @@ once a pass: a step of LAMB is bound by memory, and eager operators pass over it
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ FUSED_TENSOR = 1 << 14  # elements: calling a compiled kernel costs more than it
 FUSED_TOTAL = 1 << 20  # elements: a smaller model does not pay for seconds of compilation
 
 _First = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-_Second = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+_Second = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Row(NamedTuple):
@@ -89,7 +89,7 @@ class Batch:
 
 
 def update_and_norms(batch: Batch) -> None:
-    """First pass: advance m and v, compute u, and both norms where they count."""
+    """First pass: advance m and v and compute u (fused: in the second), and both norms."""
     if batch.form == "fused":
         _first_fused(batch)
         return
@@ -172,20 +172,36 @@ def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------- fused
 
 
+def _moments(grad: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The next m and v."""
+    weight1, beta2, weight2 = scalars[:3]
+    return m + weight1 * (grad - m), beta2 * v + weight2 * (grad * grad)
+
+
+def _direction(param: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]) -> Tensor:
+    inverse1, inverse2, eps, weight_decay = scalars[3:]
+    return (inverse1 * m) / ((inverse2 * v).sqrt() + eps) + weight_decay * param
+
+
 def _first(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor) -> Any:
-    """Advance m and v; sums of squares of theta and of u. All but scalars: [n] fp32."""
-    weight1, beta2, weight2, inverse1, inverse2, eps, weight_decay = scalars.unbind()
-    m.copy_(m + weight1 * (grad - m))
-    v.copy_(beta2 * v + weight2 * (grad * grad))
-    u = (inverse1 * m) / ((inverse2 * v).sqrt() + eps) + weight_decay * param
+    """Sums of squares of theta and of u. All but scalars: [n] fp32.
+
+    It writes nothing: the compiler would make a loop of its own for what is written.
+    """
+    numbers = scalars.unbind()
+    u = _direction(param, *_moments(grad, m, v, numbers), numbers)
     return (param * param).sum(), (u * u).sum()
 
 
-def _second(param: Tensor, m: Tensor, v: Tensor, scalars: Tensor, rate: Tensor) -> None:
-    """theta = theta - rate u; u is computed again: that costs less than to store and load it."""
-    _, _, _, inverse1, inverse2, eps, weight_decay = scalars.unbind()
-    u = (inverse1 * m) / ((inverse2 * v).sqrt() + eps) + weight_decay * param
-    param.copy_(param - rate * u)
+def _second(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor, rate: Tensor
+) -> None:
+    """Advance m and v; theta = theta - rate u, computed again: cheaper than to store and load."""
+    numbers = scalars.unbind()
+    new_m, new_v = _moments(grad, m, v, numbers)
+    param.copy_(param - rate * _direction(param, new_m, new_v, numbers))
+    m.copy_(new_m)
+    v.copy_(new_v)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033  tried once
@@ -199,7 +215,7 @@ def fused_kernels() -> tuple[_First, _Second] | None:
             one = torch.ones(FUSED_TOTAL)
             param, m, v, scalars = one.clone(), one.clone(), one.clone(), torch.ones(7)
             first(param, one, m, v, scalars)
-            second(param, m, v, scalars, torch.tensor(1.0))
+            second(param, one, m, v, scalars, torch.tensor(1.0))
     except Exception as error:  # torch raises a different class for each missing tool
         logger.warning("torch.compile failed, LAMB runs tensor by tensor: %s", error)
         return None
@@ -226,12 +242,16 @@ def _scalars(batch: Batch) -> list[Tensor]:
     return [known[step.item()] for step in batch.steps]
 
 
+def _columns(batch: Batch) -> list[list[Tensor]]:
+    """What both kernels take, a list an argument."""
+    tensors = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs]
+    return [[_flat(t) for t in column] for column in tensors] + [_scalars(batch)]
+
+
 def _first_fused(batch: Batch) -> None:
     kernels = fused_kernels()
     assert kernels is not None
-    columns = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs]
-    rows = zip(*[map(_flat, column) for column in columns], _scalars(batch), strict=True)
-    squares = [kernels[0](*row) for row in rows]
+    squares = [kernels[0](*row) for row in zip(*_columns(batch), strict=True)]
     norms = torch.stack([torch.stack(column) for column in zip(*squares, strict=True)]).sqrt()
     batch.weight_norms, batch.update_norms = norms.unbind()
 
@@ -239,10 +259,7 @@ def _first_fused(batch: Batch) -> None:
 def _second_fused(batch: Batch, rates: list[Any]) -> None:
     kernels = fused_kernels()
     assert kernels is not None
-    columns = [batch.params, batch.exp_avgs, batch.exp_avg_sqs]
-    rows = zip(*[map(_flat, column) for column in columns], _scalars(batch), rates, strict=True)
-    for param, exp_avg, exp_avg_sq, scalars, rate in rows:
+    for *row, rate in zip(*_columns(batch), rates, strict=True):
         # a copy of the rate, which is a view, for its offset too
-        number = torch.tensor(float(rate), dtype=torch.float32)
-        kernels[1](param, exp_avg, exp_avg_sq, scalars, number)
+        kernels[1](*row, torch.tensor(float(rate), dtype=torch.float32))
     torch.autograd.graph.increment_version(batch.params)  # written past autograd's eyes
