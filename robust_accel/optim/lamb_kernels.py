@@ -21,8 +21,8 @@ Form = Literal["plain", "foreach", "fused"]
 FUSED_TENSOR = 1 << 14  # elements: calling a compiled kernel costs more than it saves below
 FUSED_TOTAL = 1 << 20  # elements: a smaller model does not pay for seconds of compilation
 
-_First = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-_Second = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+_First = Callable[..., tuple[Tensor, Tensor]]
+_Second = Callable[..., None]
 
 
 class Row(NamedTuple):
@@ -172,7 +172,9 @@ def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------- fused
 
 
-def _moments(grad: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _moments(
+    grad: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """The next m and v."""
     weight1, beta2, weight2 = scalars[:3]
     return m + weight1 * (grad - m), beta2 * v + weight2 * (grad * grad)
@@ -189,7 +191,8 @@ def _first(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor) -
     It writes nothing: the compiler would make a loop of its own for what is written.
     """
     numbers = scalars.unbind()
-    u = _direction(param, *_moments(grad, m, v, numbers), numbers)
+    new_m, new_v = _moments(grad, m, v, numbers)
+    u = _direction(param, new_m, new_v, numbers)
     return (param * param).sum(), (u * u).sum()
 
 
