@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, report."""
+"""Command line: train, evaluate, pseudo-label, report."""
 
 import argparse
 import os
@@ -50,6 +50,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pseudo_label(options: argparse.Namespace) -> int:
+    from robust_accel.pseudo_label import pseudo_label
+
+    result = pseudo_label(options.model, options.out, options.data, options.settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{options.out}: {result['n']} images, mean confidence {result['mean_confidence']:.3f}"
+        )
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from robust_accel.report import comparison_table, write_report
     from robust_accel.run_folder import RunFolder
@@ -76,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     evaluate.add_argument("settings", nargs="*", help=settings_help)
     evaluate.set_defaults(run=_evaluate)
+
+    label = commands.add_parser("pseudo-label", help="label images by a trained model")
+    label.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
+    label.add_argument("settings", nargs="*", help=settings_help)
+    label.add_argument("--data", help="what to label; if not given, what the run left out")
+    label.add_argument("--out", required=True, help="the parquet file to write")
+    label.set_defaults(run=_pseudo_label)
 
     report = commands.add_parser("report", help="write reports, and compare runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")

@@ -116,6 +116,11 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm counts layers, for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None)]}
+
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from robust_accel.data import load_test
 from robust_accel.evaluation import evaluate
-from robust_accel.models import ModelSettings, check_fits, create_classifier
 from robust_accel.provenance import versions
-from robust_accel.recipe import recipe_from_settings
 from robust_accel.report import write_report
 from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.trained_model import load_classifier, recipe_of
 
 
 def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
@@ -28,38 +25,17 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     Returns:
         The folder that holds the report.
     """
-    run = RunFolder(model)
-    if run.recipe.exists():
-        settings: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
-        settings["output"] = model
-        if not (run.model / "config.json").exists():
-            raise ValueError(
-                f"{run.model}: no model there yet: has the run been trained to its end?"
-            )
-        source, name = str(run.recipe), f"local-dir:{run.model}"
-    else:
-        if Path(model).is_dir():
-            raise ValueError(f"{model}: no recipe.yaml there; a timm folder is local-dir:{model}")
-        source, name = model, model
-        settings = {
-            "model": {"name": model, "pretrained": True},
-            "output": f"runs/evaluate-{Path(model).name}",
-        }
-    recipe = recipe_from_settings(settings, overrides, source)
+    recipe = recipe_of(
+        model,
+        overrides,
+        required=("data", "evaluate"),
+        defaults={"output": f"runs/evaluate-{Path(model).name}"},
+    )
     folder = RunFolder(recipe.output)
-    if folder.path != run.path and folder.recipe.exists():
+    if folder.path != Path(model) and folder.recipe.exists():
         raise ValueError(f"output: {folder.path} holds a training run: choose another")
     images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
-
-    def load() -> Any:
-        # options are in the folder's own config; what is outside the timm model is the recipe's
-        about = recipe.model.model_dump(include={"mean", "std", "size"})
-        own = ModelSettings(name=name, pretrained=True, **about)
-        classifier = create_classifier(own)
-        check_fits(classifier, images, num_classes)
-        return classifier
-
-    classifier = recipe.checked("model", load)
+    classifier = load_classifier(recipe, model, images, num_classes)
     accelerator = Accelerator()
     classifier.to(accelerator.device).eval()
     say = print if accelerator.is_main_process else lambda _: None

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate
 
 import robust_accel.cifar_models  # noqa: F401  (registers the CIFAR models with timm)
 from robust_accel.data import ImageSet
+from robust_accel.run_folder import RunFolder
 from robust_accel.settings import Number, Settings
 
 
@@ -28,6 +30,8 @@ class PixelClassifier(nn.Module):
             model's own (``pretrained_cfg``); a module that has none is taken to read [0, 1].
         size: Height and width that the model wants. Images are resized inside, so that eps is
             measured at the data's own resolution.
+        freeze_backbone: Train the classifier of a timm model alone; all below it keeps its weights
+            and its BatchNorm statistics, and stays in eval mode.
     """
 
     mean: Tensor
@@ -40,18 +44,42 @@ class PixelClassifier(nn.Module):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         size: int | tuple[int, int] | None = None,
+        freeze_backbone: bool = False,
     ) -> None:
         super().__init__()
         cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         mean = cfg.get("mean", 0.0) if mean is None else mean
         std = cfg.get("std", 1.0) if std is None else std
         self.model = model
+        self.model_args: dict[str, Any] = {}  # that build the same timm model again
         self.size = (size, size) if isinstance(size, int) else size
         # not persistent: the state dict holds the model's own keys and nothing else
         self.register_buffer("mean", per_channel(mean, "mean"), persistent=False)
         self.register_buffer("std", per_channel(std, "std"), persistent=False)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be > 0 in each channel, got {std}")
+        self._frozen = freeze_backbone
+        if freeze_backbone:
+            trained = {id(p) for module in self._heads() for p in module.parameters()}
+            for param in model.parameters():
+                param.requires_grad_(id(param) in trained)
+
+    def train(self, mode: bool = True) -> "PixelClassifier":
+        super().train(mode)
+        if self._frozen:
+            trained = {id(m) for head in self._heads() for m in head.modules()}
+            for module in self.model.modules():
+                module.training = mode and id(module) in trained
+        return self
+
+    def _heads(self) -> tuple[nn.Module, ...]:
+        """The modules from features to logits: timm's distilled models have two."""
+        model: Any = self.model
+        heads = model.get_classifier() if hasattr(model, "get_classifier") else None
+        heads = heads if isinstance(heads, tuple) else (heads,)
+        if not all(isinstance(head, nn.Module) and [*head.parameters()] for head in heads):
+            raise ValueError(f"freeze_backbone: {type(model).__name__} has no classifier to train")
+        return heads
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W] in [0, 1] -> logits [B, K].
@@ -84,6 +112,11 @@ class ModelSettings(Settings):
             ``wide_resnet28_10`` and their smaller widths, or ``local-dir:FOLDER``.
         num_classes, in_chans: Taken from the data when not given.
         pretrained: Load timm's weights.
+        checkpoint: Weights to start from: a run folder, a timm folder, or a file (safetensors, or a
+            torch checkpoint, of which nothing but tensors is read).
+        new_head: Start with a fresh classifier; where the number of classes differs, this is so
+            in any case.
+        freeze_backbone: Train the classifier alone, see ``PixelClassifier``.
         mean, std: See ``PixelClassifier``.
         size: Height and width that the model wants, if not the data's own.
         options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
@@ -93,6 +126,9 @@ class ModelSettings(Settings):
     num_classes: Annotated[int, Ge(2)] | None = None
     in_chans: Annotated[int, Ge(1)] | None = None
     pretrained: bool = False
+    checkpoint: str | None = None
+    new_head: bool = False
+    freeze_backbone: bool = False
     mean: Number | tuple[Number, ...] | None = None
     std: Number | tuple[Number, ...] | None = None
     size: Annotated[int, Ge(1)] | None = None
@@ -105,7 +141,7 @@ def create_classifier(
     """Build the model that the settings name; classes and channels are the data's, if not set.
 
     Raises:
-        ValueError: timm has no such model, or the model refuses its options.
+        ValueError: timm has no such model, it refuses its options, or weights do not fit it.
     """
     name = settings.name
     if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")) and not timm.is_model(name):
@@ -121,6 +157,10 @@ def create_classifier(
         model: Any = timm.create_model(name, pretrained=settings.pretrained, **options)
     except (TypeError, RuntimeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
+    if settings.checkpoint is not None:
+        _load_checkpoint(model, settings.checkpoint)
+    if settings.new_head:
+        model.reset_classifier(model.num_classes)
     statistics: dict[str, Any] = {}
     for key, value in (("mean", settings.mean), ("std", settings.std)):
         own = model.pretrained_cfg[key]
@@ -128,7 +168,67 @@ def create_classifier(
             # timm's three-channel ImageNet statistics on grey images, say: their average
             own = sum(own) / len(own)
         statistics[key] = own if value is None else value
-    return PixelClassifier(model, **statistics, size=settings.size)
+    classifier = PixelClassifier(
+        model, **statistics, size=settings.size, freeze_backbone=settings.freeze_backbone
+    )
+    classifier.model_args = _args_of_folder(name) | options
+    classifier.model_args.pop("num_classes", None)  # timm's folder has it elsewhere
+    return classifier
+
+
+def model_folder(run: str | Path) -> Path:
+    """The timm folder that a run has left.
+
+    Raises:
+        ValueError: There is none yet.
+    """
+    folder = RunFolder(run).model
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: no model there yet: has the run been trained to its end?")
+    return folder
+
+
+def _args_of_folder(name: str) -> dict[str, Any]:
+    """The arguments with which the model of a ``local-dir:`` was built."""
+    if not name.startswith("local-dir:"):
+        return {}
+    config = Path(name.removeprefix("local-dir:")) / "config.json"
+    return json.loads(config.read_text()).get("model_args", {})
+
+
+def _load_checkpoint(model: Any, path: str) -> None:
+    """Load weights in place; a classifier of another number of classes is left out.
+
+    Raises:
+        ValueError: The file cannot be read, or does not hold this model.
+    """
+    try:
+        folder = model_folder(path) if RunFolder(path).recipe.exists() else Path(path)
+        file = folder / "model.safetensors" if folder.is_dir() else folder
+        weights = timm.models.load_state_dict(str(file))
+    except Exception as error:  # torch and safetensors have an error for each kind of damage
+        raise ValueError(
+            f"checkpoint: {path} cannot be read: {str(error) or 'no such file'}"
+        ) from error
+    own = model.state_dict()
+    heads = model.pretrained_cfg["classifier"]
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    for key in [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]:
+        if key in weights and key in own and weights[key].shape != own[key].shape:
+            weights[key] = own[key]
+    wrong = [f"{key} is missing" for key in own if key not in weights]
+    wrong += [f"{key} is not the model's" for key in weights if key not in own]
+    wrong += [
+        f"{key} is {list(weights[key].shape)}, not {list(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if wrong:
+        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{rest}"
+        )
+    model.load_state_dict(weights)
 
 
 def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:
@@ -149,19 +249,17 @@ def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) 
         )
 
 
-def save_model(classifier: PixelClassifier, folder: Path, options: dict[str, Any]) -> None:
+def save_model(classifier: PixelClassifier, folder: Path) -> None:
     """Write the model as a timm folder: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 
     Args:
-        classifier: Holds a timm model; its mean and std go into the folder's ``pretrained_cfg``.
+        classifier: From ``create_classifier``; its mean and std go into ``pretrained_cfg``.
         folder: Made when it is not there.
-        options: Arguments that build the same model again: ``ModelSettings.options``, and
-            ``in_chans`` if the images have other channels than timm's default.
     """
     # without the prefix that torch.compile puts before each key; safetensors wants plain layout
     model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    channels = options.get("in_chans", model.pretrained_cfg["input_size"][0])
+    channels = classifier.model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
     statistics = {
         "mean": classifier.mean.flatten().expand(channels).tolist(),
         "std": classifier.std.flatten().expand(channels).tolist(),
@@ -169,6 +267,6 @@ def save_model(classifier: PixelClassifier, folder: Path, options: dict[str, Any
     timm.models.save_for_hf(
         model,
         str(folder),
-        model_config={"pretrained_cfg": statistics, "model_args": dict(options)},
+        model_config={"pretrained_cfg": statistics, "model_args": classifier.model_args},
         safe_serialization=True,
     )

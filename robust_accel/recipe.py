@@ -25,6 +25,7 @@ from robust_accel.objectives import OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
 from robust_accel.robust_model import AttackMode
 from robust_accel.settings import Number, Settings
+from robust_accel.weight_perturbation import AWP
 
 Built = TypeVar("Built")
 
@@ -62,6 +63,7 @@ class TrainSettings(Settings):
         seed: Of the weights, the order, the augmentation and the attacks.
         precision: ``auto`` is bf16 where the device computes in it, else fp32.
         attack_mode: Mode of the model during the attack, see ``RobustModel``.
+        awp: Adversarial weight perturbation: ``{gamma: 0.005, warmup_epochs: 10}``, see ``AWP``.
         max_grad_norm: Clip the gradient's global L2 norm to this.
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
         select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
@@ -82,6 +84,7 @@ class TrainSettings(Settings):
     seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     attack_mode: AttackMode = "eval"
+    awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     select: Literal["best", "last"] = "last"
@@ -113,7 +116,7 @@ DEFAULTS: dict[str, Any] = {
     "communication": {"name": "allreduce"},
     "evaluate": {},
 }
-FOR_TRAINING = ("model", "data", "attack", "optimizer", "train")
+FOR_TRAINING = ("model", "data", "attack", "optimizer", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,14 @@ def load_recipe(
     return draft.build(default_output=f"runs/{path.stem}", required=tuple(required))
 
 
-def recipe_from_settings(settings: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
-    """Build a recipe for evaluation from settings that no file holds."""
+def recipe_from_settings(
+    settings: dict[str, Any], overrides: Sequence[str], source: str, *, required: Iterable[str]
+) -> Recipe:
+    """Build a recipe from settings that no file holds."""
     draft = _Draft()
     draft.merge(settings, source)
     draft.override(overrides)
-    return draft.build(default_output=f"runs/{Path(source).name}", required=("data",))
+    return draft.build(default_output=f"runs/{Path(source).name}", required=tuple(required))
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -287,7 +292,7 @@ class _Draft:
                 continue
             built[key], resolved[key] = self._section(key, spec, dict(values))
         if not self.faults:
-            self._check_together(built)
+            self._check_together(built, required)
         if self.faults:
             raise RecipeError("\n".join(self.faults))
         return Recipe(
@@ -341,7 +346,7 @@ class _Draft:
         self.fault(f"{key}.name", f"{found}; allowed: {_list(family)}, or package.module:Class")
         return None
 
-    def _check_together(self, built: dict[str, Any]) -> None:
+    def _check_together(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
         """Faults that no section can see alone."""
         train: TrainSettings | None = built.get("train")
         data: DataSettings = built["data"]
@@ -366,6 +371,8 @@ class _Draft:
             except ValueError as error:
                 self.fault_of("schedule", error)
         evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
+        if "evaluate" not in required:
+            return
         if evaluate.eps is None:
             self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
         elif evaluate.norm == "linf" and evaluate.eps > 1:

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from robust_accel.attacks import Attack
 from robust_accel.models import ModelSettings, PixelClassifier, create_classifier, per_channel
-from robust_accel.objectives import Adversarial, Objective
+from robust_accel.objectives import Adversarial, Classifier, Objective
+from robust_accel.weight_perturbation import AWP
 
 AttackMode = Literal["eval", "train"]
 InputSpace = Literal["pixel", "normalized"]
@@ -34,6 +35,7 @@ class RobustModel(nn.Module):
         input_space: ``pixel``: ``forward`` takes images in [0, 1]. ``normalized``: the script has
             normalised them already by ``input_mean`` and ``input_std``, and they are brought back
             to [0, 1] first, so that eps keeps its unit.
+        weight_perturbation: Take the outer loss at adversarial weights, too (``AWP``).
         attack_mode: Mode of the inner module during the attack. ``eval`` (default), or ``train``:
             each submodule keeps its own mode, and BatchNorm normalises by the batch (SyncBatchNorm
             then communicates at each step). Neither changes a BatchNorm buffer, and each
@@ -41,6 +43,7 @@ class RobustModel(nn.Module):
 
     Attributes:
         classifier: The ``PixelClassifier`` on [0, 1]: what an evaluation attacks.
+        perturb_weights: Whether ``weight_perturbation`` is at work; a loop may start it later.
     """
 
     input_mean: Tensor
@@ -59,6 +62,7 @@ class RobustModel(nn.Module):
         input_mean: float | Sequence[float] | None = None,
         input_std: float | Sequence[float] | None = None,
         attack_mode: AttackMode = "eval",
+        weight_perturbation: AWP | None = None,
     ) -> None:
         super().__init__()
         if attack_mode not in get_args(AttackMode):
@@ -80,6 +84,8 @@ class RobustModel(nn.Module):
         self.attack = attack
         self.objective = Adversarial() if objective is None else objective
         self.attack_mode = attack_mode
+        self.weight_perturbation = weight_perturbation
+        self.perturb_weights = weight_perturbation is not None
         self.input_space = input_space
         input_mean = 0.0 if input_mean is None else input_mean
         input_std = 1.0 if input_std is None else input_std
@@ -113,7 +119,14 @@ class RobustModel(nn.Module):
         if labels is None:
             return {"logits": self.classifier(self.perturb(x, self.predict(x)))}
         x_adv = self.perturb(x, labels)
-        return self.objective.loss(self.classifier, x, x_adv, labels)
+        classifier: Classifier = self.classifier
+        if self.weight_perturbation is not None and self.perturb_weights:
+            with attack_context(self.classifier, "train"):
+                classifier = self.weight_perturbation(
+                    self.classifier,
+                    lambda: self.objective.loss(self.classifier, x, x_adv, labels)["loss"],
+                )
+        return self.objective.loss(classifier, x, x_adv, labels)
 
     def perturb(
         self, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None

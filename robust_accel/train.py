@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from robust_accel.accelerator import create_accelerator, share_buffers
 from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_weights
 from robust_accel.comm import GradientCompression, compress_gradients
-from robust_accel.data import Data, Sampler, load_data
+from robust_accel.data import NO_LABEL, Data, TrainingBatches, load_data
 from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackUnit
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
-from robust_accel.recipe import Recipe, TrainSettings
+from robust_accel.recipe import Recipe
 from robust_accel.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder, append_line
@@ -51,7 +51,8 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     torch.manual_seed(settings.seed)  # the same first weights on every process
     classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.checked("train", lambda: _sampler(recipe, data, 0, num_processes))
+    recipe.checked("train", lambda: _batches(recipe, data, 0, num_processes))
+    recipe.checked("data", lambda: _check_labels(recipe, data))
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackUnit(recipe.evaluate, data.num_classes, torch.device("cpu"))
@@ -81,30 +82,31 @@ class _Run:
         assert recipe.attack is not None
         self.recipe, self.settings, self.data, self.folder = recipe, recipe.train, data, folder
         self.accelerator, self.quiet = accelerator, quiet
-        self.sampler = _sampler(recipe, data, accelerator.process_index, accelerator.num_processes)
+        self.batches = _batches(recipe, data, accelerator.process_index, accelerator.num_processes)
         self.classifier = classifier.to(accelerator.device)
         if self.settings.channels_last:
             self.classifier.to(memory_format=torch.channels_last)
         if self.settings.compile:
             self.classifier.model.compile()  # the inner module: the wrapper's modes change
-        robust_model = RobustModel(
+        self.robust_model = RobustModel(
             self.classifier,
             recipe.attack,
             recipe.objective,
             attack_mode=self.settings.attack_mode,
+            weight_perturbation=self.settings.awp,
         )
-        optimizer = create_optimizer(robust_model, recipe.optimizer)
+        optimizer = create_optimizer(self.classifier.model, recipe.optimizer)
         self.schedule = make_scheduler(
             optimizer,
             recipe.schedule,
             epochs=self.settings.epochs,
-            steps_per_epoch=self.sampler.steps_per_epoch,
+            steps_per_epoch=self.batches.steps_per_epoch,
         )
         self.ema = None
         if self.settings.ema_decay is not None:
             self.ema = ModelEmaV3(self.classifier, decay=self.settings.ema_decay, use_warmup=True)
-        self.model, self.optimizer = accelerator.prepare(robust_model, optimizer)
-        share_buffers(robust_model, accelerator)
+        self.model, self.optimizer = accelerator.prepare(self.robust_model, optimizer)
+        share_buffers(self.robust_model, accelerator)
         self.compression: GradientCompression = compress_gradients(self.model, recipe.communication)
         self.progress = Progress()
         self.checkpoint = Checkpoint(
@@ -136,7 +138,7 @@ class _Run:
 
     def fit(self) -> None:
         """Train to the end, or until early stopping or ``max_steps``."""
-        steps_per_epoch = self.sampler.steps_per_epoch
+        steps_per_epoch = self.batches.steps_per_epoch
         total = self.settings.epochs * steps_per_epoch
         if self.settings.max_steps is not None:
             total = min(total, self.settings.max_steps)
@@ -157,12 +159,13 @@ class _Run:
     def train_epoch(self, epoch: int, last_step: int) -> None:
         """Train from where the run stands to the epoch's end."""
         settings, progress, device = self.settings, self.progress, self.accelerator.device
-        index_batches = self.sampler.epoch(epoch, progress.step % self.sampler.steps_per_epoch)
-        batches = self.data.train.batches(index_batches, device, epoch)
+        first_step = progress.step % self.batches.steps_per_epoch
         averages = _Averages()
         self._start_clock()
         self.model.train()
-        for x, labels in batches:
+        if settings.awp is not None:
+            self.robust_model.perturb_weights = epoch >= settings.awp.warmup_epochs
+        for x, labels in self.batches.epoch(epoch, first_step, device):
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
 
@@ -202,7 +205,7 @@ class _Run:
         images = averages.count * len(labels) * self.accelerator.num_processes
         seconds = averages.seconds()
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True)
-        averages.values["clean_batch_accuracy"] = (model.predict(x) == labels).float().mean()
+        averages.values["clean_batch_accuracy"] = _share_right(model.predict(x), labels)
         # averaged over the processes; the clean accuracy is the last batch's alone
         line = {name: reduce(value, "mean").item() for name, value in averages.means().items()}
         line |= {
@@ -275,7 +278,7 @@ class _Run:
                 "epoch": self.progress.best_epoch,
             }
         if self.accelerator.is_main_process:
-            save_model(classifier, self.folder.model, _model_options(self.recipe, self.data))
+            save_model(classifier, self.folder.model)
         report = self._facts(classifier) | {"selection": selection}
         report |= evaluate(
             classifier,
@@ -300,7 +303,7 @@ class _Run:
     def _facts(self, classifier: PixelClassifier) -> dict[str, Any]:
         """What the report says about how the weights were made."""
         progress, steps = self.progress, max(1, self.progress.step)
-        epochs = steps / self.sampler.steps_per_epoch
+        epochs = steps / self.batches.steps_per_epoch
         digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
@@ -338,7 +341,7 @@ class _Run:
     def _write(self, line: dict[str, Any]) -> None:
         """One line to ``metrics.jsonl`` and to the trackers."""
         step = self.progress.step
-        epoch = step / self.sampler.steps_per_epoch
+        epoch = step / self.batches.steps_per_epoch
         if self.accelerator.is_main_process:
             append_line(self.folder.metrics, {"step": step, "epoch": epoch} | line)
             if self.quiet:
@@ -381,7 +384,7 @@ class _Averages:
         self._started = time.perf_counter()
 
     def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
-        right = (out["logits"].detach().argmax(dim=1) == labels).float().mean()
+        right = _share_right(out["logits"].detach().argmax(dim=1), labels)
         scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
         for name, value in (scalars | {"robust_batch_accuracy": right}).items():
             self._sums[name] = self._sums[name] + value if self.count else value
@@ -392,6 +395,12 @@ class _Averages:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
+
+
+def _share_right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Accuracy on the images that have a label."""
+    labeled = labels != NO_LABEL
+    return (predictions == labels).sum() / labeled.sum().clamp(min=1)
 
 
 def choose_precision(precision: str) -> str:
@@ -408,17 +417,28 @@ def choose_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def _sampler(recipe: Recipe, data: Data, rank: int, world_size: int) -> Sampler:
-    settings: TrainSettings = recipe.train  # type: ignore[assignment]
-    return Sampler(
-        len(data.train),
-        settings.batch_size,
-        num_micro=settings.gradient_accumulation,
+def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
+    assert recipe.train is not None
+    unlabeled = recipe.data.unlabeled
+    return TrainingBatches(
+        data,
+        fraction=None if unlabeled is None else unlabeled.fraction,
+        batch_size=recipe.train.batch_size,
+        num_micro=recipe.train.gradient_accumulation,
         rank=rank,
         world_size=world_size,
-        seed=settings.seed,
+        seed=recipe.train.seed,
         sharding=recipe.data.sharding,
     )
+
+
+def _check_labels(recipe: Recipe, data: Data) -> None:
+    if not data.all_labeled and not getattr(recipe.objective, "takes_unlabeled", False):
+        raise ValueError(
+            f"unlabeled: these images have no labels, and the objective "
+            f"{recipe.settings['objective']['name']} needs them: label them by the pseudo-label "
+            "command, or choose trades"
+        )
 
 
 def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
@@ -427,10 +447,6 @@ def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
     )
     check_fits(classifier, data.train, data.num_classes)
     return classifier
-
-
-def _model_options(recipe: Recipe, data: Data) -> dict[str, Any]:
-    return {"in_chans": recipe.model.in_chans or data.shape[0]} | recipe.model.options
 
 
 def _peak_memory(device: torch.device) -> int:

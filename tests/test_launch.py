@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -108,22 +109,90 @@ def test_killed_and_resumed_ends_with_the_same_weights(finished: Path, tmp_path:
     killed_and_resumed(finished, tmp_path / "killed", DDP)
 
 
-def killed_and_resumed(finished: Path, path: Path, flags: tuple[str, ...]) -> None:
+def killed_and_resumed(
+    finished: Path, path: Path, flags: tuple[str, ...], settings: Sequence[str] = ()
+) -> None:
     folder = RunFolder(path)
-    process = start("train", "quickstart", *SMALL, f"output={folder.path}", flags=flags)
+    arguments = ("train", "quickstart", *SMALL, *settings, f"output={folder.path}")
+    process = start(*arguments, flags=flags)
     deadline = time.monotonic() + 200
     while not folder.steps() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     kill(process)
     assert folder.steps()
     assert not folder.report.exists()
-    code, output = launch(
-        "train", "quickstart", *SMALL, f"output={folder.path}", "--resume", flags=flags
-    )
+    code, output = launch(*arguments, "--resume", flags=flags)
     assert code == 0, output
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)
     assert all(before[key].equal(after[key]) for key in before | after)
+
+
+# All that keeps a state or an order of its own.
+REGIMES = {
+    "half of each batch pseudo-labelled, TRADES, AWP": (
+        "data.train_size=400",
+        "data.unlabeled.path={labels}",
+        "objective.name=trades",
+        "train.awp.gamma=0.01",
+        "train.awp.warmup_epochs=1",
+        "train.ema_decay=0.9",
+    ),
+    "fine-tuning by MART, layer by layer": (
+        "model.checkpoint={run}",
+        "model.new_head=true",
+        "optimizer.layer_decay=0.8",
+        "objective.name=mart",
+        "data.train_size=784",
+    ),
+    "no labels: online targets on what train_size leaves out": (
+        "data.train_size=400",
+        "data.unlabeled.size=500",
+        "objective.name=trades",
+        "objective.online_targets=true",
+        "train.gradient_accumulation=2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def labels(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels of the first run's model for what its training left out, by two processes."""
+    path = tmp_path_factory.mktemp("labels") / "pseudo.parquet"
+    code, output = launch("pseudo-label", finished, "--out", path)
+    assert code == 0, output
+    assert "653 images" in output
+    return path
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_regime_resumes_exactly_on_two_processes(
+    regime: str, finished: Path, labels: Path, tmp_path: Path
+) -> None:
+    settings = [s.format(labels=labels, run=finished) for s in REGIMES[regime]]
+    whole = tmp_path / "whole"
+    code, output = launch("train", "quickstart", *SMALL, *settings, f"output={whole}")
+    assert code == 0, output
+    report = RunFolder(whole).read_report()
+    assert report["parameters_equal_on_all_processes"]
+    assert report["bytes_sent_per_step"] > 0
+    killed_and_resumed(whole, tmp_path / "killed", DDP, settings)
+
+
+def test_labels_do_not_depend_on_the_number_of_processes(
+    finished: Path, labels: Path, tmp_path: Path
+) -> None:
+    import datasets
+
+    from robust_accel.pseudo_label import pseudo_label
+
+    pseudo_label(str(finished), tmp_path / "one.parquet")
+    one, two = (
+        datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path))["train"]
+        for path in (tmp_path / "one.parquet", labels)
+    )
+    for column in ("pseudo_label", "confidence"):
+        assert one[column][:] == two[column][:]
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(

@@ -227,7 +227,7 @@ def test_a_saved_model_is_timms_own(case, tmp_path):
     fields, in_chans = SAVED[case]
     settings = ModelSettings(**fields)
     classifier = trained(settings, in_chans)
-    save_model(classifier, tmp_path / "a" / "b", {"in_chans": in_chans} | settings.options)
+    save_model(classifier, tmp_path / "a" / "b")
 
     loaded = timm.create_model(f"local-dir:{tmp_path / 'a' / 'b'}", pretrained=True).eval()
     cfg = loaded.pretrained_cfg
@@ -247,6 +247,106 @@ def test_a_compiled_model_is_saved_under_timms_keys(tmp_path):
     x = torch.rand(2, 3, 32, 32)
     expected = classifier(x)
     classifier.model = torch.compile(classifier.model, backend="eager")
-    save_model(classifier, tmp_path, {})
+    save_model(classifier, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     equal(PixelClassifier(loaded)(x), expected)
+
+
+# Fine-tuning: what a model starts from, and what of it learns
+
+TINY = {"name": "wide_resnet10_1"}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder of a trained model with 4 classes."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    classifier = trained(ModelSettings(name="preact_resnet18", options={"width": 4}), 3)
+    save_model(classifier, folder)
+    return folder, classifier
+
+
+def start_from(checkpoint, **settings):
+    fields = {"name": "preact_resnet18", "options": {"width": 4}} | settings
+    return create_classifier(ModelSettings(checkpoint=str(checkpoint), **fields), num_classes=4)
+
+
+@pytest.mark.parametrize("kind", ["folder", "safetensors", "torch", "wrapped by DDP"])
+def test_a_checkpoint_gives_its_weights(kind, pretrained, tmp_path):
+    folder, classifier = pretrained
+    weights = classifier.model.state_dict()
+    path = {"folder": folder, "safetensors": folder / "model.safetensors"}.get(kind)
+    if path is None:
+        path = tmp_path / "weights.pth"
+        prefix = "module." if kind == "wrapped by DDP" else ""
+        torch.save({"state_dict": {prefix + key: w for key, w in weights.items()}}, path)
+    found = start_from(path).model.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
+def test_a_head_is_new_if_asked_or_if_the_classes_differ(pretrained):
+    folder, classifier = pretrained
+    weights = classifier.model.state_dict()
+    for settings in ({"new_head": True}, {"num_classes": 7}):
+        found = start_from(folder, **settings).model.state_dict()
+        for key, weight in weights.items():
+            same = found[key].shape == weight.shape and torch.equal(found[key], weight)
+            assert same == (not key.startswith("head.fc")), key
+
+
+def test_a_model_that_started_from_a_folder_is_saved_whole(pretrained, tmp_path):
+    classifier = create_classifier(
+        ModelSettings(name=f"local-dir:{pretrained[0]}", pretrained=True), num_classes=6, in_chans=3
+    )
+    save_model(classifier, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.num_classes == 6
+    equal(loaded.eval()(torch.zeros(1, 3, 32, 32)).shape, (1, 6))
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(pretrained, tmp_path, capsys):
+    folder, classifier = pretrained
+    missing = classifier.model.state_dict()
+    del missing["stem.weight"]
+    cases = {
+        "no such file": tmp_path / "none.pth",
+        "stem.weight is missing": missing,
+        "does not fit": {"unknown": torch.zeros(1)},
+        "cannot be read": {"stem.weight": Malicious()},
+    }
+    for message, content in cases.items():
+        path = content
+        if isinstance(content, dict):
+            path = tmp_path / "bad.pth"
+            torch.save(content, path)
+        with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+            start_from(path)
+    with pytest.raises(ValueError, match=r"stem.weight is \[4, 3, 3, 3\], not \[8, 3, 3, 3\]"):
+        start_from(folder, options={"width": 8})
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_frozen_backbone_keeps_its_weights_and_statistics():
+    classifier = create_classifier(ModelSettings(freeze_backbone=True, **TINY), num_classes=4)
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=1.0)
+    classifier.train()
+    classifier(torch.rand(8, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    changed = {k for k, v in classifier.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"model.head.fc.weight", "model.head.fc.bias"}
+    assert classifier.model.head.fc.training
+    assert not classifier.model.norm.training
+    classifier.eval()
+    assert not any(module.training for module in classifier.model.modules())
+
+
+def test_a_model_without_a_head_cannot_freeze_its_backbone():
+    with pytest.raises(ValueError, match="freeze_backbone"):
+        PixelClassifier(nn.Linear(2, 2), freeze_backbone=True)

@@ -1,5 +1,6 @@
-"""The paper's recipes run two steps at reduced size: the same settings, less of everything."""
+"""The recipes run two steps at reduced size: the same settings, less of everything."""
 
+import pickle
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from robust_accel.recipe import load_recipe
+from robust_accel.recipe import RECIPES, load_recipe
 from robust_accel.train import train
 
 LESS = (
@@ -39,7 +40,7 @@ def small_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     features = datasets.Features(
         {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
     )
-    for split, number in (("train", 40), ("test", 16)):
+    for split, number in (("train", 40), ("test", 20)):
         rows = {"img": crops(number, 32, number), "label": [i % 10 for i in range(number)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
     return folder
@@ -57,18 +58,56 @@ def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["at", "dat_pgd", "dat_fgsm", "cpu"])
-def test_cifar10(name: str, small_images: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(
-        f"cifar10/{name}",
-        [
-            *LESS,
-            f"output={tmp_path / name}",
-            f"data.path={small_images}",
-            "model.options.depth=10",
-            "model.options.width=8",
-        ],
-    )
+def names(folder: str) -> list[str]:
+    """Every recipe of a folder that trains, bases left out."""
+    return sorted(p.stem for p in (RECIPES / folder).glob("*.yaml") if p.stem[0] != "_")
+
+
+@pytest.fixture(scope="module")
+def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What recipes read beside CIFAR-10: pseudo-labelled images, as parquet and as pickle."""
+    folder = tmp_path_factory.mktemp("more")
+    features = datasets.Features({"img": datasets.Image(), "pseudo_label": datasets.Value("int64")})
+    rows = {"img": crops(32, 32, 1), "pseudo_label": [i % 10 for i in range(32)]}
+    parquet = datasets.Dataset.from_dict(rows, features=features)
+    parquet.to_parquet(folder / "pseudo.parquet")
+    parquet.remove_columns("pseudo_label").to_parquet(folder / "unlabeled.parquet")
+    arrays = {
+        "data": np.stack([np.asarray(image) for image in rows["img"]]),
+        "extrapolated_targets": np.array(rows["pseudo_label"]),
+    }
+    (folder / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(arrays))
+    return folder
+
+
+@pytest.mark.parametrize("name", names("cifar10"))
+def test_cifar10(
+    name: str,
+    small_images: Path,
+    more_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(more_images)  # recipes name files beside the user
+    wide = load_recipe(f"cifar10/{name}").model.name.startswith("wide")
+    settings = [
+        *LESS,
+        f"output={tmp_path / name}",
+        f"data.path={small_images}",
+        f"model.options.depth={16 if wide else 10}",
+        f"model.options.width={1 if wide else 8}",
+    ]
+    if name.startswith("cpu_"):
+        settings.append("data.train_size=20")
+    if name == "cpu_finetune":
+        other = [s for s in settings if not s.startswith("output")]
+        train(load_recipe("cifar10/cpu_pretrain", [*other, f"output={tmp_path / 'first'}"]))
+        settings.append(f"model.checkpoint={tmp_path / 'first'}")
+    recipe = load_recipe(f"cifar10/{name}", settings)
+    if name == "cpu_teacher":
+        assert recipe.settings["attack"]["name"] == "none"
+        assert train(recipe, quiet=True)["steps"] == 2
+        return
     assert recipe.attack.eps == 8 / 255
     report = train(recipe, quiet=True)
     assert report["steps"] == 2
@@ -77,7 +116,7 @@ def test_cifar10(name: str, small_images: Path, tmp_path: Path) -> None:
     assert report["pgd_accuracy"]["n"] == 8
 
 
-@pytest.mark.parametrize("name", ["at", "dat_pgd", "dat_fgsm"])
+@pytest.mark.parametrize("name", names("imagenet"))
 def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         f"imagenet/{name}",
@@ -93,6 +132,49 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     report = train(recipe, quiet=True)
     assert report["steps"] == 2
     assert report["pgd_accuracy"]["num_steps"] == 10
+
+
+@pytest.mark.parametrize("name", names("finetune"))
+def test_finetune(name: str, small_images: Path, tmp_path: Path) -> None:
+    settings = [
+        *LESS,
+        f"output={tmp_path / name}",
+        f"data.path={small_images}",
+        "data.label_column=label",
+        "model.pretrained=false",  # no hub is asked by a test
+        "model.size=48",
+    ]
+    recipe = load_recipe(f"finetune/{name}", settings)
+    assert recipe.train.epochs == 3
+    assert recipe.model.new_head
+    assert train(recipe, quiet=True)["steps"] == 2
+
+
+def test_baselines_differ_from_dat_in_what_they_are_named_for() -> None:
+    for folder in ("cifar10", "imagenet"):
+        for attack in ("pgd", "fgsm"):
+            dat = load_recipe(f"{folder}/dat_{attack}").settings
+            without = load_recipe(f"{folder}/dat_{attack}_wo_lalr").settings
+            assert {key for key in dat if dat[key] != without[key]} == {"optimizer", "output"}
+            assert without["optimizer"]["lr"] == 0.1
+        lsgd = load_recipe(f"{folder}/dat_lsgd")
+        assert lsgd.schedule.warmup_epochs == 5
+        batch_of_reference = {"cifar10": 128, "imagenet": 256}[folder]
+        scaled = 0.1 * lsgd.train.batch_size / batch_of_reference
+        assert lsgd.optimizer.lr == pytest.approx(scaled, rel=1e-3)
+    assert load_recipe("cifar10/fast_at").settings["schedule"]["name"] == "cyclic"
+
+
+def test_table_3_is_in_the_recipes() -> None:
+    for attack in ("pgd", "fgsm"):
+        for suffix, model, batch_size in (
+            ("", "preact_resnet18", 12 * 2048),
+            ("_wrn", "wide_resnet28_10", 12 * 128),
+        ):
+            recipe = load_recipe(f"cifar10/semi_dat_{attack}{suffix}")
+            assert recipe.model.name == model
+            assert recipe.train.batch_size == batch_size
+            assert recipe.data.unlabeled.path == "ti_500K_pseudo_labeled.pickle"
 
 
 def test_table_1_and_section_4_1_are_in_the_recipes() -> None:

@@ -1,6 +1,6 @@
 """Projected gradient descent on the input, and the attack that leaves images as they are."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -10,6 +10,8 @@ from torch import Tensor
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
 from robust_accel.settings import Norm, Number, Settings
+
+_GAUSSIAN_START = 0.001  # Zhang et al. 2019 (arXiv 1901.08573), Algorithm 1
 
 
 class NoAttack(Settings):
@@ -29,7 +31,8 @@ class PGD(Settings):
         eps: Radius of the ball in pixel units, > 0 (``8/255`` is accepted); L-inf: at most 1.
         step_size: Length of a step in pixel units, > 0.
         num_steps: Number of steps, >= 1.
-        random_start: Start uniformly in the ball instead of at x.
+        random_start: Start uniformly in the ball (true), at x (false), or near x with the noise
+            of TRADES (``gaussian``: standard deviation 0.001).
 
     Source: Madry et al. 2018 (arXiv 1706.06083); (A1) of DAT.
     """
@@ -38,7 +41,7 @@ class PGD(Settings):
     eps: Annotated[Number, Gt(0)] = 8 / 255
     step_size: Annotated[Number, Gt(0)] = 2 / 255
     num_steps: Annotated[int, Ge(1)] = 10
-    random_start: bool = True
+    random_start: bool | Literal["gaussian"] = True
 
     @field_validator("eps")
     @classmethod
@@ -52,7 +55,9 @@ class PGD(Settings):
     ) -> Tensor:
         x = x.detach()
         x_adv = x
-        if self.random_start:
+        if self.random_start == "gaussian":
+            x_adv = x + torch.empty_like(x).normal_(std=_GAUSSIAN_START, generator=generator)
+        elif self.random_start:
             x_adv = (x + random_start(x, self.eps, self.norm, generator)).clamp(0, 1)
         for _ in range(self.num_steps):
             step = self.step_size * ascent_direction(input_gradient(loss_fn, x_adv), self.norm)

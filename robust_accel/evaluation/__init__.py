@@ -6,12 +6,27 @@ from typing import Any
 from accelerate import Accelerator
 
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import Perturb, accuracy, clean, correct_flags, under_attack
+from robust_accel.evaluation.accuracy import (
+    Perturb,
+    accuracy,
+    clean,
+    correct_flags,
+    predictions,
+    under_attack,
+)
 from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackUnit
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 
-__all__ = ["EvaluateSettings", "accuracy", "clean", "correct_flags", "evaluate", "under_attack"]
+__all__ = [
+    "EvaluateSettings",
+    "accuracy",
+    "clean",
+    "correct_flags",
+    "evaluate",
+    "predictions",
+    "under_attack",
+]
 
 
 def evaluate(

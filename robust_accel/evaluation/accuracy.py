@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from robust_accel.attacks import Attack
-from robust_accel.data import ImageSet
+from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import attack_context
@@ -55,9 +55,43 @@ def correct_flags(
     one process. An image is right only if the prediction is right before and after ``perturb``.
     """
     num_images = min(num_images or len(images), len(images))
-    units = torch.arange(num_images).split(settings.batch_size)
-    mine = range(accelerator.process_index, len(units), accelerator.num_processes)
     flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
+    with attack_context(classifier, "eval"), _parameters_frozen(classifier):
+        for unit, indices, (x, labels) in _own_units(
+            images, num_images, settings.batch_size, accelerator, title
+        ):
+            with torch.no_grad():
+                right = classifier(x).argmax(dim=1) == labels
+            if perturb is not clean and right.any():
+                # only images that are right can be broken: attack no others
+                x_adv = perturb(classifier, x[right], labels[right], settings.seed + 1000 * unit)
+                with torch.no_grad():
+                    right[right.clone()] = classifier(x_adv).argmax(dim=1) == labels[right]
+            flags[indices] = right.long()
+    return reduce(flags, "sum").bool().cpu()  # each image was one process's: the sum is exact
+
+
+@torch.no_grad()
+def predictions(
+    classifier: PixelClassifier, images: ImageSet, batch_size: int, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Predicted classes [N] and their probabilities [N], the same on all processes."""
+    classes = torch.zeros(len(images), dtype=torch.int64, device=accelerator.device)
+    confidence = torch.zeros(len(images), device=accelerator.device)
+    with attack_context(classifier, "eval"):
+        for _, indices, (x, _) in _own_units(
+            images, len(images), batch_size, accelerator, "predictions"
+        ):
+            confidence[indices], classes[indices] = classifier(x).softmax(dim=1).max(dim=1)
+    return reduce(classes, "sum").cpu(), reduce(confidence, "sum").cpu()
+
+
+def _own_units(
+    images: ImageSet, num_images: int, batch_size: int, accelerator: Accelerator, title: str
+) -> Iterator[tuple[int, Tensor, Batch]]:
+    """This process's units of work: their number, the images' indices, and the images."""
+    units = torch.arange(num_images).split(batch_size)
+    mine = range(accelerator.process_index, len(units), accelerator.num_processes)
     batches = images.batches([units[u] for u in mine], accelerator.device)
     progress = tqdm(
         zip(mine, batches, strict=True),
@@ -66,17 +100,8 @@ def correct_flags(
         leave=False,
         disable=not accelerator.is_local_main_process or len(mine) < 2,
     )
-    with attack_context(classifier, "eval"), _parameters_frozen(classifier):
-        for unit, (x, labels) in progress:
-            with torch.no_grad():
-                right = classifier(x).argmax(dim=1) == labels
-            if perturb is not clean and right.any():
-                # only images that are right can be broken: attack no others
-                x_adv = perturb(classifier, x[right], labels[right], settings.seed + 1000 * unit)
-                with torch.no_grad():
-                    right[right.clone()] = classifier(x_adv).argmax(dim=1) == labels[right]
-            flags[units[unit].to(flags.device)] = right.long()
-    return reduce(flags, "sum").bool().cpu()  # each image was one process's: the sum is exact
+    for unit, batch in progress:
+        yield unit, units[unit].to(accelerator.device), batch
 
 
 @contextmanager

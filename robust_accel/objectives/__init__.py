@@ -1,8 +1,10 @@
 """What the attack climbs and the optimizer descends: one file an objective, one line a name."""
 
 from robust_accel.objectives.adversarial import Adversarial
-from robust_accel.objectives.base import Objective
+from robust_accel.objectives.base import Classifier, Objective
+from robust_accel.objectives.mart import Mart
+from robust_accel.objectives.trades import Trades
 
-OBJECTIVES = {"adversarial": Adversarial}
+OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart}
 
-__all__ = ["OBJECTIVES", "Adversarial", "Objective"]
+__all__ = ["OBJECTIVES", "Adversarial", "Classifier", "Mart", "Objective", "Trades"]

@@ -1,16 +1,21 @@
-"""The protocol that every objective follows."""
+"""The protocol that every objective follows, and what several of them share."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 Classifier = Callable[[Tensor], Tensor]
 """x: [B, C, H, W] in [0, 1] -> logits [B, K]."""
 
 
 class Objective(Protocol):
-    """The two levels of min-max problem (2)."""
+    """The two levels of min-max problem (2).
+
+    A class with ``takes_unlabeled = True`` also takes images without a label, whose label is -1.
+    """
 
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
@@ -26,3 +31,26 @@ class Objective(Protocol):
     ) -> dict[str, Tensor]:
         """Return the outer loss: a scalar ``loss``, ``logits`` [B, K] at x_adv, and named parts."""
         ...
+
+
+def logits_of_both(
+    classifier: Classifier, x: Tensor, x_adv: Tensor, batchnorm: Literal["apart", "together"]
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, K] at x and at x_adv, from one forward each or from one of both."""
+    if batchnorm == "apart":
+        return classifier(x), classifier(x_adv)
+    clean, adversarial = classifier(torch.cat([x, x_adv])).chunk(2)
+    return clean, adversarial
+
+
+def labeled_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Mean over the images that have a label (-1 is none), 0 if none has. A scalar.
+
+    labels: [B] class indices, or [B, K] probabilities, which all images then have.
+    """
+    if labels.is_floating_point():
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    total = cross_entropy(
+        logits, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (labels != -1).sum().clamp(min=1)

@@ -51,6 +51,8 @@ class OptimizerSettings(Settings):
         weight_decay: >= 0, on every parameter, as the paper and its peers do. To spare BatchNorm
             and biases: ``exclude_1d: true`` for LAMB (which then does not adapt them either), or
             ``filter_bias_and_bn: true`` for timm's optimizers (timm's own default).
+        layer_decay: For fine-tuning: each layer learns at this share, in (0, 1], of the rate of
+            the layer above it; ``lr`` is the classifier's.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -58,31 +60,53 @@ class OptimizerSettings(Settings):
     name: str = "lamb"
     lr: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
     weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] | None = None
 
 
 def create_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """Build the named optimizer over the model's trainable parameters.
 
+    Args:
+        model: With ``layer_decay``, a timm model, which knows its layers.
+        settings: The recipe's.
+
     Raises:
         ValueError: Unknown name or option, impossible value, or nothing to train.
     """
-    params = [param for param in model.parameters() if param.requires_grad]
+    params: list[Any] = [param for param in model.parameters() if param.requires_grad]
     if not params:
         raise ValueError("optimizer: the model has no parameter that requires a gradient")
     options = _options(settings)
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     try:
-        if settings.name == "lamb":
-            return LAMB(params, **common, **options)
         filtered = options.pop("filter_bias_and_bn", False)
         if not isinstance(filtered, bool):
             raise ValueError(f"filter_bias_and_bn must be true or false, got {filtered!r}")
+        if settings.layer_decay is not None:
+            params, filtered = _by_layer(model, settings, filtered), False
+        if settings.name == "lamb":
+            return LAMB(params, **common, **options)
         # given a list, timm makes no groups: every parameter decays
         return timm.optim.create_optimizer_v2(
             model if filtered else params, opt=settings.name, **common, **options
         )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"optimizer {settings.name!r} refuses its options: {error}") from error
+
+
+def _by_layer(
+    model: nn.Module, settings: OptimizerSettings, filter_bias_and_bn: bool
+) -> list[dict[str, Any]]:
+    """Parameter groups with a learning rate that falls from the classifier to the first layer."""
+    assert settings.layer_decay is not None
+    groups = timm.optim.param_groups_layer_decay(
+        model,
+        weight_decay=settings.weight_decay,
+        weight_decay_exclude_1d=filter_bias_and_bn,
+        layer_decay=settings.layer_decay,
+    )
+    # as the rate itself: only timm's own schedulers would read the scale
+    return [{**group, "lr": settings.lr * group.pop("lr_scale")} for group in groups]
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:

@@ -27,7 +27,7 @@ from robust_accel.data import (
 
 CPU = torch.device("cpu")
 CIFAR = (
-    Path(__file__).parent.parent
+    Path(__file__).parent.parent.parent
     / os.environ.get("ROBUST_ACCEL_DATA", "../shared/data")
     / "cifar10"
     / "test-00000-of-00001.parquet"
@@ -434,7 +434,7 @@ def from_files(
         _,
     ) = load_test(settings(path, **options))
     assert isinstance(images, FileImages)
-    return FileImages(images.rows, images.columns, images.settings, seed)
+    return FileImages(images.rows, images.labels, images.settings, seed)
 
 
 def test_file_augmentation_depends_on_epoch_and_index_alone(photos: Path) -> None:

@@ -1,0 +1,143 @@
+"""Who trains on which image when: the same deal, whoever computes it."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robust_accel.data.images import Batch, ImageSet, seeded_generator
+from robust_accel.data.loading import Data
+
+
+class Sampler:
+    """Deals the training images to processes: the same deal, whoever computes it.
+
+    Each epoch is cut into steps of ``batch_size`` images, each step into a part a process and
+    micro-batch. Images that do not fill the last step wait for another epoch's order, so no image
+    is weighted twice.
+
+    Args:
+        num_images: N.
+        batch_size: Images a step over all processes.
+        num_micro: Micro-batches a step and process.
+        rank, world_size: Of this process.
+        seed: Of the order.
+        sharding: See ``DataSettings``.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        num_micro: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        sharding: Literal["global", "fixed"] = "global",
+    ) -> None:
+        if batch_size % (num_micro * world_size):
+            raise ValueError(
+                f"batch_size: {batch_size} is not divisible by {world_size} processes x "
+                f"{num_micro} micro-batches"
+            )
+        if batch_size > num_images:
+            raise ValueError(f"batch_size: {batch_size} exceeds the {num_images} training images")
+        self.steps_per_epoch = num_images // batch_size
+        self._micro_size = batch_size // (num_micro * world_size)
+        self._num_images, self._num_micro = num_images, num_micro
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._sharding = seed, sharding
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Tensor]:
+        """This process's micro-batches of indices, from a step on."""
+        order = self._own(epoch)[: self.steps_per_epoch * self._num_micro * self._micro_size]
+        micro_batches = order.split(self._micro_size)
+        return itertools.islice(iter(micro_batches), first_step * self._num_micro, None)
+
+    def _own(self, epoch: int) -> Tensor:
+        """This process's images in the epoch's order."""
+        if self._sharding == "fixed":
+            dealt = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 2))
+            own = dealt[self._rank :: self._world_size]
+            generator = seeded_generator(self._seed, 3, epoch, self._rank)
+            return own[torch.randperm(len(own), generator=generator)]
+        order = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 4, epoch))
+        used = order[: self.steps_per_epoch * self._micro_size * self._num_micro * self._world_size]
+        # [steps, processes, images of a process]: a step's images do not depend on their number
+        by_step = used.view(self.steps_per_epoch, self._world_size, -1)
+        return by_step[:, self._rank].flatten()
+
+
+class TrainingBatches:
+    """A process's batches: labelled images, and unlabelled ones where the data have them.
+
+    An epoch is a pass over the labelled images. Unlabelled images have an order and epochs of
+    their own; what a step trains on follows from its number alone.
+
+    Args:
+        data: ``data.unlabeled`` is mixed in where it is there.
+        fraction: Share of unlabelled images in each batch.
+        batch_size, num_micro, rank, world_size, seed, sharding: See ``Sampler``; the batch size
+            counts both.
+
+    Raises:
+        ValueError: ``batch_size: ...`` where a share cannot be dealt to the processes.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        fraction: float | None,
+        batch_size: int,
+        num_micro: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        sharding: Literal["global", "fixed"],
+    ) -> None:
+        about = {"num_micro": num_micro, "rank": rank, "world_size": world_size}
+        num_unlabeled = 0
+        self._unlabeled: tuple[ImageSet, Sampler] | None = None
+        if data.unlabeled is not None:
+            assert fraction is not None
+            num_unlabeled = round(fraction * batch_size)
+            parts = num_micro * world_size
+            if not 0 < num_unlabeled < batch_size or num_unlabeled % parts:
+                raise ValueError(
+                    f"batch_size: {batch_size} x data.unlabeled.fraction {fraction:g} makes "
+                    f"{num_unlabeled} unlabelled images a step, which must be more than 0, fewer "
+                    f"than all, and divisible by {world_size} processes x {num_micro} micro-batches"
+                )
+            own_seed = seeded_generator(seed, 7).initial_seed()
+            sampler = Sampler(
+                len(data.unlabeled), num_unlabeled, seed=own_seed, sharding=sharding, **about
+            )
+            self._unlabeled = (data.unlabeled, sampler)
+        self._labeled = data.train
+        self._sampler = Sampler(
+            len(data.train), batch_size - num_unlabeled, seed=seed, sharding=sharding, **about
+        )
+        self.steps_per_epoch = self._sampler.steps_per_epoch
+
+    def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[Batch]:
+        """The micro-batches of an epoch from a step on: labelled images first, then the others."""
+        batches = self._labeled.batches(self._sampler.epoch(epoch, first_step), device, epoch)
+        if self._unlabeled is None:
+            yield from batches
+            return
+        others = self._unlabeled_from(epoch * self.steps_per_epoch + first_step, device)
+        for (x, labels), (other_x, other_labels) in zip(batches, others, strict=False):
+            yield torch.cat([x, other_x]), torch.cat([labels, other_labels])
+
+    def _unlabeled_from(self, step: int, device: torch.device) -> Iterator[Batch]:
+        """Without end: epoch after epoch of the unlabelled images, from a step of training on."""
+        assert self._unlabeled is not None
+        images, sampler = self._unlabeled
+        epoch, first_step = divmod(step, sampler.steps_per_epoch)
+        while True:
+            yield from images.batches(sampler.epoch(epoch, first_step), device, epoch)
+            epoch, first_step = epoch + 1, 0

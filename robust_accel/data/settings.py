@@ -1,0 +1,104 @@
+"""The recipe's ``data`` section."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import model_validator
+
+from robust_accel.settings import Number, Settings
+
+
+class UnlabeledSettings(Settings):
+    """The recipe's ``data.unlabeled``: images without labels, or with a teacher's.
+
+    Args:
+        path: As ``data.path``, or Carmon et al.'s ``ti_500K_pseudo_labeled.pickle``, of which
+            nothing but arrays is read. Not given: the images of the training split that
+            ``data.train_size`` leaves out, their labels unseen.
+        config, split: As of ``data``.
+        image_column: Found by its feature type when not given.
+        label_column: Labels to train on. Not given: the ``pseudo_label`` that the ``pseudo-label``
+            command wrote, or none.
+        min_confidence: Leave out images whose ``confidence`` is below.
+        size: Use only so many images, drawn once by a fixed seed.
+        fraction: Share of unlabelled images in each batch, in (0, 1). An epoch is then a pass over
+            the labelled images, and the unlabelled are reshuffled at their own pace. Null pools
+            both sets into one, as DAT's code does.
+
+    Source: half of each batch is Carmon et al. 2019 (arXiv 1905.13736).
+    """
+
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    min_confidence: Annotated[Number, Ge(0), Le(1)] = 0.0
+    size: Annotated[int, Ge(1)] | None = None
+    fraction: Annotated[Number, Gt(0), Lt(1)] | None = 0.5
+
+
+class DataSettings(Settings):
+    """The recipe's ``data`` section.
+
+    Args:
+        path: A data set on the hub, a local folder or parquet file that ``load_dataset`` reads,
+            or ``sklearn:digits`` (scikit-learn's 8x8 digits, one fifth of them as test split).
+        config: Name of the data set's configuration, where it has several.
+        train_split, test_split: Names of the splits.
+        image_column, label_column: Found by their feature types when not given.
+        validation_size: Training images held out to choose checkpoints: a number, or a share < 1.
+        train_size, test_size: Use only so many images of a split, drawn once by a fixed seed.
+        in_memory: Decode all images once and keep them as uint8 (for small images of one size).
+        augment: ``crop_flip`` (in memory: pad by 4, crop, mirror, in batches on the device),
+            ``timm`` (from files: random resized crop and mirror), or ``none``.
+        image_size: Height and width that images from files are cropped and resized to.
+        num_workers: Processes that decode images from files.
+        classes: Use only the images of these classes, numbered anew in the order given.
+        unlabeled: More images to train on, see ``UnlabeledSettings``.
+        sharding: ``global``: each epoch deals all images anew. ``fixed``: each worker keeps its
+            own part, the paper's D(i), and reshuffles that.
+    """
+
+    path: str
+    config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    validation_size: Annotated[int, Ge(0)] | Annotated[float, Ge(0)] = 0
+    train_size: Annotated[int, Ge(1)] | None = None
+    test_size: Annotated[int, Ge(1)] | None = None
+    in_memory: bool = True
+    augment: Literal["none", "crop_flip", "timm"] = "none"
+    image_size: Annotated[int, Ge(1)] | None = None
+    num_workers: Annotated[int, Ge(0)] = 4
+    classes: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(2)] | None = None
+    unlabeled: UnlabeledSettings | None = None
+    sharding: Literal["global", "fixed"] = "global"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DataSettings":
+        if self.augment == ("timm" if self.in_memory else "crop_flip"):
+            raise ValueError(
+                f"augment: {self.augment} does not go with in_memory: {str(self.in_memory).lower()}"
+                " (crop_flip: in memory; timm: from files; none: both)"
+            )
+        if self.in_memory == (self.image_size is not None):
+            raise ValueError(
+                "image_size is for images from files (in_memory: false), which need it; got "
+                f"{self.image_size}"
+            )
+        if self.validation_size > 1 and self.validation_size % 1:
+            raise ValueError(
+                f"validation_size: {self.validation_size} is neither a number of images nor a "
+                "share < 1"
+            )
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes: {list(self.classes)} names a class twice")
+        if self.unlabeled is not None and self.unlabeled.path is None and self.train_size is None:
+            raise ValueError(
+                "unlabeled.path is not given, so the images that data.train_size leaves out are "
+                "meant, but data.train_size is not given either"
+            )
+        return self

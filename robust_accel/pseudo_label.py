@@ -1,0 +1,67 @@
+"""The pseudo-label command: a teacher labels images, for ``data.unlabeled`` to read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from datasets.table import embed_table_storage
+
+from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
+from robust_accel.evaluation import predictions
+from robust_accel.trained_model import load_classifier, recipe_of
+
+
+def pseudo_label(
+    model: str, out: str | Path, data: str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Label images by a model's clean predictions, and write them as parquet.
+
+    Args:
+        model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
+        out: The parquet file: the images, ``pseudo_label`` and ``confidence`` (the probability of
+            that class, in [0, 1]). Written by one process, in one move; never over another.
+        data: What ``data.unlabeled.path`` takes, but no pickle. Not given: the images that the
+            run's ``data.train_size`` left out of its training split.
+        overrides: ``section.key=value``, such as ``data.unlabeled.split=test``.
+
+    Returns:
+        ``n`` and ``mean_confidence``.
+
+    Raises:
+        ValueError: ``section.key: ...``, before anything is labelled.
+    """
+    out = Path(out)
+    if out.suffix != ".parquet" or out.exists():
+        found = "is there already" if out.exists() else "does not end in .parquet"
+        raise ValueError(f"--out: {out} {found}: choose another name")
+    if data is not None:
+        overrides = [f"data.unlabeled.path={data}", *overrides]
+    recipe = recipe_of(
+        model, overrides, required=("model", "data"), defaults={"data": {"path": data}}
+    )
+    rows, images = recipe.checked("data", lambda: load_to_label(recipe.data))
+    classifier = load_classifier(recipe, model, images, 2)
+    accelerator = Accelerator()
+    classifier.to(accelerator.device).eval()
+    classes, confidence = predictions(classifier, images, recipe.evaluate.batch_size, accelerator)
+    if accelerator.is_main_process:
+        _write(rows, classes, confidence, out)
+    accelerator.wait_for_everyone()
+    return {"n": len(rows), "mean_confidence": confidence.mean().item()}
+
+
+def _write(
+    rows: datasets.Dataset, classes: torch.Tensor, confidence: torch.Tensor, out: Path
+) -> None:
+    labeled = rows.add_column(PSEUDO_LABEL, classes.numpy()).add_column(
+        CONFIDENCE, confidence.numpy()
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".incomplete")
+    # the bytes of images that lie in files of their own, or the parquet would hold paths
+    whole = labeled.with_format("arrow").map(embed_table_storage, batched=True)
+    whole.with_format(None).to_parquet(str(temporary))
+    temporary.replace(out)

@@ -1,0 +1,59 @@
+"""Adversarial weight perturbation: the outer loss is taken at attacked weights, too."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from robust_accel.settings import Number, Settings
+
+
+class AWP(Settings):
+    """Moves each weight tensor up the outer loss by gamma times its norm; the loss is taken there.
+
+    The gradient at the moved weights updates the weights where they were. Each process moves them
+    by the gradient of its own images: nothing is sent.
+
+    Args:
+        gamma: Size of the step relative to the tensor's norm, > 0.
+        warmup_epochs: Epochs without it, in the training loop.
+
+    Source: Wu et al. 2020 (arXiv 2004.05884), equation (10), with one step as in their code, which
+    moves tensors of two dimensions and more; gamma 0.01 for AT and 0.005 for TRADES.
+    """
+
+    gamma: Annotated[Number, Gt(0)] = 0.005
+    warmup_epochs: Annotated[int, Ge(0)] = 0
+
+    def __call__(
+        self, classifier: nn.Module, loss_fn: Callable[[], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """The classifier at the moved weights.
+
+        Args:
+            classifier: Whose weights are moved; they stay as they are.
+            loss_fn: The outer loss of the classifier, a scalar; it must not change BatchNorm's
+                statistics.
+
+        Returns:
+            x -> logits, differentiable in the classifier's own parameters.
+        """
+        weights = {
+            name: param
+            for name, param in classifier.named_parameters()
+            if param.requires_grad and param.ndim > 1
+        }
+        grads = torch.autograd.grad(loss_fn(), list(weights.values()), allow_unused=True)
+        moved = {
+            name: weight + self._step(weight.detach(), grad)
+            for (name, weight), grad in zip(weights.items(), grads, strict=True)
+            if grad is not None
+        }
+        return lambda x: functional_call(classifier, moved, (x,))
+
+    def _step(self, weight: Tensor, grad: Tensor) -> Tensor:
+        norm = grad.norm()
+        return grad * torch.where(norm > 0, self.gamma * weight.norm() / norm, 0.0)

@@ -1,0 +1,126 @@
+"""A teacher's labels: what is written, that training reads it, and what is refused."""
+
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robust_accel.__main__ import main
+from robust_accel.data import load_data
+from robust_accel.models import create_classifier, model_folder
+from robust_accel.pseudo_label import pseudo_label
+from robust_accel.recipe import load_recipe
+from robust_accel.train import train
+from robust_accel.trained_model import load_classifier
+
+SMALL = (
+    "data.train_size=600",
+    "data.test_size=40",
+    "data.validation_size=0",
+    "train.epochs=3",
+    "train.select=last",
+    "attack.num_steps=1",
+    "attack.step_size=0.1",
+    "evaluate.autoattack=null",
+    "evaluate.pgd.num_steps=1",
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    train(load_recipe("quickstart", [*SMALL, f"output={folder}"]), quiet=True)
+    return folder
+
+
+def test_what_a_run_left_out_is_labeled_and_trained_on(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "pseudo.parquet"
+    result = pseudo_label(str(teacher), out)
+    assert result["n"] == 1437 - 600
+    rows = datasets.load_dataset("parquet", data_files=str(out), cache_dir=tmp_path)["train"]
+    assert rows.column_names == ["image", "pseudo_label", "confidence"]
+    confidence = np.array(rows["confidence"][:])
+    assert confidence.mean() == pytest.approx(result["mean_confidence"])
+    assert ((confidence > 0.1) & (confidence <= 1)).all()
+
+    # by hand: the saved model's predictions on the images of the file
+    recipe = load_recipe("quickstart", [*SMALL, f"data.unlabeled.path={out}"])
+    data = load_data(recipe.data)
+    classifier = load_classifier(recipe, str(teacher), data.test, 10).eval()
+    with torch.no_grad():
+        probabilities = classifier(data.unlabeled.images.float() / 255).softmax(dim=1)
+    assert rows["pseudo_label"][:] == probabilities.argmax(dim=1).tolist()
+    torch.testing.assert_close(
+        torch.from_numpy(confidence), probabilities.max(dim=1).values.double(), rtol=1e-4, atol=1e-6
+    )
+    assert data.unlabeled.labels.tolist() == rows["pseudo_label"][:]
+
+    settings = [*SMALL, f"output={tmp_path / 'student'}", f"data.unlabeled.path={out}"]
+    student = train(load_recipe("quickstart", settings), quiet=True)
+    assert student["clean_accuracy"]["accuracy"] > 0.5
+
+
+def test_any_images_are_labeled_by_any_timm_model(tmp_path: Path) -> None:
+    """Files in a folder, of several sizes: the parquet holds their bytes, not their paths."""
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        pixels = np.random.default_rng(index).integers(0, 256, (40 + index, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    out = tmp_path / "pseudo.parquet"
+    settings = ["model.pretrained=false", "data.in_memory=false", "data.image_size=32"]
+    settings.append("data.num_workers=1")
+    pseudo_label("test_resnet", out, str(tmp_path / "images"), settings)
+    shutil.rmtree(tmp_path / "images")
+    cache = str(tmp_path / "cache")
+    rows = datasets.load_dataset("parquet", data_files=str(out), cache_dir=cache)["train"]
+    assert [row["image"].size for row in rows] == [(48, 40 + i) for i in range(5)]
+    assert all(0 <= label < 1000 for label in rows["pseudo_label"])
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken.parquet"
+    taken.write_text("precious")
+    cases = [
+        ([str(teacher), "--out", str(taken)], "--out: .*is there already"),
+        ([str(teacher), "--out", str(tmp_path / "a.csv")], r"does not end in \.parquet"),
+        (
+            [str(teacher), "--out", str(tmp_path / "a.parquet"), "data.train_size=null"],
+            "data.unlabeled.path: not given, and data.train_size leaves no image out",
+        ),
+        (
+            [str(teacher), "--out", str(tmp_path / "a.parquet"), "--data", str(tmp_path / "none")],
+            "data.unlabeled.path: .*cannot be loaded",
+        ),
+        (
+            ["test_resnet", "--out", str(tmp_path / "a.parquet")],
+            "data.path",
+        ),
+    ]
+    for arguments, message in cases:
+        assert main(["pseudo-label", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1
+        assert re.search(message, error), error
+    assert taken.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.parquet"]
+
+
+def test_a_run_is_what_fine_tuning_starts_from(teacher: Path, tmp_path: Path) -> None:
+    weights = f"model.checkpoint={teacher}"
+    recipe = load_recipe("quickstart", [*SMALL, weights, f"output={tmp_path / 'tuned'}"])
+    started = create_classifier(recipe.model, num_classes=10, in_chans=1)
+    again = load_classifier(recipe, str(teacher), load_data(recipe.data).test, 10)
+    for a, b in zip(started.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert model_folder(teacher).name == "model"
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="has the run been trained to its end"):
+        create_classifier(recipe.model.model_copy(update={"checkpoint": str(tmp_path)}))

@@ -1,0 +1,75 @@
+"""AWP: where the loss is taken, what its gradient reaches, and what stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from robust_accel import RobustModel
+from robust_accel.attacks import NoAttack
+from robust_accel.weight_perturbation import AWP
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    )
+
+
+X, LABELS = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
+
+
+def test_gradient_is_that_of_the_loss_at_the_moved_weights():
+    """By hand: move each weight by gamma |w| g / |g|, take the gradient there."""
+    model, gamma = small_model(), 0.05
+    robust = RobustModel(model, NoAttack(), weight_perturbation=AWP(gamma=gamma)).train()
+    weights = [model[0].weight, model[4].weight]
+    grads = torch.autograd.grad(cross_entropy(model(X), LABELS), weights)
+    before = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, g in zip(weights, grads, strict=True):
+            w += gamma * w.norm() * g / g.norm()
+    loss = cross_entropy(model(X), LABELS)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.no_grad():
+        for w, old in zip(weights, before, strict=True):
+            w.copy_(old)
+
+    out = robust(X, LABELS)
+    out["loss"].backward()
+    torch.testing.assert_close(out["loss"], loss)
+    for param, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(param.grad, grad, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+    assert loss > cross_entropy(model(X), LABELS)  # it climbed
+
+
+def test_batchnorm_counts_one_batch_and_off_means_off():
+    # no attack: running statistics, which it would use, move with each forward
+    robust = RobustModel(small_model(), NoAttack(), weight_perturbation=AWP()).train()
+    norm = robust.classifier.model[1]
+    robust(X, LABELS)["loss"].backward()
+    assert norm.num_batches_tracked == 1
+    assert all(module.training for module in robust.modules())
+    on = robust(X, LABELS)["loss"]
+    robust.perturb_weights = False
+    off = robust(X, LABELS)["loss"]
+    plain = RobustModel(robust.classifier, NoAttack()).train()
+    assert torch.equal(off, plain(X, LABELS)["loss"])
+    assert on > off
+
+
+def test_a_weight_without_gradient_stays():
+    model = small_model()
+    model[4].weight.data.zero_()  # then no gradient reaches the convolution
+    robust = RobustModel(model, NoAttack(), weight_perturbation=AWP()).train()
+    out = robust(X, LABELS)
+    out["loss"].backward()
+    assert torch.isfinite(out["loss"])
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0}, {"warmup_epochs": -1}])
+def test_impossible_settings_are_refused_by_name(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        AWP(**settings)
