@@ -17,12 +17,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scipy import stats
+from _seeds import MEASURES, accuracy_table, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_VECTOR = "whole"  # block_size of the paper's form: null is one norm a tensor
@@ -37,30 +36,6 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
         "name=qsgd", "bits=8", "sides=2", "norm=l2", f"block_size={WHOLE_VECTOR}",
     ),
 }  # fmt: skip
-MEASURES = {"clean": "clean_accuracy", "PGD-20": "pgd_accuracy"}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean paired difference and its 95% t-interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Mean of `values - baseline`, pair by pair, with the 95% t-interval of n - 1 degrees.
-
-    Raises:
-        ValueError: fewer than two pairs, or lists of different length.
-    """
-    differences = [a - b for a, b in zip(values, baseline, strict=True)]
-    if len(differences) < 2:
-        raise ValueError(f"a t-interval needs at least 2 pairs, got {len(differences)}")
-    mean = fmean(differences)
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return Difference(mean, float(mean - half), float(mean + half))
 
 
 def run_folder(args: argparse.Namespace, protocol: str, seed: int) -> Path:
@@ -136,40 +111,18 @@ def table(args: argparse.Namespace) -> str:
         name: {s: report for s in args.seeds if (report := read_report(run_folder(args, name, s)))}
         for name in args.protocols
     }
-    measures = list(MEASURES)
-    header = ["protocol", "seeds", *(f"{m} (%)" for m in measures)]
-    header += [*(f"{m} - {BASELINE} [95%]" for m in measures), "bytes/step", "share"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    baseline = reports.get(BASELINE, {})
-    for name, runs in reports.items():
-        if runs:
-            lines.append("| " + " | ".join(_row(name, runs, baseline)) + " |")
-    return "\n".join(lines)
+    rows = accuracy_table(reports, BASELINE)
+    rows[0] += ["bytes/step", "share"]
+    full = _bytes(reports.get(BASELINE, {}))
+    for row in rows[1:]:
+        sent = _bytes(reports[row[0]])
+        row += [f"{sent:,.0f}", f"1/{full / sent:.2f}" if full else ""]
+    return markdown(rows)
 
 
-def _row(name: str, runs: dict[int, Any], baseline: dict[int, Any]) -> list[str]:
-    """`runs`, `baseline`: seed to report."""
-    row = [name, str(len(runs))]
-    row += [f"{fmean(_percent(r, m) for r in runs.values()):.2f}" for m in MEASURES.values()]
-    pairs = sorted(runs.keys() & baseline.keys())
-    for measure in MEASURES.values():
-        if name == BASELINE or len(pairs) < 2:
-            row.append("")
-            continue
-        difference = paired_difference(
-            [_percent(runs[seed], measure) for seed in pairs],
-            [_percent(baseline[seed], measure) for seed in pairs],
-        )
-        row.append(f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]")
-    sent = fmean(run["bytes_sent_per_step"] for run in runs.values())
-    row.append(f"{sent:,.0f}")
-    full = [run["bytes_sent_per_step"] for run in baseline.values()]
-    row.append(f"1/{fmean(full) / sent:.2f}" if full else "")
-    return row
-
-
-def _percent(report: dict[str, Any], measure: str) -> float:
-    return 100 * report[measure]["accuracy"]
+def _bytes(runs: dict[int, Any]) -> float:
+    """Sent by a process in a step, averaged over the seeds."""
+    return fmean(run["bytes_sent_per_step"] for run in runs.values()) if runs else 0.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -40,7 +40,13 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     classifier.to(accelerator.device).eval()
     say = print if accelerator.is_main_process else lambda _: None
     result = {"model": model, "data": recipe.data.model_dump(mode="json")} | evaluate(
-        classifier, images, recipe.evaluate, accelerator, num_classes=num_classes, say=say
+        classifier,
+        images,
+        recipe.evaluate,
+        accelerator,
+        num_classes=num_classes,
+        folder=folder.autoattack,
+        say=say,
     )
     result["num_processes"], result["versions"] = accelerator.num_processes, versions()
     if accelerator.is_main_process:

@@ -18,6 +18,7 @@ class RunFolder:
         checkpoints/      step-N: full state, exact resume; best.safetensors: weights with the best
                           robust accuracy on the held-out split
         model/            timm folder: config.json and model.safetensors
+        autoattack/       the outcome of each image under each attack, written as it is known
         report.json       everything measured; evaluations.jsonl keeps every earlier evaluation
         report.md, *.png  the same for people
     """
@@ -29,6 +30,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
         self.model = self.path / "model"
+        self.autoattack = self.path / "autoattack"
         self.report = self.path / "report.json"
         self.evaluations = self.path / "evaluations.jsonl"
 

@@ -18,7 +18,7 @@ from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_wei
 from robust_accel.comm import GradientCompression, compress_gradients
 from robust_accel.data import NO_LABEL, Data, TrainingBatches, load_data
 from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
-from robust_accel.evaluation.autoattack import AutoAttackUnit
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
@@ -55,7 +55,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     recipe.checked("data", lambda: _check_labels(recipe, data))
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
-        AutoAttackUnit(recipe.evaluate, data.num_classes, torch.device("cpu"))
+        AutoAttackEvaluation(recipe.evaluate, data.num_classes)
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
@@ -286,6 +286,7 @@ class _Run:
             self.recipe.evaluate,
             self.accelerator,
             num_classes=self.data.num_classes,
+            folder=self.folder.autoattack,
             say=self.say,
         )
         if self.accelerator.is_main_process:

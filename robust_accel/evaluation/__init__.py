@@ -1,9 +1,12 @@
 """Measure a classifier: clean, PGD and AutoAttack accuracy, exact on any number of processes."""
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import (
@@ -14,7 +17,7 @@ from robust_accel.evaluation.accuracy import (
     predictions,
     under_attack,
 )
-from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackUnit
+from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 
@@ -36,6 +39,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    folder: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
@@ -45,6 +49,7 @@ def evaluate(
             eval mode and fp32.
         images: The test images.
         num_classes: Of the data, for AutoAttack's targets.
+        folder: Where AutoAttack keeps the outcome of each image; what is there is not done again.
         say: Told each result when it is there.
 
     Returns:
@@ -52,10 +57,12 @@ def evaluate(
         ``{"accuracy": share, "n": images, ...}``, and the threat model: what ``report.json`` holds.
     """
 
-    def measure(name: str, perturb: Perturb, limit: int | None, **about: Any) -> None:
-        flags = correct_flags(
+    def flags_of(name: str, perturb: Perturb, limit: int | None) -> Tensor:
+        return correct_flags(
             classifier, images, perturb, settings, accelerator, num_images=limit, title=name
         )
+
+    def record(name: str, flags: Tensor, **about: Any) -> None:
         result[name] = accuracy(flags) | about
         say(f"{name}: {100 * result[name]['accuracy']:.2f}% of {len(flags)} images")
 
@@ -66,15 +73,22 @@ def evaluate(
     }
     autoattack = None  # made first: what it refuses, it refuses before anything is spent
     if settings.autoattack is not None:
-        autoattack = AutoAttackUnit(settings, num_classes, accelerator.device)
-    measure("clean_accuracy", clean, settings.images)
+        autoattack = AutoAttackEvaluation(settings, num_classes)
+    right = flags_of("clean_accuracy", clean, settings.images)
+    record("clean_accuracy", right)
     if settings.pgd is not None:
         pgd = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
         about: dict[str, Any] = {"num_steps": pgd.num_steps, "step_size": pgd.step_size}
-        measure("pgd_accuracy", under_attack(pgd), settings.images, **about)
+        flags = flags_of("pgd_accuracy", under_attack(pgd), settings.images)
+        record("pgd_accuracy", flags, **about)
     if autoattack is not None:
         assert settings.autoattack is not None
-        limit = settings.autoattack_images or settings.images
+        limit = min(settings.autoattack_images or len(right), len(images))
+        if limit > len(right):
+            right = flags_of("clean_accuracy", clean, limit)
+        start = time.perf_counter()
+        flags = autoattack.flags(classifier, images, right[:limit], accelerator, folder)
         about = {"version": settings.autoattack, "attacks": list(ATTACKS_OF[settings.autoattack])}
-        measure("autoattack_accuracy", autoattack, limit, **about)
+        about |= {"search": settings.search, "seconds": time.perf_counter() - start}
+        record("autoattack_accuracy", flags, **about)
     return result

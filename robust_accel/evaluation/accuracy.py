@@ -56,7 +56,7 @@ def correct_flags(
     """
     num_images = min(num_images or len(images), len(images))
     flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
-    with attack_context(classifier, "eval"), _parameters_frozen(classifier):
+    with attack_context(classifier, "eval"), parameters_frozen(classifier):
         for unit, indices, (x, labels) in _own_units(
             images, num_images, settings.batch_size, accelerator, title
         ):
@@ -105,7 +105,7 @@ def _own_units(
 
 
 @contextmanager
-def _parameters_frozen(classifier: PixelClassifier) -> Iterator[None]:
+def parameters_frozen(classifier: PixelClassifier) -> Iterator[None]:
     """FAB calls ``backward``: without this it would fill, and spend time on, weight gradients."""
     trained = [p for p in classifier.parameters() if p.requires_grad]
     try:

@@ -21,8 +21,11 @@ class EvaluateSettings(Settings):
     Args:
         norm, eps: The threat model; the training attack's when not given.
         pgd: Null leaves PGD out.
-        autoattack: ``standard`` (APGD-CE, APGD-T, FAB-T, Square), ``quick`` (APGD-CE, APGD-T), or
-            null to leave it out.
+        autoattack: ``standard`` (APGD-CE, APGD-T, FAB-T, Square), ``quick`` (APGD-CE, APGD-T),
+            ``rand`` (APGD-CE and APGD-DLR averaged over 20 draws, for randomised models), or null
+            to leave it out.
+        search: ``bf16`` lets AutoAttack's gradient attacks search in bf16 first. Successes count
+            where they hold in fp32, and survivors are attacked in fp32 by the whole sequence.
         images: Measure clean and PGD accuracy on the first so many test images, all when null.
         autoattack_images: The same for AutoAttack; ``images`` when null.
         batch_size: Images a unit of work; each unit has its own seed, so that results do not
@@ -33,7 +36,8 @@ class EvaluateSettings(Settings):
     norm: Norm | None = None
     eps: Annotated[Number, Gt(0)] | None = None
     pgd: PGDSettings | None = PGDSettings()
-    autoattack: Literal["standard", "quick"] | None = None
+    autoattack: Literal["standard", "quick", "rand"] | None = None
+    search: Literal["fp32", "bf16"] = "fp32"
     images: Annotated[int, Ge(1)] | None = None
     autoattack_images: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 250

@@ -22,7 +22,7 @@ from robust_accel.evaluation import (
     evaluate,
     under_attack,
 )
-from robust_accel.evaluation.autoattack import AutoAttackUnit
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier
 
 CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ class Process:
 
     process_index: int = 0
     num_processes: int = 1
+    is_main_process: bool = True
     is_local_main_process: bool = False
     device: torch.device = CPU
 
@@ -213,7 +214,7 @@ def test_attacks_repeat_by_seed() -> None:
     assert not one[3].equal(other[4])
 
 
-AUTOATTACK = SETTINGS.model_copy(update={"autoattack": "quick", "eps": 0.02, "batch_size": 20})
+AUTOATTACK = SETTINGS.model_copy(update={"autoattack": "quick", "eps": 0.02, "batch_size": 6})
 
 
 def flags_on_two_processes(rank: int, folder: Path) -> None:
@@ -225,15 +226,16 @@ def flags_on_two_processes(rank: int, folder: Path) -> None:
     )
     accelerator = Accelerator(cpu=True)
     assert (accelerator.num_processes, accelerator.process_index) == (2, rank)
-    torch.save(measured(accelerator), folder / f"{rank}.pt")
+    torch.save(measured(accelerator, folder / "autoattack"), folder / f"{rank}.pt")
 
 
-def measured(process: Any) -> dict[str, list[bool]]:
-    autoattack = AutoAttackUnit(AUTOATTACK, 5, CPU)
+def measured(process: Any, folder: Path | None = None) -> dict[str, list[bool]]:
+    right = flags_of(clean, SETTINGS, process)
+    autoattack = AutoAttackEvaluation(AUTOATTACK, 5)
     return {
-        "clean": flags_of(clean, SETTINGS, process).tolist(),
+        "clean": right.tolist(),
         "pgd": flags_of(under_attack(PGD_ATTACK), SETTINGS, process).tolist(),
-        "autoattack": flags_of(autoattack, AUTOATTACK, process).tolist(),
+        "autoattack": autoattack.flags(*tiny(), right, process, folder).tolist(),
     }
 
 
@@ -255,6 +257,15 @@ def test_two_real_processes_agree_with_one(tmp_path: Path) -> None:
     assert exits == [0, 0]
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == alone
+    # what both wrote, less the last line of each, is where one process goes on
+    logs = sorted((tmp_path / "autoattack").iterdir())
+    assert [log.name for log in logs] == ["process-0.jsonl", "process-1.jsonl"]
+    kept = [log.read_text().splitlines(keepends=True)[:-1] for log in logs]
+    assert all(kept)
+    for log, lines in zip(logs, kept, strict=True):
+        log.write_text("".join(lines))
+    assert measured(Process(), tmp_path / "autoattack") == alone
+    assert len(logs[0].read_text().splitlines()) == len(kept[0]) + 2
     assert 0 < sum(alone["autoattack"]) <= sum(alone["pgd"]) < sum(alone["clean"]) == 30
 
 

@@ -1,7 +1,10 @@
 """AutoAttack is the reference's, and leaves no trace."""
 
+import json
 import random
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +12,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, clean, correct_flags, evaluate
-from robust_accel.evaluation.autoattack import AutoAttackUnit
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier
-
-CPU = torch.device("cpu")
 
 
 def fitted(num_classes: int = 5, num_images: int = 24) -> tuple[PixelClassifier, MemoryImages]:
@@ -43,12 +47,11 @@ def settings(**options: Any) -> EvaluateSettings:
 def flags(given: EvaluateSettings, num_classes: int = 5) -> tuple[list[bool], list[bool]]:
     """(clean, robust)"""
     classifier, images = fitted(num_classes)
-    unit = AutoAttackUnit(given, num_classes, CPU)
     accelerator = Accelerator(cpu=True)
-    return tuple(  # type: ignore[return-value]
-        correct_flags(classifier, images, perturb, given, accelerator).tolist()
-        for perturb in (clean, unit)
-    )
+    before = correct_flags(classifier, images, clean, given, accelerator)
+    evaluation = AutoAttackEvaluation(given, num_classes)
+    after = evaluation.flags(classifier, images, before, accelerator)
+    return before.tolist(), after.tolist()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -73,11 +76,10 @@ def test_flags_are_the_references(norm: str) -> None:
     robust[right] = classifier(x_ref).argmax(dim=1) == labels[right]
     assert after == robust.tolist()
     torch.rand(7), random.random(), np.random.rand(3)  # noqa: NPY002  (must not matter)
-    unit = AutoAttackUnit(settings(norm=norm, eps=eps), 5, CPU)
-    assert unit(classifier, x[right], labels[right], 3).equal(x_ref)
+    assert flags(settings(norm=norm, eps=eps, seed=3))[1] == after
 
 
-def test_the_attack_stays_in_the_ball_and_breaks_what_a_linear_model_must_lose() -> None:
+def test_breaks_what_a_linear_model_must_lose() -> None:
     """A linear model's L-inf margin is known: AutoAttack may not do better, nor much worse."""
     classifier, images = fitted()
     x, labels = images.images.float() / 255, images.labels
@@ -90,11 +92,7 @@ def test_the_attack_stays_in_the_ball_and_breaks_what_a_linear_model_must_lose()
     assert before == (margins > 0).tolist()
     for margin, robust in zip(margins.tolist(), after, strict=True):
         assert robust or margin < 0.03 + 1e-6  # within the ball nothing else can be broken
-    unit = AutoAttackUnit(settings(), 5, CPU)
     right = torch.tensor(before)
-    x_adv = unit(classifier, x[right], labels[right], 0)
-    assert (x_adv - x[right]).abs().max() <= 0.03 + 1e-6
-    assert x_adv.min() >= 0 and x_adv.max() <= 1
     # where the clamp to [0, 1] cannot help the image, it is lost
     free = ((x > 0.03) & (x < 0.97)).flatten(1).all(dim=1)
     lost = free & right & (margins < 0.0299)
@@ -105,9 +103,10 @@ def test_the_attack_stays_in_the_ball_and_breaks_what_a_linear_model_must_lose()
 def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
     classifier, images = fitted(num_classes=4)
     given = settings(autoattack="standard", eps=0.05)
-    unit = AutoAttackUnit(given, 4, CPU)
-    assert unit._attacks == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    unit._attacks.remove("square")  # its 5,000 queries would say nothing new here
+    evaluation = AutoAttackEvaluation(given, 4)
+    assert [s.attack for s in evaluation.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert evaluation.stages.pop().attack == "square"  # its 5,000 queries would say nothing new
+    right = correct_flags(classifier, images, clean, given, Accelerator(cpu=True))
     classifier.model[1].weight.requires_grad_(False)  # type: ignore[index]
     torch_before, python_before = torch.get_rng_state(), random.getstate()
     numpy_before = np.random.get_state()  # noqa: NPY002
@@ -119,7 +118,7 @@ def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
     previous = sys.gettrace()
     sys.settrace(tracer)
     try:
-        robust = correct_flags(classifier, images, unit, given, Accelerator(cpu=True))
+        robust = evaluation.flags(classifier, images, right, Accelerator(cpu=True))
         assert sys.gettrace() is tracer
     finally:
         sys.settrace(previous)
@@ -136,14 +135,16 @@ def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
 def test_streams_that_an_attack_reseeds_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Square reseeds numpy's too, but takes 5,000 queries to say so."""
 
-    def reseed(self: AutoAttack, x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def reseed(self: APGDAttack, x: Tensor, y: Tensor) -> Tensor:
         torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
-        return x, y
+        return x
 
-    monkeypatch.setattr(AutoAttack, "run_standard_evaluation", reseed)
+    monkeypatch.setattr(APGDAttack, "perturb", reseed)
+    monkeypatch.setattr(APGDAttack_targeted, "perturb", reseed)
     classifier, images = fitted()
+    right = torch.ones(len(images), dtype=torch.bool)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
-    AutoAttackUnit(settings(), 5, CPU)(classifier, images.images / 255, images.labels, 0)
+    AutoAttackEvaluation(settings(), 5).flags(classifier, images, right, Accelerator(cpu=True))
     assert torch.get_rng_state().equal(states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index,union-attr]  # noqa: NPY002
@@ -152,12 +153,131 @@ def test_streams_that_an_attack_reseeds_are_put_back(monkeypatch: pytest.MonkeyP
 def test_one_image_a_unit_works() -> None:
     """A unit may hold a single right image: shapes must not collapse."""
     classifier, images = fitted()
-    given = settings(batch_size=1)
-    unit = AutoAttackUnit(given, 5, CPU)
-    single = correct_flags(classifier, images, unit, given, Accelerator(cpu=True), num_images=2)
-    before = correct_flags(classifier, images, clean, given, Accelerator(cpu=True), num_images=2)
-    assert before.all()
-    assert single.shape == (2,)
+    right = torch.ones(2, dtype=torch.bool)
+    one = AutoAttackEvaluation(settings(batch_size=1, eps=1.0), 5)
+    assert one.flags(classifier, images, right, Accelerator(cpu=True)).tolist() == [False, False]
+
+
+class Killed(Exception):
+    pass
+
+
+KILLED = settings(autoattack="standard", batch_size=4, eps=0.05)
+
+
+def survivors(folder: Path) -> tuple[Tensor, AutoAttackEvaluation]:
+    """Flags of the standard sequence on a few images, Square and FAB cut short."""
+    classifier, images = fitted()
+    accelerator = Accelerator(cpu=True)
+    right = correct_flags(classifier, images, clean, KILLED, accelerator, num_images=12)
+    evaluation = AutoAttackEvaluation(KILLED, 5)
+    return evaluation.flags(classifier, images, right, accelerator, folder), evaluation
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SquareAttack, "perturb", cut_short(SquareAttack.perturb, "n_queries", 20))
+        patch.setattr(FABAttack_PT, "perturb", cut_short(FABAttack_PT.perturb, "n_iter", 5))
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(short: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[str]]:
+    folder = tmp_path_factory.mktemp("autoattack")
+    return survivors(folder)[0], lines(folder)
+
+
+@pytest.mark.parametrize("fatal", range(4))
+def test_killed_in_any_attack_it_goes_on_and_ends_with_the_same_flags(
+    fatal: int,
+    undisturbed: tuple[Tensor, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, units = undisturbed
+    stages = [json.loads(line)["stage"] for line in units]
+    assert stages == sorted(stages)
+    assert min(stages.count(stage) for stage in range(4)) >= 2  # one to keep, one to die in
+    attack_unit = AutoAttackEvaluation._broken
+    done: list[int] = []
+
+    def deadly(self: Any, classifier: Any, x: Tensor, labels: Tensor, stage: Any, seed: int) -> Any:
+        done.append(self.stages.index(stage))
+        if done.count(fatal) == 2:
+            raise Killed
+        return attack_unit(self, classifier, x, labels, stage, seed)
+
+    monkeypatch.setattr(AutoAttackEvaluation, "_broken", deadly)
+    with pytest.raises(Killed):
+        survivors(tmp_path)
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as log:
+        log.write('{"evaluation": "x", "stage"')  # killed while it wrote a line
+    finished_before = len(done) - 1
+    done.clear()
+    fatal = -1
+    assert survivors(tmp_path)[0].equal(whole)
+    assert 0 < whole.sum() < 12
+    assert len(done) == len(units) - finished_before
+    assert len(lines(tmp_path)) == len(units) + 1  # each once, and the broken line
+    done.clear()
+    assert survivors(tmp_path)[0].equal(whole)
+    assert not done  # a third time nothing is left to do
+
+
+def cut_short(perturb: Any, limit: str, value: int) -> Any:
+    def shorter(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        setattr(self, limit, value)
+        return perturb(self, x, y)
+
+    return shorter
+
+
+def lines(folder: Path) -> list[str]:
+    return [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("change", ["weights", "eps", "seed", "images"])
+def test_what_is_known_of_another_evaluation_is_not_used(change: str, tmp_path: Path) -> None:
+    given = settings()
+    classifier, images = fitted()
+    accelerator = Accelerator(cpu=True)
+    right = correct_flags(classifier, images, clean, given, accelerator)
+    AutoAttackEvaluation(given, 5).flags(classifier, images, right, accelerator, tmp_path)
+    before = len(lines(tmp_path))
+    if change == "weights":
+        with torch.no_grad():
+            classifier.model[1].bias[0] += 1e-3  # type: ignore[index]
+    elif change == "images":
+        images.labels = images.labels.flip(0)
+    else:
+        given = settings(**{change: {"eps": 0.031, "seed": 1}[change]})
+    AutoAttackEvaluation(given, 5).flags(classifier, images, right, accelerator, tmp_path)
+    assert len(lines(tmp_path)) > before
+
+
+def test_a_search_in_bf16_ends_with_a_verdict_in_fp32() -> None:
+    plain, searched = flags(settings()), flags(settings(search="bf16"))
+    assert searched[0] == plain[0]
+    # this model is linear: both find what there is to find
+    assert searched[1] == plain[1]
+    stages = AutoAttackEvaluation(settings(search="bf16"), 5).stages
+    assert [(s.attack, s.bf16) for s in stages] == [
+        ("apgd-ce", True), ("apgd-t", True), ("apgd-ce", False), ("apgd-t", False),
+    ]  # fmt: skip
+
+
+def test_rand_averages_gradients_of_a_randomised_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def record(self: APGDAttack, x: Tensor, y: Tensor) -> Tensor:
+        seen.append((self.loss, self.eot_iter))
+        return x
+
+    monkeypatch.setattr(APGDAttack, "perturb", record)
+    flags(settings(autoattack="rand"))
+    assert seen == [("ce", 20), ("dlr", 20)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
