@@ -2,14 +2,17 @@
 
 from robust_accel.attacks import FGSMRS, NFGSM, PGD, Attack
 from robust_accel.comm import QSGD, AllReduce, compress_gradients
+from robust_accel.evaluation.measure import measure
 from robust_accel.models import PixelClassifier
-from robust_accel.objectives import Adversarial, Objective
+from robust_accel.objectives import Adversarial, Mart, Objective, Trades
 from robust_accel.optim import LAMB
 from robust_accel.robust_model import RobustModel
+from robust_accel.weight_perturbation import AWP
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWP",
     "FGSMRS",
     "LAMB",
     "NFGSM",
@@ -18,8 +21,11 @@ __all__ = [
     "Adversarial",
     "AllReduce",
     "Attack",
+    "Mart",
     "Objective",
     "PixelClassifier",
     "RobustModel",
+    "Trades",
     "compress_gradients",
+    "measure",
 ]

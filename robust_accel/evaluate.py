@@ -36,7 +36,13 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         raise ValueError(f"output: {folder.path} holds a training run: choose another")
     images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
     classifier = load_classifier(recipe, model, images, num_classes)
+    other = None
+    if recipe.evaluate.sanity and (source := recipe.evaluate.sanity_settings.transfer_from):
+        about = recipe_of(source, (), required=("model",))
+        other = load_classifier(about, source, images, num_classes)
     accelerator = Accelerator()
+    if other is not None:
+        other.to(accelerator.device).eval()
     classifier.to(accelerator.device).eval()
     say = print if accelerator.is_main_process else lambda _: None
     result = {"model": model, "data": recipe.data.model_dump(mode="json")} | evaluate(
@@ -45,7 +51,8 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         recipe.evaluate,
         accelerator,
         num_classes=num_classes,
-        folder=folder.autoattack,
+        folder=folder,
+        other=other,
         say=say,
     )
     result["num_processes"], result["versions"] = accelerator.num_processes, versions()

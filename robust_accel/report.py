@@ -1,11 +1,14 @@
-"""report.json for people: report.md, a figure of the training, and runs side by side."""
+"""report.json for people: report.md with its pictures, and runs side by side."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from robust_accel.figures import draw_examples, draw_surface, draw_sweep, draw_training
 from robust_accel.run_folder import RunFolder
+from robust_accel.statistics import t_interval
 
 ACCURACIES = {
     "clean_accuracy": "clean",
@@ -15,7 +18,7 @@ ACCURACIES = {
 
 
 def write_report(folder: RunFolder) -> str:
-    """Write ``report.md`` and ``training.png`` from ``report.json`` and ``metrics.jsonl``.
+    """Write ``report.md`` and its pictures from what the run folder holds.
 
     Returns:
         The Markdown text.
@@ -24,10 +27,18 @@ def write_report(folder: RunFolder) -> str:
     if not report:
         raise ValueError(f"{folder.path}: no report.json: nothing was measured there yet")
     lines = [f"# {folder.path.name}", "", comparison_table([folder.path]), ""]
-    if _plot_training(folder):
-        lines += ["![Training](training.png)", ""]
+    lines += _picture("Training", draw_training(folder))
+    lines += _picture("Accuracy against eps and steps", draw_sweep(folder, report))
+    lines += _sweep_tables(report)
+    lines += _picture("Adversarial images, with predictions", draw_examples(folder))
+    lines += _sanity_table(report)
+    lines += _picture("Loss around an image", draw_surface(folder, report))
     lines += ["## How it was made", "", "| | |", "|---|---|"]
-    facts = {key: value for key, value in report.items() if key not in {*ACCURACIES, "recipe"}}
+    shown = {*ACCURACIES, "recipe", "sweep", "sanity"}
+    facts = {key: value for key, value in report.items() if key not in shown}
+    for name in ACCURACIES:  # how each was measured
+        about = {k: v for k, v in report.get(name, {}).items() if k not in ("accuracy", "n")}
+        facts |= {name: about} if about else {}
     lines += [f"| {key} | {value} |" for key, value in _flat(facts)]
     if "recipe" in report:
         recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
@@ -37,9 +48,38 @@ def write_report(folder: RunFolder) -> str:
     return text
 
 
+def _picture(title: str, path: Path | None) -> list[str]:
+    return [] if path is None else [f"![{title}]({path.name})", ""]
+
+
+def _sweep_tables(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for key, curve in report.get("sweep", {}).items():
+        if curve:
+            lines += [f"| {key} | PGD accuracy (%) | n |", "|---|---|---|"]
+            lines += [f"| {p[key]:.4g} | {100 * p['accuracy']:.2f} | {p['n']} |" for p in curve]
+            lines.append("")
+    return lines
+
+
+def _sanity_table(report: dict[str, Any]) -> list[str]:
+    if "sanity" not in report:
+        return []
+    found = report["sanity"]
+    lines = [f"## Is the number too good? ({found['images']} images)", ""]
+    lines += ["| check | verdict | |", "|---|---|---|"]
+    lines += [f"| {c['name']} | {c['status']} | {c['sentence']} |" for c in found["checks"]]
+    return [*lines, ""]
+
+
 def comparison_table(paths: list[Path]) -> str:
-    """Accuracies of runs, one row a run, as a Markdown table."""
+    """Accuracies of runs, one row a run, as a Markdown table.
+
+    Runs that differ in nothing but the seed also get a row of their mean, with the half width of
+    its 95% t-interval.
+    """
     rows = [["run", *(f"{name} (%)" for name in ACCURACIES.values()), "threat model", "s/epoch"]]
+    groups: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         report = RunFolder(path).read_report()
         if not report:
@@ -48,10 +88,33 @@ def comparison_table(paths: list[Path]) -> str:
         threat, seconds = report["threat_model"], report.get("train_seconds_per_epoch")
         rows[-1] += [f"{threat['norm']}, eps {threat['eps']:.4g}"]
         rows[-1] += ["" if seconds is None else f"{seconds:.1f}"]
+        if "recipe" in report:
+            groups.setdefault(_but_for_the_seed(report["recipe"]), []).append(report)
+    rows += [_mean_row(reports) for reports in groups.values() if len(reports) > 1]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(r, widths, strict=True)] for r in rows]
     padded.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+
+
+def _but_for_the_seed(recipe: dict[str, Any]) -> str:
+    """What runs of several seeds have in common."""
+    recipe = {k: dict(v) if isinstance(v, dict) else v for k, v in recipe.items() if k != "output"}
+    for section in ("train", "communication"):
+        recipe.get(section, {}).pop("seed", None)
+    return json.dumps(recipe, sort_keys=True, default=str)
+
+
+def _mean_row(reports: list[dict[str, Any]]) -> list[str]:
+    row = [f"mean of {len(reports)}"]
+    for key in ACCURACIES:
+        values = [100 * report[key]["accuracy"] for report in reports if report.get(key)]
+        if len(values) < len(reports):
+            row.append("")
+            continue
+        interval = t_interval(values)
+        row.append(f"{interval.mean:.2f} +- {interval.high - interval.mean:.2f}")
+    return [*row, "", ""]
 
 
 def _percent(measured: dict[str, Any] | None) -> str:
@@ -70,43 +133,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         nested = isinstance(value, dict)
         leaves += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
     return leaves
-
-
-def _plot_training(folder: RunFolder) -> bool:
-    """Draw loss and accuracies over training; whether there was anything to draw."""
-    metrics = folder.read_metrics()
-    steps = [line for line in metrics if "loss" in line]
-    validations = [line for line in metrics if "validation_robust_accuracy" in line]
-    if not steps:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([s["epoch"] for s in steps], [s["loss"] for s in steps], color="tab:blue")
-    left.set(xlabel="epoch", ylabel="training loss")
-    curves = [("clean", "tab:green"), ("robust", "tab:red")]
-    for kind, color in curves:
-        right.plot(
-            [s["epoch"] for s in steps],
-            [100 * s[f"{kind}_batch_accuracy"] for s in steps],
-            color=color,
-            alpha=0.35,
-            label=f"{kind}, training batch",
-        )
-        if validations:
-            right.plot(
-                [v["epoch"] for v in validations],
-                [100 * v[f"validation_{kind}_accuracy"] for v in validations],
-                color=color,
-                marker="o",
-                markersize=3,
-                label=f"{kind}, held-out split",
-            )
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
-    right.legend(fontsize=8)
-    figure.savefig(folder.path / "training.png", dpi=120)
-    pyplot.close(figure)
-    return True

@@ -19,6 +19,7 @@ class RunFolder:
                           robust accuracy on the held-out split
         model/            timm folder: config.json and model.safetensors
         autoattack/       the outcome of each image under each attack, written as it is known
+        examples.safetensors  a few images before and after the attack
         report.json       everything measured; evaluations.jsonl keeps every earlier evaluation
         report.md, *.png  the same for people
     """
@@ -31,6 +32,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.model = self.path / "model"
         self.autoattack = self.path / "autoattack"
+        self.examples = self.path / "examples.safetensors"
         self.report = self.path / "report.json"
         self.evaluations = self.path / "evaluations.jsonl"
 

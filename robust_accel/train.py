@@ -286,7 +286,7 @@ class _Run:
             self.recipe.evaluate,
             self.accelerator,
             num_classes=self.data.num_classes,
-            folder=self.folder.autoattack,
+            folder=self.folder,
             say=self.say,
         )
         if self.accelerator.is_main_process:

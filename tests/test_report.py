@@ -84,3 +84,16 @@ def test_a_run_without_report_is_refused(tmp_path: Path) -> None:
         comparison_table([tmp_path / "robust", tmp_path / "other"])
     with pytest.raises(ValueError, match=r"other: no report.json"):
         write_report(RunFolder(tmp_path / "other"))
+
+
+def test_runs_of_several_seeds_get_a_mean_with_its_interval(tmp_path: Path) -> None:
+    for seed, share in enumerate((0.50, 0.52, 0.54)):
+        recipe = {"train": {"seed": seed, "lr": 1}, "output": f"runs/{seed}"}
+        accuracy = {"accuracy": share, "n": 100}
+        run(tmp_path / str(seed), recipe=recipe, pgd_accuracy=accuracy)
+    other = {"train": {"seed": 3, "lr": 2}, "output": "runs/3"}
+    run(tmp_path / "3", recipe=other)
+    table = cells(comparison_table([tmp_path / str(seed) for seed in range(4)]))
+    assert [row[0] for row in table[2:]] == ["0", "1", "2", "3", "mean of 3"]
+    # standard error 2 / sqrt(3), t(0.975, 2) = 4.302653
+    assert table[-1][2] == "52.00 +- 4.97"

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,8 +17,12 @@ from robust_accel.evaluation.accuracy import (
     under_attack,
 )
 from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation
+from robust_accel.evaluation.examples import keep_examples
+from robust_accel.evaluation.sanity import sanity
 from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.evaluation.sweep import sweep
 from robust_accel.models import PixelClassifier
+from robust_accel.run_folder import RunFolder
 
 __all__ = [
     "EvaluateSettings",
@@ -39,7 +42,8 @@ def evaluate(
     accelerator: Accelerator,
     *,
     num_classes: int,
-    folder: Path | None = None,
+    folder: RunFolder | None = None,
+    other: PixelClassifier | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
@@ -49,7 +53,9 @@ def evaluate(
             eval mode and fp32.
         images: The test images.
         num_classes: Of the data, for AutoAttack's targets.
-        folder: Where AutoAttack keeps the outcome of each image; what is there is not done again.
+        folder: Where AutoAttack keeps the outcome of each image (what is there is not done again),
+            and some adversarial images to look at.
+        other: Of ``settings.sanity``: a model whose adversarial images are tried on this one.
         say: Told each result when it is there.
 
     Returns:
@@ -76,19 +82,34 @@ def evaluate(
         autoattack = AutoAttackEvaluation(settings, num_classes)
     right = flags_of("clean_accuracy", clean, settings.images)
     record("clean_accuracy", right)
+    by_pgd = by_autoattack = None
     if settings.pgd is not None:
         pgd = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
+        restarts = settings.pgd.restarts
         about: dict[str, Any] = {"num_steps": pgd.num_steps, "step_size": pgd.step_size}
-        flags = flags_of("pgd_accuracy", under_attack(pgd), settings.images)
-        record("pgd_accuracy", flags, **about)
+        by_pgd = flags_of("pgd_accuracy", under_attack(pgd, restarts), settings.images)
+        record("pgd_accuracy", by_pgd, **about, restarts=restarts)
+    if settings.sweep is not None:
+        result["sweep"] = sweep(classifier, images, right, settings, accelerator)
     if autoattack is not None:
         assert settings.autoattack is not None
         limit = min(settings.autoattack_images or len(right), len(images))
         if limit > len(right):
             right = flags_of("clean_accuracy", clean, limit)
         start = time.perf_counter()
-        flags = autoattack.flags(classifier, images, right[:limit], accelerator, folder)
+        kept = None if folder is None else folder.autoattack
+        by_autoattack = autoattack.flags(classifier, images, right[:limit], accelerator, kept)
         about = {"version": settings.autoattack, "attacks": list(ATTACKS_OF[settings.autoattack])}
         about |= {"search": settings.search, "seconds": time.perf_counter() - start}
-        record("autoattack_accuracy", flags, **about)
+        record("autoattack_accuracy", by_autoattack, **about)
+    if settings.sanity:
+        both = None
+        if by_pgd is not None and by_autoattack is not None:
+            number = min(len(by_pgd), len(by_autoattack))
+            both = (by_pgd[:number], by_autoattack[:number])
+        result["sanity"] = sanity(
+            classifier, images, settings, accelerator, autoattack=both, other=other, say=say
+        )
+    if folder is not None:
+        keep_examples(classifier, images, right, settings, accelerator, folder)
     return result

@@ -25,16 +25,29 @@ def clean(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> 
     return x
 
 
-def under_attack(attack: Attack) -> Perturb:
-    """Perturb by one of this package's attacks on the cross-entropy."""
+def under_attack(attack: Attack, restarts: int = 1) -> Perturb:
+    """Perturb by one of this package's attacks on the cross-entropy.
+
+    From the second restart on, only images that are still right are attacked.
+    """
 
     def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(seed)
-        return attack(
-            lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none"),
-            x,
-            generator=generator,
-        )
+        x_adv, left = x, torch.arange(len(x), device=x.device)
+        for restart in range(restarts):
+            own = labels[left]
+
+            def loss_fn(images: Tensor, own: Tensor = own) -> Tensor:
+                return cross_entropy(classifier(images), own, reduction="none")
+
+            found = attack(loss_fn, x[left], generator=generator)
+            x_adv = found if restart == 0 else x_adv.index_copy(0, left, found)
+            if restart < restarts - 1:
+                with torch.no_grad():
+                    left = left[classifier(found).argmax(dim=1) == own]
+                if len(left) == 0:
+                    break
+        return x_adv
 
     return perturb
 
@@ -47,12 +60,17 @@ def correct_flags(
     accelerator: Accelerator,
     *,
     num_images: int | None = None,
+    among: Tensor | None = None,
     title: str = "",
 ) -> Tensor:
     """Flags [N] of the first N images, the same on all processes and for any number of them.
 
     The images are cut into units of ``settings.batch_size``; each has its own seed and goes to
     one process. An image is right only if the prediction is right before and after ``perturb``.
+
+    Args:
+        num_images: N; all when not given.
+        among: [N], bool: images known to be wrong already, which are not attacked again.
     """
     num_images = min(num_images or len(images), len(images))
     flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
@@ -62,6 +80,8 @@ def correct_flags(
         ):
             with torch.no_grad():
                 right = classifier(x).argmax(dim=1) == labels
+            if among is not None:
+                right &= among.to(right.device)[indices]
             if perturb is not clean and right.any():
                 # only images that are right can be broken: attack no others
                 x_adv = perturb(classifier, x[right], labels[right], settings.seed + 1000 * unit)

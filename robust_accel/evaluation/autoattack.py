@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import parameters_frozen
+from robust_accel.evaluation.accuracy import Perturb, parameters_frozen
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import attack_context
@@ -147,15 +147,7 @@ class AutoAttackEvaluation:
         self, classifier: PixelClassifier, name: str, seed: int, device: torch.device
     ) -> Any:
         """One of the reference's attacks with the parameters of its versions."""
-        settings = self.settings
-        suite = AutoAttack(
-            classifier,
-            norm={"linf": "Linf", "l2": "L2"}[settings.norm or ""],
-            eps=settings.eps,
-            version="custom",
-            seed=seed,
-            device=device,
-        )
+        settings, suite = self.settings, _suite(classifier, self.settings, seed, device)
         # what version="standard" sets, for any number of classes
         suite.apgd.n_restarts = suite.fab.n_restarts = 1
         suite.fab.targeted = True
@@ -192,6 +184,31 @@ class AutoAttackEvaluation:
         for tensor in [*classifier.state_dict().values(), *buffers]:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _suite(
+    classifier: PixelClassifier, settings: EvaluateSettings, seed: int, device: torch.device
+) -> AutoAttack:
+    return AutoAttack(
+        classifier,
+        norm={"linf": "Linf", "l2": "L2"}[settings.norm or ""],
+        eps=settings.eps,
+        version="custom",
+        seed=seed,
+        device=device,
+    )
+
+
+def square_perturb(settings: EvaluateSettings, num_queries: int) -> Perturb:
+    """The reference's Square alone: it needs no gradient."""
+
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        with _global_state_kept():
+            square = _suite(classifier, settings, seed, x.device).square
+            square.n_queries = num_queries
+            return square.perturb(x, labels)
+
+    return perturb
 
 
 class _Log:

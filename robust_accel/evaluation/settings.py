@@ -9,10 +9,44 @@ from robust_accel.settings import Norm, Number, Settings
 
 
 class PGDSettings(Settings):
-    """PGD of the evaluation: ``num_steps`` steps of ``step_size`` (eps / 4 when not given)."""
+    """PGD of the evaluation.
+
+    Args:
+        num_steps: Steps of a restart.
+        step_size: In pixel units; eps / 4 when not given.
+        restarts: Random starts; an image counts as robust if it survives all.
+    """
 
     num_steps: Annotated[int, Ge(1)] = 20
     step_size: Annotated[Number, Gt(0)] | None = None
+    restarts: Annotated[int, Ge(1)] = 1
+
+
+class SweepSettings(Settings):
+    """PGD at several radii and numbers of steps, in one pass each (Figure 3 of DAT).
+
+    An image that is broken at one point counts as broken at all larger ones, and is not attacked
+    there again: both curves can only fall.
+
+    Args:
+        eps: Radii in pixel units, with ``evaluate.pgd``'s steps of eps / 4.
+        num_steps: Numbers of steps at the threat model's eps, with its step size.
+    """
+
+    eps: tuple[Annotated[Number, Gt(0)], ...] = ()
+    num_steps: tuple[Annotated[int, Ge(1)], ...] = ()
+
+
+class SanitySettings(Settings):
+    """Checks for numbers that are too good, see ``evaluation/sanity.py``.
+
+    Args:
+        images: The first so many test images.
+        transfer_from: A run or timm model whose adversarial images are tried on this one.
+    """
+
+    images: Annotated[int, Ge(1)] = 200
+    transfer_from: str | None = None
 
 
 class EvaluateSettings(Settings):
@@ -21,11 +55,13 @@ class EvaluateSettings(Settings):
     Args:
         norm, eps: The threat model; the training attack's when not given.
         pgd: Null leaves PGD out.
+        sweep: PGD accuracy against eps and against the number of steps, see ``SweepSettings``.
         autoattack: ``standard`` (APGD-CE, APGD-T, FAB-T, Square), ``quick`` (APGD-CE, APGD-T),
             ``rand`` (APGD-CE and APGD-DLR averaged over 20 draws, for randomised models), or null
             to leave it out.
         search: ``bf16`` lets AutoAttack's gradient attacks search in bf16 first. Successes count
             where they hold in fp32, and survivors are attacked in fp32 by the whole sequence.
+        sanity: True, or ``SanitySettings``: checks for numbers that are too good.
         images: Measure clean and PGD accuracy on the first so many test images, all when null.
         autoattack_images: The same for AutoAttack; ``images`` when null.
         batch_size: Images a unit of work; each unit has its own seed, so that results do not
@@ -36,8 +72,10 @@ class EvaluateSettings(Settings):
     norm: Norm | None = None
     eps: Annotated[Number, Gt(0)] | None = None
     pgd: PGDSettings | None = PGDSettings()
+    sweep: SweepSettings | None = None
     autoattack: Literal["standard", "quick", "rand"] | None = None
     search: Literal["fp32", "bf16"] = "fp32"
+    sanity: bool | SanitySettings = False
     images: Annotated[int, Ge(1)] | None = None
     autoattack_images: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 250
@@ -49,8 +87,15 @@ class EvaluateSettings(Settings):
         eps = self.eps or getattr(attack, "eps", None)
         return self.model_copy(update={"norm": norm, "eps": eps})
 
-    def make_pgd(self, num_steps: int, step_size: float | None = None) -> PGD:
-        """PGD with this threat model."""
-        assert self.norm is not None and self.eps is not None
-        step_size = self.eps / 4 if step_size is None else step_size
-        return PGD(norm=self.norm, eps=self.eps, step_size=step_size, num_steps=num_steps)
+    @property
+    def sanity_settings(self) -> SanitySettings:
+        return SanitySettings() if isinstance(self.sanity, bool) else self.sanity
+
+    def make_pgd(
+        self, num_steps: int, step_size: float | None = None, eps: float | None = None
+    ) -> PGD:
+        """PGD with this threat model, or another radius; steps of a quarter of it if not given."""
+        eps = self.eps if eps is None else eps
+        assert self.norm is not None and eps is not None
+        step_size = eps / 4 if step_size is None else step_size
+        return PGD(norm=self.norm, eps=eps, step_size=step_size, num_steps=num_steps)

@@ -1,0 +1,302 @@
+"""Signs that a robust number is too good: checks that an honest model passes.
+
+They follow Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (arXiv 1902.06705):
+gradients that mislead an attack are found by attacks that need none, or by what more effort does.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from robust_accel.attacks.base import input_gradient
+from robust_accel.attacks.norms import ascent_direction, project, random_start
+from robust_accel.data import ImageSet
+from robust_accel.evaluation.accuracy import Perturb, correct_flags, parameters_frozen, under_attack
+from robust_accel.evaluation.autoattack import square_perturb
+from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.models import PixelClassifier
+from robust_accel.robust_model import attack_context
+
+Status = Literal["pass", "warn", "fail", "not run"]
+
+_TOLERANCE = 0.01  # of the images: what chance may do between two attacks
+_SURFACE_POINTS = 21
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its verdict, what was measured, and what that means."""
+
+    name: str
+    status: Status
+    value: dict[str, float]
+    sentence: str
+
+
+def sanity(
+    classifier: PixelClassifier,
+    images: ImageSet,
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+    *,
+    autoattack: tuple[Tensor, Tensor] | None = None,
+    other: PixelClassifier | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run all checks on the first ``settings.sanity.images`` images.
+
+    Args:
+        autoattack: Flags [N] of PGD and of AutoAttack on the same images, if they were measured.
+        other: A model whose adversarial images are tried on this one.
+
+    Returns:
+        ``images``, ``checks`` and ``surface``, plain values: what ``report.json`` holds.
+    """
+    number = min(settings.sanity_settings.images, len(images))
+
+    def survivors(perturb: Perturb, title: str, among: Tensor | None = None) -> Tensor:
+        return correct_flags(
+            classifier,
+            images,
+            perturb,
+            settings,
+            accelerator,
+            num_images=number,
+            among=among,
+            title=title,
+        )
+
+    def pgd(num_steps: int, eps: float | None = None) -> Perturb:
+        return under_attack(settings.make_pgd(num_steps, eps=eps))
+
+    by_steps = {n: survivors(pgd(n), f"PGD-{n}") for n in (1, 10, 50)}
+    strongest = by_steps[50] & by_steps[10]
+    large = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(math.prod(images.shape))
+    transferred = None
+    if other is not None:
+        transferred = survivors(_transferred(other, pgd(20)), "transfer")
+    checks = [
+        _steps(by_steps),
+        _large_eps(survivors(pgd(50, eps=large), f"eps {large:.3g}"), large),
+        _noise(survivors(_random_noise(settings), "noise"), by_steps[10]),
+        _square(
+            strongest, survivors(square_perturb(settings, num_queries=500), "Square", strongest)
+        ),
+        _transfer(strongest, transferred),
+        _alignment(gradient_alignment(classifier, images, settings, accelerator, number)),
+        _gap(autoattack),
+    ]
+    for check in checks:
+        say(f"{check.status.upper():>7}  {check.name}: {check.sentence}")
+    return {
+        "images": number,
+        "checks": [asdict(check) for check in checks],
+        "surface": loss_surface(classifier, images, settings, accelerator),
+    }
+
+
+def _share(flags: Tensor) -> float:
+    return flags.double().mean().item()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _steps(by_steps: dict[int, Tensor]) -> Check:
+    shares = {n: _share(flags) for n, flags in by_steps.items()}
+    ordered = list(shares.values())
+    falls = all(b <= a + _TOLERANCE for a, b in pairwise(ordered))
+    told = ", ".join(f"{_percent(share)} after {n}" for n, share in shares.items())
+    return Check(
+        "more steps never help the defender",
+        "pass" if falls else "fail",
+        {f"pgd_{n}": share for n, share in shares.items()},
+        f"accuracy is {told} steps of PGD"
+        + ("." if falls else ": longer attacks break less, so gradients do not lead anywhere."),
+    )
+
+
+def _large_eps(flags: Tensor, eps: float) -> Check:
+    share = _share(flags)
+    return Check(
+        "a large eps breaks everything",
+        "pass" if share <= _TOLERANCE else "fail",
+        {"eps": eps, "accuracy": share},
+        f"with eps {eps:.3g}, where every image can be made any other, {_percent(share)} survive"
+        + ("." if share <= _TOLERANCE else ": the attack does not work on this model."),
+    )
+
+
+def _noise(noise: Tensor, attacked: Tensor) -> Check:
+    by_noise, by_gradient = _share(noise), _share(attacked)
+    ok = by_gradient <= by_noise + _TOLERANCE
+    return Check(
+        "gradients beat random noise",
+        "pass" if ok else "fail",
+        {"noise": by_noise, "pgd_10": by_gradient},
+        f"{_percent(by_noise)} survive the worst of {_DRAWS} random perturbations, "
+        f"{_percent(by_gradient)} PGD-10" + ("." if ok else ": gradients are worse than guessing."),
+    )
+
+
+def _square(white_box: Tensor, both: Tensor) -> Check:
+    more = _share(white_box) - _share(both)
+    status: Status = "pass" if more <= 2 * _TOLERANCE else "fail"
+    return Check(
+        "black-box Square finds no more than white-box PGD",
+        status,
+        {"white_box": _share(white_box), "with_square": _share(both)},
+        f"Square breaks {_percent(more)} of the images that PGD-50 did not"
+        + ("." if status == "pass" else ": it needs no gradients, so these are masked."),
+    )
+
+
+def _transfer(white_box: Tensor, transferred: Tensor | None) -> Check:
+    name = "images made for another model are no stronger"
+    if transferred is None:
+        return Check(name, "not run", {}, "no other model was given (sanity.transfer_from).")
+    own, foreign = _share(white_box), _share(transferred)
+    ok = own <= foreign + _TOLERANCE
+    return Check(
+        name,
+        "pass" if ok else "fail",
+        {"white_box": own, "transfer": foreign},
+        f"{_percent(foreign)} survive another model's images, {_percent(own)} their own"
+        + ("." if ok else ": its own gradients mislead."),
+    )
+
+
+def _alignment(cosine: float) -> Check:
+    status: Status = "pass" if cosine >= 0.4 else "warn" if cosine >= 0.2 else "fail"
+    return Check(
+        "input gradients agree nearby",
+        status,
+        {"cosine": cosine},
+        f"the cosine of the gradients at x and at x + noise is {cosine:.2f}"
+        + (
+            "."
+            if status == "pass"
+            else ": the loss is bent within the ball, as after catastrophic overfitting or without"
+            " adversarial training; one-step attacks say nothing here."
+        ),
+    )
+
+
+def _gap(measured: tuple[Tensor, Tensor] | None) -> Check:
+    name = "AutoAttack finds little more than PGD"
+    if measured is None:
+        return Check(name, "not run", {}, "AutoAttack and PGD were not both measured.")
+    by_pgd, by_autoattack = map(_share, measured)
+    gap = by_pgd - by_autoattack
+    status: Status = "pass" if gap <= 0.06 else "warn" if gap <= 0.12 else "fail"
+    return Check(
+        name,
+        status,
+        {"pgd": by_pgd, "autoattack": by_autoattack},
+        f"PGD leaves {_percent(by_pgd)}, AutoAttack {_percent(by_autoattack)} of {len(measured[0])}"
+        + ("." if status == "pass" else ": quote AutoAttack, PGD is weak on this model."),
+    )
+
+
+_DRAWS = 10
+
+
+def _random_noise(settings: EvaluateSettings) -> Perturb:
+    """The worst of some random perturbations of the largest length."""
+
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        assert settings.norm is not None and settings.eps is not None
+        generator = torch.Generator(x.device).manual_seed(seed)
+        worst, highest = x, torch.full((len(x),), -torch.inf, device=x.device)
+        for _ in range(_DRAWS):
+            noise = random_start(x, 1.0, settings.norm, generator)
+            step = settings.eps * ascent_direction(noise, settings.norm)
+            noisy = project(x + step, x, settings.eps, settings.norm)
+            with torch.no_grad():
+                loss = cross_entropy(classifier(noisy), labels, reduction="none")
+            worse = loss > highest
+            worst = torch.where(worse.view(-1, 1, 1, 1), noisy, worst)
+            highest = torch.where(worse, loss, highest)
+        return worst
+
+    return perturb
+
+
+def _transferred(other: PixelClassifier, perturb: Perturb) -> Perturb:
+    def from_other(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        with attack_context(other, "eval"), parameters_frozen(other):
+            return perturb(other, x, labels, seed)
+
+    return from_other
+
+
+def gradient_alignment(
+    classifier: PixelClassifier,
+    images: ImageSet,
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+    number: int,
+) -> float:
+    """Mean cosine of the input gradients at x and at x + noise, uniform in the ball.
+
+    Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617): it falls to about zero when
+    one-step training overfits its attack.
+    """
+    assert settings.norm is not None and settings.eps is not None
+    generator = torch.Generator(accelerator.device).manual_seed(settings.seed)
+    cosines = []
+    indices = torch.arange(number).split(settings.batch_size)
+    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+        for x, labels in images.batches(indices, accelerator.device):
+
+            def loss_fn(z: Tensor, own: Tensor = labels) -> Tensor:
+                return cross_entropy(classifier(z), own, reduction="none")
+
+            noisy = x + random_start(x, settings.eps, settings.norm, generator)
+            here, there = (input_gradient(loss_fn, z).flatten(1) for z in (x, noisy.clamp(0, 1)))
+            cosines.append(cosine_similarity(here.double(), there.double(), dim=1))
+    return torch.cat(cosines).mean().item()
+
+
+def loss_surface(
+    classifier: PixelClassifier,
+    images: ImageSet,
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+    number: int = 4,
+) -> dict[str, Any]:
+    """Mean loss on the plane of the gradient's and a random direction, out to twice eps.
+
+    Returns:
+        ``axis`` (multiples of eps) and ``loss[i][j]`` at axis[i] along the gradient's direction
+        and axis[j] along the random one.
+    """
+    assert settings.norm is not None and settings.eps is not None
+    generator = torch.Generator(accelerator.device).manual_seed(settings.seed)
+    axis = torch.linspace(-2, 2, _SURFACE_POINTS)
+    indices = torch.arange(min(number, len(images)))
+    ((x, labels),) = images.batches([indices], accelerator.device)
+
+    def loss_fn(z: Tensor) -> Tensor:
+        return cross_entropy(classifier(z), labels, reduction="none")
+
+    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+        ascent = ascent_direction(input_gradient(loss_fn, x), settings.norm)
+        aside = ascent_direction(random_start(x, 1.0, settings.norm, generator), settings.norm)
+        with torch.no_grad():
+            loss = [
+                [
+                    loss_fn((x + settings.eps * (a * ascent + b * aside)).clamp(0, 1)).mean().item()
+                    for b in axis.tolist()
+                ]
+                for a in axis.tolist()
+            ]
+    return {"axis": axis.tolist(), "loss": loss}

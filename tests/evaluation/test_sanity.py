@@ -1,0 +1,143 @@
+"""The sanity suite passes an honest model, and catches one that masks its gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from robust_accel.data import load_data
+from robust_accel.evaluate import evaluate_model
+from robust_accel.evaluation import EvaluateSettings, evaluate
+from robust_accel.evaluation.sanity import gradient_alignment, loss_surface
+from robust_accel.models import PixelClassifier
+from robust_accel.recipe import load_recipe
+from robust_accel.report import write_report
+from robust_accel.run_folder import RunFolder
+from robust_accel.train import train
+from robust_accel.trained_model import load_classifier
+
+SETTINGS = EvaluateSettings(
+    norm="linf", eps=0.1, images=100, autoattack="quick", autoattack_images=50,
+    sanity={"images": 100},  # type: ignore[arg-type]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "honest"
+    settings = ["train.epochs=5", "attack.num_steps=3", "attack.step_size=0.1"]
+    settings += ["evaluate.autoattack=null", "evaluate.pgd.num_steps=1", f"output={folder}"]
+    train(load_recipe("quickstart", settings), quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def honest(run: Path) -> tuple[PixelClassifier, Any]:
+    recipe = load_recipe("quickstart")
+    images = load_data(recipe.data).test
+    return load_classifier(recipe, str(run), images, 10).eval(), images
+
+
+def verdicts(classifier: PixelClassifier, images: Any, **options: Any) -> dict[str, str]:
+    result = evaluate(
+        classifier, images, SETTINGS, Accelerator(cpu=True), num_classes=10, **options
+    )
+    found = result["sanity"]
+    assert found["images"] == 100
+    assert all(check["sentence"].endswith((".", "here.")) for check in found["checks"])
+    return {check["name"]: check["status"] for check in found["checks"]}
+
+
+def test_an_honest_model_passes(honest: tuple[PixelClassifier, Any]) -> None:
+    found = verdicts(*honest, other=honest[0])
+    assert set(found.values()) == {"pass"}, found
+    assert len(found) == 7
+
+
+class RoundedLogits(nn.Module):
+    """Robust by looks: the steps of its output have no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (4 * self.model(x)).round() / 4
+
+
+class RoundedInput(RoundedLogits):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((8 * x).round() / 8)
+
+
+@pytest.mark.parametrize("mask", [RoundedLogits, RoundedInput])
+def test_a_model_that_masks_its_gradients_is_caught(
+    honest: tuple[PixelClassifier, Any], mask: type[RoundedLogits]
+) -> None:
+    classifier, images = honest
+    found = verdicts(PixelClassifier(mask(classifier)), images, other=classifier)
+    for name in (
+        "a large eps breaks everything",
+        "gradients beat random noise",
+        "images made for another model are no stronger",
+        "black-box Square finds no more than white-box PGD",
+    ):
+        assert found[name] == "fail", found
+
+
+def test_more_steps_that_help_are_caught() -> None:
+    from robust_accel.evaluation.sanity import _steps
+
+    def flags(right: int) -> Tensor:
+        return torch.arange(100) < right
+
+    assert _steps({1: flags(60), 10: flags(50), 50: flags(50)}).status == "pass"
+    assert _steps({1: flags(50), 10: flags(50), 50: flags(60)}).status == "fail"
+
+
+def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, Any]) -> None:
+    """The gradient of a linear model with two classes points the same way everywhere."""
+    _, images = honest
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    images = type(images)(images.images[:32], images.labels[:32] % 2)
+    accelerator = Accelerator(cpu=True)
+    classifier = PixelClassifier(linear)
+    cosine = gradient_alignment(classifier, images, SETTINGS, accelerator, 32)
+    assert cosine == pytest.approx(1, abs=1e-5)
+    surface = loss_surface(classifier, images, SETTINGS, accelerator)
+    assert surface["axis"][0] == -2 and surface["axis"][-1] == 2
+    rising = [row[10] for row in surface["loss"]]  # along the gradient
+    assert rising == sorted(rising)
+    x = images.images[:4].float() / 255
+    loss = nn.functional.cross_entropy(classifier(x), images.labels[:4])
+    assert surface["loss"][10][10] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
+    settings = [
+        "evaluate.images=40",
+        "evaluate.sweep.eps=[0.2, 0.05, 0.1]",
+        "evaluate.sweep.num_steps=[5, 1]",
+        "evaluate.sanity.images=20",
+        f"evaluate.sanity.transfer_from={run}",
+        "evaluate.pgd.restarts=2",
+    ]
+    folder = evaluate_model(str(run), settings)
+    report = folder.read_report()
+    eps = report["sweep"]["eps"]
+    assert [point["eps"] for point in eps] == [0.05, 0.1, 0.2]
+    accuracies = [point["accuracy"] for point in eps]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] > accuracies[-1]
+    steps = [point["accuracy"] for point in report["sweep"]["num_steps"]]
+    assert steps == sorted(steps, reverse=True)
+    assert report["pgd_accuracy"]["restarts"] == 2
+    assert len(report["sanity"]["checks"]) == 7
+    text = write_report(RunFolder(run))
+    for name in ("training", "sweep", "examples", "loss_surface"):
+        assert f"]({name}.png)" in text
+        assert (run / f"{name}.png").stat().st_size > 1000
+    assert "| a large eps breaks everything | pass |" in text
