@@ -78,6 +78,8 @@ def make(args: argparse.Namespace, seed: int) -> list[Path]:
     """Train what one seed lacks; returns the runs that failed."""
     folder = seed_folder(args, seed)
     for name, (recipe, *settings) in STUDIES[args.study](folder).items():
+        if args.runs and name not in args.runs:
+            continue
         run = folder / name
         if read_report(run) is None:
             common = [f"output={run}", f"data.path={args.data}", f"train.seed={seed}"]
@@ -120,6 +122,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("settings", nargs="*", help="for every run, as section.key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", help="only these rows, and what they start from")
     parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--data", type=Path, default=data / "cifar10", help="CIFAR-10's folder")

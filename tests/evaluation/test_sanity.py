@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from robust_accel.data import load_data
 from robust_accel.evaluate import evaluate_model
 from robust_accel.evaluation import EvaluateSettings, evaluate
-from robust_accel.evaluation.sanity import gradient_alignment, loss_surface
+from robust_accel.evaluation.sanity import (
+    _alignment,
+    _gap,
+    _noise,
+    _steps,
+    gradient_alignment,
+    loss_surface,
+)
 from robust_accel.models import PixelClassifier
 from robust_accel.recipe import load_recipe
 from robust_accel.report import write_report
@@ -20,8 +27,8 @@ from robust_accel.train import train
 from robust_accel.trained_model import load_classifier
 
 SETTINGS = EvaluateSettings(
-    norm="linf", eps=0.1, images=100, autoattack="quick", autoattack_images=50,
-    sanity={"images": 100},  # type: ignore[arg-type]
+    norm="linf", eps=0.2, images=40, autoattack="quick", autoattack_images=20,
+    sanity={"images": 60},  # type: ignore[arg-type]
 )  # fmt: skip
 
 
@@ -46,13 +53,13 @@ def verdicts(classifier: PixelClassifier, images: Any, **options: Any) -> dict[s
         classifier, images, SETTINGS, Accelerator(cpu=True), num_classes=10, **options
     )
     found = result["sanity"]
-    assert found["images"] == 100
+    assert found["images"] == 60
     assert all(check["sentence"].endswith((".", "here.")) for check in found["checks"])
     return {check["name"]: check["status"] for check in found["checks"]}
 
 
 def test_an_honest_model_passes(honest: tuple[PixelClassifier, Any]) -> None:
-    found = verdicts(*honest, other=honest[0])
+    found = verdicts(*honest, other=honest[0], say=print)
     assert set(found.values()) == {"pass"}, found
     assert len(found) == 7
 
@@ -81,21 +88,29 @@ def test_a_model_that_masks_its_gradients_is_caught(
     found = verdicts(PixelClassifier(mask(classifier)), images, other=classifier)
     for name in (
         "a large eps breaks everything",
-        "gradients beat random noise",
         "images made for another model are no stronger",
         "black-box Square finds no more than white-box PGD",
     ):
         assert found[name] == "fail", found
 
 
+def flags(right: int) -> Tensor:
+    return torch.arange(100) < right
+
+
 def test_more_steps_that_help_are_caught() -> None:
-    from robust_accel.evaluation.sanity import _steps
-
-    def flags(right: int) -> Tensor:
-        return torch.arange(100) < right
-
     assert _steps({1: flags(60), 10: flags(50), 50: flags(50)}).status == "pass"
     assert _steps({1: flags(50), 10: flags(50), 50: flags(60)}).status == "fail"
+
+
+def test_noise_and_gaps_are_judged_by_their_size() -> None:
+    assert _noise(flags(60), flags(62)).status == "pass"  # two images are chance
+    assert _noise(flags(60), flags(63)).status == "fail"
+    for robust, status in ((50, "pass"), (45, "warn"), (35, "fail")):
+        assert _gap((flags(60), flags(robust))).status == status
+    assert _gap(None).status == "not run"
+    for cosine, status in ((0.9, "pass"), (0.3, "warn"), (0.1, "fail")):
+        assert _alignment(cosine).status == status
 
 
 def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, Any]) -> None:
@@ -123,6 +138,7 @@ def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
         "evaluate.sweep.num_steps=[5, 1]",
         "evaluate.sanity.images=20",
         f"evaluate.sanity.transfer_from={run}",
+        "evaluate.pgd.num_steps=10",
         "evaluate.pgd.restarts=2",
     ]
     folder = evaluate_model(str(run), settings)
