@@ -1,10 +1,10 @@
 """Distributed adversarial training on Accelerate, timm, datasets and AutoAttack."""
 
-from robust_accel.attacks import FGSMRS, NFGSM, PGD, Attack
+from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD, Attack
 from robust_accel.comm import QSGD, AllReduce, compress_gradients
 from robust_accel.evaluation.measure import measure
 from robust_accel.models import PixelClassifier
-from robust_accel.objectives import Adversarial, Mart, Objective, Trades
+from robust_accel.objectives import Adversarial, Mart, Objective, Smoothing, Trades
 from robust_accel.optim import LAMB
 from robust_accel.robust_model import RobustModel
 from robust_accel.weight_perturbation import AWP
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AWP",
+    "DDN",
     "FGSMRS",
     "LAMB",
     "NFGSM",
@@ -25,6 +26,7 @@ __all__ = [
     "Objective",
     "PixelClassifier",
     "RobustModel",
+    "Smoothing",
     "Trades",
     "compress_gradients",
     "measure",

@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, pseudo-label, report."""
+"""Command line: train, evaluate, certify, pseudo-label, report."""
 
 import argparse
 import os
@@ -50,6 +50,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _certify(options: argparse.Namespace) -> int:
+    from robust_accel.certify import certify_model
+    from robust_accel.report import certified_table
+
+    folder = certify_model(options.model, options.settings)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(certified_table(folder.read_report())))
+    return 0
+
+
 def _pseudo_label(options: argparse.Namespace) -> int:
     from robust_accel.pseudo_label import pseudo_label
 
@@ -87,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     evaluate.add_argument("settings", nargs="*", help=settings_help)
     evaluate.set_defaults(run=_evaluate)
+
+    certify = commands.add_parser("certify", help="certify L2 radii under Gaussian noise")
+    certify.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
+    certify.add_argument("settings", nargs="*", help=settings_help)
+    certify.set_defaults(run=_certify)
 
     label = commands.add_parser("pseudo-label", help="label images by a trained model")
     label.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")

@@ -100,6 +100,24 @@ def draw_surface(folder: RunFolder, report: dict[str, Any]) -> Path | None:
     return path
 
 
+def draw_certified(folder: RunFolder, report: dict[str, Any]) -> Path | None:
+    """Certified accuracy against the radius."""
+    if "certified" not in report:
+        return None
+    path, found = folder.path / "certified.png", report["certified"]
+    with _figure(path, 1, 1, figsize=(5, 3.6)) as axis:
+        curve = found["curve"]
+        axis.plot(curve["radius"], [100 * a for a in curve["accuracy"]])
+        axis.set(
+            xlabel="L2 radius (pixel units)",
+            ylabel="certified accuracy (%)",
+            ylim=(0, 100),
+            title=f"sigma {found['sigma']:.4g}, {found['images']} images",
+        )
+        axis.grid(alpha=0.3)
+    return path
+
+
 def draw_examples(folder: RunFolder) -> Path | None:
     """Images as they are, perturbed, and the perturbation by itself, with predictions."""
     if not folder.examples.exists():

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from robust_accel.attacks import ATTACKS, Attack
 from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
-from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.evaluation.settings import CertifySettings, EvaluateSettings
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
@@ -63,6 +63,8 @@ class TrainSettings(Settings):
         seed: Of the weights, the order, the augmentation and the attacks.
         precision: ``auto`` is bf16 where the device computes in it, else fp32.
         attack_mode: Mode of the model during the attack, see ``RobustModel``.
+        eps_warmup_epochs: The attack's eps and step size grow linearly, epoch by epoch, to what
+            they are: in the k-th of these epochs they are k / eps_warmup_epochs of it.
         awp: Adversarial weight perturbation: ``{gamma: 0.005, warmup_epochs: 10}``, see ``AWP``.
         max_grad_norm: Clip the gradient's global L2 norm to this.
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
@@ -84,6 +86,7 @@ class TrainSettings(Settings):
     seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     attack_mode: AttackMode = "eval"
+    eps_warmup_epochs: Annotated[int, Ge(0)] = 0
     awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
@@ -109,12 +112,14 @@ SECTIONS: dict[str, type[Settings] | Mapping[str, type]] = {
     "communication": COLLECTIVES,
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
+    "certify": CertifySettings,
 }
 DEFAULTS: dict[str, Any] = {
     "objective": {"name": "adversarial"},
     "schedule": {"name": "constant"},
     "communication": {"name": "allreduce"},
     "evaluate": {},
+    "certify": {},
 }
 FOR_TRAINING = ("model", "data", "attack", "optimizer", "train", "evaluate")
 
@@ -126,6 +131,7 @@ class Recipe:
     model: ModelSettings
     data: DataSettings
     evaluate: EvaluateSettings
+    certify: CertifySettings
     objective: Objective
     schedule: Any
     communication: Any
@@ -371,6 +377,11 @@ class _Draft:
             except ValueError as error:
                 self.fault_of("schedule", error)
         evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
+        if built["certify"].sigma is None:
+            sigma = getattr(built["objective"], "sigma", None)
+            built["certify"] = built["certify"].model_copy(update={"sigma": sigma})
+            if sigma is None and "certify" in required:
+                self.fault("certify.sigma", "missing: the objective has no sigma to certify with")
         if "evaluate" not in required:
             return
         if evaluate.eps is None:

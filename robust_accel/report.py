@@ -6,7 +6,13 @@ from typing import Any
 
 import yaml
 
-from robust_accel.figures import draw_examples, draw_surface, draw_sweep, draw_training
+from robust_accel.figures import (
+    draw_certified,
+    draw_examples,
+    draw_surface,
+    draw_sweep,
+    draw_training,
+)
 from robust_accel.run_folder import RunFolder
 from robust_accel.statistics import t_interval
 
@@ -33,12 +39,18 @@ def write_report(folder: RunFolder) -> str:
     lines += _picture("Adversarial images, with predictions", draw_examples(folder))
     lines += _sanity_table(report)
     lines += _picture("Loss around an image", draw_surface(folder, report))
+    lines += certified_table(report)
+    lines += _picture("Certified accuracy", draw_certified(folder, report))
     lines += ["## How it was made", "", "| | |", "|---|---|"]
-    shown = {*ACCURACIES, "recipe", "sweep", "sanity"}
+    shown = {*ACCURACIES, "recipe", "sweep", "sanity", "certified"}
     facts = {key: value for key, value in report.items() if key not in shown}
     for name in ACCURACIES:  # how each was measured
         about = {k: v for k, v in report.get(name, {}).items() if k not in ("accuracy", "n")}
         facts |= {name: about} if about else {}
+    if "certified" in report:
+        facts["certified"] = {
+            k: v for k, v in report["certified"].items() if k not in ("accuracy", "curve")
+        }
     lines += [f"| {key} | {value} |" for key, value in _flat(facts)]
     if "recipe" in report:
         recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
@@ -60,6 +72,25 @@ def _sweep_tables(report: dict[str, Any]) -> list[str]:
             lines += [f"| {p[key]:.4g} | {100 * p['accuracy']:.2f} | {p['n']} |" for p in curve]
             lines.append("")
     return lines
+
+
+def certified_table(report: dict[str, Any]) -> list[str]:
+    """Certified accuracy at each radius, as lines of Markdown."""
+    found = report.get("certified")
+    if found is None:
+        return []
+    radii = [f"{point['radius']:.4g}" for point in found["accuracy"]]
+    accuracies = [f"{100 * point['accuracy']:.2f}" for point in found["accuracy"]]
+    return [
+        f"Certified accuracy (%) at L2 radii, sigma {found['sigma']:.4g}, {found['images']} images,"
+        f" alpha {found['alpha']:g}, {found['method']}: {found['samples_per_image']:.0f} samples an"
+        f" image of at most {found['n0'] + found['n']}",
+        "",
+        "| radius | " + " | ".join(radii) + " | abstained |",
+        "|" + "---|" * (len(radii) + 2),
+        "| | " + " | ".join(accuracies) + f" | {100 * found['abstained']:.2f} |",
+        "",
+    ]
 
 
 def _sanity_table(report: dict[str, Any]) -> list[str]:
@@ -85,8 +116,8 @@ def comparison_table(paths: list[Path]) -> str:
         if not report:
             raise ValueError(f"{path}: no report.json: nothing was measured there yet")
         rows.append([path.name, *(_percent(report.get(key)) for key in ACCURACIES)])
-        threat, seconds = report["threat_model"], report.get("train_seconds_per_epoch")
-        rows[-1] += [f"{threat['norm']}, eps {threat['eps']:.4g}"]
+        threat, seconds = report.get("threat_model"), report.get("train_seconds_per_epoch")
+        rows[-1] += ["" if threat is None else f"{threat['norm']}, eps {threat['eps']:.4g}"]
         rows[-1] += ["" if seconds is None else f"{seconds:.1f}"]
         if "recipe" in report:
             groups.setdefault(_but_for_the_seed(report["recipe"]), []).append(report)

@@ -118,22 +118,37 @@ class RobustModel(nn.Module):
             )
         if labels is None:
             return {"logits": self.classifier(self.perturb(x, self.predict(x)))}
-        x_adv = self.perturb(x, labels)
+        objective = self._objective_for(x)
+        x_adv = self._perturb(objective, x, labels)
         classifier: Classifier = self.classifier
         if self.weight_perturbation is not None and self.perturb_weights:
             with attack_context(self.classifier, "train"):
                 classifier = self.weight_perturbation(
                     self.classifier,
-                    lambda: self.objective.loss(self.classifier, x, x_adv, labels)["loss"],
+                    lambda: objective.loss(self.classifier, x, x_adv, labels)["loss"],
                 )
-        return self.objective.loss(classifier, x, x_adv, labels)
+        return objective.loss(classifier, x, x_adv, labels)
 
     def perturb(
         self, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Solve (A1): x [B, C, H, W] in [0, 1] -> x_adv of the same shape, detached."""
+        return self._perturb(self._objective_for(x), x, labels, generator)
+
+    def _objective_for(self, x: Tensor) -> Objective:
+        """The objective, with what it draws for this batch."""
+        for_batch = getattr(self.objective, "for_batch", None)
+        return self.objective if for_batch is None else for_batch(x)
+
+    def _perturb(
+        self,
+        objective: Objective,
+        x: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         with attack_context(self.classifier, self.attack_mode):
-            loss_fn = self.objective.inner_loss(self.classifier, x, labels)
+            loss_fn = objective.inner_loss(self.classifier, x, labels)
             return self.attack(loss_fn, x, generator=generator)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ class RunFolder:
                           robust accuracy on the held-out split
         model/            timm folder: config.json and model.safetensors
         autoattack/       the outcome of each image under each attack, written as it is known
+        certify/          certify.tsv: the field's log; process-*.jsonl: the same as it comes
         examples.safetensors  a few images before and after the attack
         report.json       everything measured; evaluations.jsonl keeps every earlier evaluation
         report.md, *.png  the same for people
@@ -32,6 +33,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.model = self.path / "model"
         self.autoattack = self.path / "autoattack"
+        self.certify = self.path / "certify"
         self.examples = self.path / "examples.safetensors"
         self.report = self.path / "report.json"
         self.evaluations = self.path / "evaluations.jsonl"
@@ -57,7 +59,7 @@ class RunFolder:
         started = yaml.safe_load(self.recipe.read_text())
         # what a run may change on the way: how it is measured and where it lies
         now = yaml.safe_load(yaml.safe_dump(settings))  # as it was saved: a tuple became a list
-        changed = _differences(started, now, ignored={"evaluate", "output"})
+        changed = _differences(started, now, ignored={"evaluate", "certify", "output"})
         if changed:
             raise ValueError(
                 f"output: {self.path} was started with other settings: {'; '.join(changed)}"
@@ -77,10 +79,7 @@ class RunFolder:
         os.replace(temporary, self.report)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        whole, _, _ = self.metrics.read_text().rpartition("\n")  # a killed run's last line is not
-        return [json.loads(line) for line in whole.splitlines()]
+        return read_lines(self.metrics) if self.metrics.exists() else []
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after the step that a run continues from: they will be written again."""
@@ -91,9 +90,24 @@ class RunFolder:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append one JSON line, on a line of its own even after one that was cut off."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; one that was cut off when its process was killed is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> list[str]:

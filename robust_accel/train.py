@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from robust_accel.accelerator import create_accelerator, share_buffers
+from robust_accel.attacks import Attack
 from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_weights
 from robust_accel.comm import GradientCompression, compress_gradients
 from robust_accel.data import NO_LABEL, Data, TrainingBatches, load_data
@@ -163,6 +164,7 @@ class _Run:
         averages = _Averages()
         self._start_clock()
         self.model.train()
+        self.robust_model.attack = self._attack_in(epoch)
         if settings.awp is not None:
             self.robust_model.perturb_weights = epoch >= settings.awp.warmup_epochs
         for x, labels in self.batches.epoch(epoch, first_step, device):
@@ -199,6 +201,15 @@ class _Run:
                 self.checkpoint.save()
                 self._start_clock()
         self._stop_clock()
+
+    def _attack_in(self, epoch: int) -> Attack:
+        """The recipe's attack, weaker in its warm-up."""
+        attack: Any = self.recipe.attack
+        share = (epoch + 1) / max(1, self.settings.eps_warmup_epochs)
+        if share >= 1:
+            return attack
+        sizes = {key: getattr(attack, key, None) for key in ("eps", "step_size")}
+        return attack.model_copy(update={k: share * v for k, v in sizes.items() if v is not None})
 
     def log(self, averages: "_Averages", x: Tensor, labels: Tensor) -> None:
         """Write one line of metrics; stop at once when the loss is no number any more."""

@@ -21,12 +21,17 @@ class Attack(Protocol):
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
-    """Gradient of the summed loss in x, [B, C, H, W]; no parameter gradient is touched.
+    """Gradient of the summed loss in x, [B, C, H, W]; no parameter gradient is touched."""
+    return loss_and_input_gradient(loss_fn, x)[1]
+
+
+def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [B], detached, and the gradient of their sum in x.
 
     Summed, not averaged: a mean's gradient underflows to sign(0) in fp16.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        loss = loss_fn(x).float().sum()
-        (grad,) = torch.autograd.grad(loss, x)
-    return grad
+        loss = loss_fn(x).float()
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), grad

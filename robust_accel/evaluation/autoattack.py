@@ -29,7 +29,7 @@ from robust_accel.evaluation.accuracy import Perturb, parameters_frozen
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import attack_context
-from robust_accel.run_folder import append_line
+from robust_accel.run_folder import append_line, read_lines
 
 ATTACKS_OF = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -225,14 +225,11 @@ class _Log:
         lines: list[dict[str, Any]] = []
         if accelerator.is_main_process:  # one reads: all must go on from the same
             for path in sorted(folder.glob("process-*.jsonl")):
-                lines += _whole_lines(path)
+                lines += read_lines(path)
         for line in gather_object(lines):
             if line["evaluation"] == identity:
                 self._known[line["stage"], line["unit"]] = line
         self._file = folder / f"process-{accelerator.process_index}.jsonl"
-        if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
-            with self._file.open("a") as file:  # a line was cut off: the next one is its own
-                file.write("\n")
 
     def outcome(self, stage: int, unit: int, indices: Tensor) -> Tensor | None:
         """Images of a unit that were broken, if that is known."""
@@ -245,16 +242,6 @@ class _Log:
         if self._file is not None:
             line = {"evaluation": self._identity, "stage": stage, "attack": attack, "unit": unit}
             append_line(self._file, line | {"images": indices.tolist(), "broken": broken.tolist()})
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off when its process was killed
-            continue
-    return lines
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from robust_accel.objectives.adversarial import Adversarial
 from robust_accel.objectives.base import Classifier, Objective
 from robust_accel.objectives.mart import Mart
+from robust_accel.objectives.smoothing import Smoothing
 from robust_accel.objectives.trades import Trades
 
-OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart}
+OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart, "smoothing": Smoothing}
 
-__all__ = ["OBJECTIVES", "Adversarial", "Classifier", "Mart", "Objective", "Trades"]
+__all__ = ["OBJECTIVES", "Adversarial", "Classifier", "Mart", "Objective", "Smoothing", "Trades"]

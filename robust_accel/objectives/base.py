@@ -14,6 +14,9 @@ Classifier = Callable[[Tensor], Tensor]
 class Objective(Protocol):
     """The two levels of min-max problem (2).
 
+    A class with a method ``for_batch(x) -> Objective`` is asked for the objective of each batch:
+    what attack and update must share, such as noise, is drawn there.
+
     A class with ``takes_unlabeled = True`` also takes images without a label, whose label is -1.
     """
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_accel.attacks import ATTACKS, FGSMRS, NFGSM, PGD, NoAttack
+from robust_accel.attacks import ATTACKS, DDN, FGSMRS, NFGSM, PGD, NoAttack
 from robust_accel.attacks.base import input_gradient
 
 EPS = 8 / 255
@@ -17,7 +17,7 @@ BALL_ATTACKS = {
     "fgsm-rs": FGSMRS(eps=EPS),
 }
 MOVING = BALL_ATTACKS | {"n-fgsm": NFGSM(eps=EPS)}
-EVERY = MOVING | {"none": NoAttack()}
+EVERY = MOVING | {"none": NoAttack(), "ddn": DDN(eps=0.5, num_steps=2)}
 
 
 def params(attacks: dict) -> list:
