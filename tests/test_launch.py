@@ -138,14 +138,10 @@ REGIMES = {
         "train.awp.warmup_epochs=1",
         "train.ema_decay=0.9",
     ),
-    "fine-tuning by MART, layer by layer": (
+    "fine-tuning layer by layer, online targets on what train_size leaves out": (
         "model.checkpoint={run}",
         "model.new_head=true",
         "optimizer.layer_decay=0.8",
-        "objective.name=mart",
-        "data.train_size=784",
-    ),
-    "no labels: online targets on what train_size leaves out": (
         "data.train_size=400",
         "data.unlabeled.size=500",
         "objective.name=trades",
