@@ -7,7 +7,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_accel.objectives.base import Classifier
+from robust_accel.objectives.base import Classifier, cross_entropy_of
 from robust_accel.settings import Number, Settings
 
 
@@ -28,7 +28,7 @@ class Adversarial(Settings):
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        return lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none")
+        return cross_entropy_of(classifier, labels)
 
     def loss(
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor

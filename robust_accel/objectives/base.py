@@ -36,6 +36,11 @@ class Objective(Protocol):
         ...
 
 
+def cross_entropy_of(classifier: Classifier, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The plain cross-entropy as an attack climbs it: x_adv -> [B]."""
+    return lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none")
+
+
 def logits_of_both(
     classifier: Classifier, x: Tensor, x_adv: Tensor, batchnorm: Literal["apart", "together"]
 ) -> tuple[Tensor, Tensor]:

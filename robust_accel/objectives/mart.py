@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
-from robust_accel.objectives.base import Classifier, logits_of_both
+from robust_accel.objectives.base import Classifier, cross_entropy_of, logits_of_both
 from robust_accel.objectives.trades import kl_divergence
 from robust_accel.settings import Number, Settings
 
@@ -34,7 +34,7 @@ class Mart(Settings):
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        return lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none")
+        return cross_entropy_of(classifier, labels)
 
     def loss(
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor

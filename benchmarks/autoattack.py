@@ -1,0 +1,109 @@
+"""How long does AutoAttack take? Plain `pyautoattack`, ours on one process, ours on two.
+
+The same run, images, attacks and number of threads in all; plain and ours take turns in one command
+so that other work on the machine slows both. Ours attacks in fp32 unless --search bf16 is given.
+The verdicts are printed beside the times: seeds of later batches differ, the rest is the same.
+
+python benchmarks/autoattack.py runs/cpu --images 200
+python benchmarks/autoattack.py runs/cpu --images 1000 --version standard --threads 2
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from pyautoattack import AutoAttack
+
+from robust_accel.data import load_test
+from robust_accel.evaluation.autoattack import ATTACKS_OF
+from robust_accel.run_folder import RunFolder
+from robust_accel.trained_model import load_classifier, recipe_of
+
+
+def plain(args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds and robust accuracy of the reference, in this process."""
+    torch.set_num_threads(args.threads)
+    recipe = recipe_of(str(args.run), (), required=("model", "data", "evaluate"))
+    images, num_classes = load_test(recipe.data)
+    classifier = load_classifier(recipe, str(args.run), images, num_classes).eval()
+    classifier.requires_grad_(False)
+    ((x, labels),) = images.batches([torch.arange(args.images)], torch.device("cpu"))
+    attack = AutoAttack(
+        classifier,
+        norm={"linf": "Linf", "l2": "L2"}[recipe.evaluate.norm or ""],
+        eps=recipe.evaluate.eps,
+        version="custom",
+        attacks=list(ATTACKS_OF[args.version]),
+        seed=0,
+    )
+    attack.apgd.n_restarts = attack.fab.n_restarts = 1
+    targets = min(9, num_classes - 1)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+    start = time.perf_counter()
+    x_adv, _ = attack.run_standard_evaluation(x, labels, batch_size=args.batch_size)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        robust = (classifier(x_adv).argmax(dim=1) == labels).double().mean().item()
+    return seconds, robust
+
+
+def ours(args: argparse.Namespace, num_processes: int, search: str) -> tuple[float, float]:
+    """The same of the evaluate command, as it reports them: loading is not counted."""
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        if num_processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            command += ["accelerate.commands.launch", "--multi_gpu", "--main_process_port", port]
+            command += ["--num_processes", str(num_processes), "-m"]
+            if not torch.cuda.is_available():
+                environment["ACCELERATE_USE_CPU"] = "true"
+        command += ["robust_accel", "evaluate", str(args.run), f"output={output}/measured"]
+        command += ["evaluate.pgd=null", f"evaluate.autoattack={args.version}"]
+        command += [f"evaluate.images={args.images}", f"evaluate.autoattack_images={args.images}"]
+        command += [f"evaluate.batch_size={args.batch_size}", f"evaluate.search={search}"]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        found = RunFolder(f"{output}/measured").read_report()["autoattack_accuracy"]
+    return found["seconds"], found["accuracy"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--version", choices=ATTACKS_OF, default="standard")
+    parser.add_argument("--batch-size", type=int, default=50, help="images a unit")
+    parser.add_argument("--threads", type=int, default=1, help="threads a process")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--search", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
+    args = parser.parse_args()
+    print(f"{args.version} on {args.images} images, {args.threads} thread(s) a process")
+    print("| | seconds | images a minute | times plain | robust accuracy (%) |")
+    print("|---|---|---|---|---|", flush=True)
+    seconds, robust = base, _ = plain(args)
+    rows = [("plain pyautoattack", seconds, robust)]
+    rows += [
+        (f"ours, {number} process(es), search in {search}", *ours(args, number, search))
+        for search in args.search
+        for number in args.processes
+    ]
+    for name, seconds, robust in rows:
+        rate = 60 * args.images / seconds
+        print(
+            f"| {name} | {seconds:.1f} | {rate:.1f} | {base / seconds:.2f} | {100 * robust:.2f} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
