@@ -2,12 +2,40 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from robust_accel.recipe import load_recipe
+from robust_accel.train import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_wrap_a_model() -> None:
-    spec = importlib.util.spec_from_file_location("wrap_a_model", EXAMPLES / "wrap_a_model.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main(epochs=4) > 0.3  # one in ten would be chance
+    return module
+
+
+def test_wrap_a_model() -> None:
+    assert load("wrap_a_model").main(epochs=4) > 0.3  # one in ten would be chance
+
+
+def test_measure_a_model() -> None:
+    found = load("measure_a_model").main()
+    assert found["clean"] > 0.8
+    assert 0.1 < found["autoattack"] < found["clean"]
+    assert 0 < found["radius"] < 1
+
+
+def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    settings = ["objective.name=custom_objective:MarginLoss", "objective.margin=2.0"]
+    settings += ["train.epochs=2", "attack.num_steps=2", "attack.step_size=0.1"]
+    settings += ["evaluate.autoattack=null", "evaluate.pgd=null", f"output={tmp_path / 'run'}"]
+    recipe = load_recipe("quickstart", settings)
+    assert recipe.objective.margin == 2.0
+    assert train(recipe, quiet=True)["clean_accuracy"]["accuracy"] > 0.5
