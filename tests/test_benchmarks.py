@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name[0] != "_")
@@ -96,10 +99,23 @@ def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
 
 
 def test_regimes_trains_labels_and_compares(tmp_path: Path) -> None:
-    less = ["data.train_size=64", "data.test_size=32", "data.unlabeled.size=64"]
-    less += ["train.max_steps=1", "train.batch_size=16", "model.options.width=4"]
-    less += ["evaluate.pgd.num_steps=1", "evaluate.images=32"]
-    command = ["unlabelled", *less, "--seeds", "0", "--output", str(tmp_path)]
+    rng = np.random.default_rng(0)
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    for split, number in (("train", 96), ("test", 32)):
+        pixels = rng.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+        rows = {
+            "img": [Image.fromarray(p) for p in pixels],
+            "label": [i % 10 for i in range(number)],
+        }
+        target = tmp_path / "data" / f"{split}.parquet"
+        target.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(target)
+    less = ["data.train_size=32", "evaluate.images=32", "evaluate.pgd.num_steps=1"]
+    less += ["train.max_steps=1", "train.batch_size=16", "model.options.width=8"]
+    command = ["unlabelled", *less, "--seeds", "0", "--output", str(tmp_path / "runs")]
+    command += ["--data", str(tmp_path / "data")]
     command += ["--runs", "labels", "teacher", "pseudo"]
     result = run("regimes.py", *command)
     assert result.returncode == 0, result.stderr

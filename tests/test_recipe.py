@@ -8,7 +8,7 @@ import pytest
 import yaml
 from torch import Tensor
 
-from robust_accel.attacks import FGSMRS, PGD, LossFn, NoAttack
+from robust_accel.attacks import ATTACKS, FGSMRS, PGD, LossFn, NoAttack
 from robust_accel.recipe import RECIPES, Recipe, RecipeError, load_recipe
 from robust_accel.settings import Number, Settings
 
@@ -245,8 +245,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
             "recipe: data: missing: this section is required",
             "recipe: optimizer: missing: this section is required",
             "train.batch_size: missing: this key is required",
-            f"attack.name: missing; allowed: {', '.join(['none', 'pgd', 'fgsm-rs', 'n-fgsm'])}, "
-            "or package.module:Class",
+            f"attack.name: missing; allowed: {', '.join(ATTACKS)}, or package.module:Class",
         ]
     )
     assert len(faults(path, required=("data",))) == 3
