@@ -80,6 +80,8 @@ def draw_sweep(folder: RunFolder, report: dict[str, Any]) -> Path | None:
             axis.set(
                 xlabel=unit if key == "eps" else "PGD steps", ylabel="accuracy (%)", ylim=(0, 100)
             )
+            if key == "num_steps":
+                axis.set_xticks([x for x, _ in points])
             axis.grid(alpha=0.3)
     return path
 
@@ -95,7 +97,11 @@ def draw_surface(folder: RunFolder, report: dict[str, Any]) -> Path | None:
     with _figure(path, 1, 1, **options) as axis:
         axis.plot_surface(along, aside, np.array(surface["loss"]), cmap="viridis", linewidth=0)
         axis.set(
-            xlabel="gradient's direction (eps)", ylabel="random direction (eps)", zlabel="loss"
+            xlabel="gradient's direction (eps)",
+            ylabel="random direction (eps)",
+            zlabel="loss",
+            xticks=(-2, -1, 0, 1, 2),
+            yticks=(-2, -1, 0, 1, 2),
         )
     return path
 
