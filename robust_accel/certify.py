@@ -1,6 +1,5 @@
 """The certify command: certified L2 radii of a run or any timm checkpoint under Gaussian noise."""
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from robust_accel.evaluation.certify import (
 )
 from robust_accel.evaluation.settings import CertifySettings
 from robust_accel.models import PixelClassifier
+from robust_accel.provenance import digest_of
 from robust_accel.report import write_report
 from robust_accel.run_folder import RunFolder, append_line, read_lines
 from robust_accel.trained_model import load_classifier, recipe_of
@@ -132,13 +132,10 @@ class CertifyLog:
     def __init__(
         self, folder: Path, settings: CertifySettings, classifier: PixelClassifier, images: ImageSet
     ) -> None:
-        digest = hashlib.sha256()
-        for tensor in [*classifier.state_dict().values(), classifier.mean, classifier.std]:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        labels = hashlib.sha256(images.labels.numpy().tobytes())
+        weights = [*classifier.state_dict().values(), classifier.mean, classifier.std]
         self._about: dict[str, Any] = {
-            "model": digest.hexdigest()[:16],
-            "labels": labels.hexdigest()[:16],
+            "model": digest_of(weights)[:16],
+            "labels": digest_of([images.labels])[:16],
             **settings.model_dump(mode="json", exclude={"images", "skip", "batch_size"}),
         }
         if settings.method == "cohen":

@@ -2,11 +2,12 @@
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 _PACKAGES = ("robust-accel", "torch", "accelerate", "timm", "datasets", "pyautoattack", "deepspeed")
 
@@ -22,10 +23,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors' values, as fp32, one after another."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def digest_of_parameters(module: nn.Module, accelerator: Accelerator) -> tuple[str, bool]:
     """SHA-256 of this process's parameters, and whether all processes have the same."""
-    digest = hashlib.sha256()
-    for parameter in module.parameters():
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    own = digest.hexdigest()
+    own = digest_of(module.parameters())
     return own, len(set(gather_object([own]))) == 1

@@ -78,5 +78,12 @@ def killed_and_resumed(
     assert all(before[key].equal(after[key]) for key in before | after)
 
 
+def quickstart_run(folder: Path) -> Path:
+    """A small run by two processes, with quantised gradients."""
+    code, output = launch("train", "quickstart", *SMALL, f"output={folder}")
+    assert code == 0, output
+    return folder
+
+
 def weights(folder: Path) -> dict:
     return load_file(folder / "model" / "model.safetensors")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launching import DDP, SMALL, killed_and_resumed, launch, weights
+from launching import DDP, SMALL, killed_and_resumed, launch, quickstart_run, weights
 
 from robust_accel.recipe import RECIPES
 from robust_accel.run_folder import RunFolder
@@ -15,10 +15,7 @@ ZERO = [("--config_file", str(RECIPES / f"accelerate/zero{stage}.yaml")) for sta
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "two"
-    code, output = launch("train", "quickstart", *SMALL, f"output={folder}")
-    assert code == 0, output
-    return folder
+    return quickstart_run(tmp_path_factory.mktemp("runs") / "two")
 
 
 def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finished: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from launching import DDP, SMALL, killed_and_resumed, launch
+from launching import DDP, SMALL, killed_and_resumed, launch, quickstart_run
 
 from robust_accel.certify import certify_model
 from robust_accel.pseudo_label import pseudo_label
@@ -37,10 +37,7 @@ REGIMES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "two"
-    code, output = launch("train", "quickstart", *SMALL, f"output={folder}")
-    assert code == 0, output
-    return folder
+    return quickstart_run(tmp_path_factory.mktemp("runs") / "two")
 
 
 @pytest.fixture(scope="module")

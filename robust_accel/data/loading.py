@@ -94,7 +94,7 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
             rows = _rows_left_out(settings)
         else:
             rows = _rows(_load_splits(own.path, own.config), own.split, "split", own.path)
-        column = find_image_column(rows, own.image_column)
+        column = _find_image_column(rows, own.image_column)
         rows = rows.select_columns([column])
         labels = torch.full((len(rows),), NO_LABEL)
         plain = settings.model_copy(update={"augment": "none"})
@@ -169,7 +169,7 @@ def _load_split(
     """The split that a key of the settings names, and its number of classes."""
     split = getattr(settings, key)
     rows = _rows(splits, split, key, settings.path)
-    image_column = find_image_column(rows, settings.image_column)
+    image_column = _find_image_column(rows, settings.image_column)
     label_column = _find_label_column(rows, settings.label_column)
     labels = _labels(rows, label_column)
     low, high = (int(value) for value in labels.aminmax())
@@ -252,7 +252,7 @@ def _read_unlabeled(
     labels = torch.full((len(rows),), NO_LABEL)
     if column is not None:
         labels = _labels(rows, _find_label_column(rows, column))
-    image_column = find_image_column(rows, own.image_column)
+    image_column = _find_image_column(rows, own.image_column)
     return _images(rows, image_column, labels, settings, seed, f"split {own.split} of {path}")
 
 
@@ -297,7 +297,7 @@ def _labels(rows: datasets.Dataset, column: str) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def find_image_column(rows: datasets.Dataset, given: str | None) -> str:
+def _find_image_column(rows: datasets.Dataset, given: str | None) -> str:
     """The column of images: as given, else by its feature type."""
     images = [n for n, f in rows.features.items() if isinstance(f, datasets.Image)]
     return _choose("image_column", given, images, images, rows.features)

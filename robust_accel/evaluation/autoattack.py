@@ -28,6 +28,7 @@ from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import Perturb, parameters_frozen
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
+from robust_accel.provenance import digest_of
 from robust_accel.robust_model import attack_context
 from robust_accel.run_folder import append_line, read_lines
 
@@ -137,8 +138,9 @@ class AutoAttackEvaluation:
         self, classifier: PixelClassifier, x: Tensor, labels: Tensor, stage: Stage, seed: int
     ) -> Tensor:
         """Which of a unit's images one attack breaks, judged in fp32: [B], on the CPU."""
-        with _global_state_kept(), _precision(x.device, bf16=stage.bf16):
-            attack = self._attack(classifier, stage.attack, seed, x.device)
+        attack = self._attack(classifier, stage.attack, seed, x.device)
+        in_bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=stage.bf16)
+        with _global_state_kept(), in_bf16:
             x_adv = attack.perturb(x, labels)
         with torch.no_grad():
             return (classifier(x_adv).argmax(dim=1) != labels).cpu()
@@ -175,15 +177,13 @@ class AutoAttackEvaluation:
 
     def _identity(self, classifier: PixelClassifier, images: ImageSet, right: Tensor) -> str:
         """What makes an outcome this evaluation's own: weights, images and settings."""
-        digest = hashlib.sha256()
         about = self.settings.model_dump(
             include={"norm", "eps", "autoattack", "search", "batch_size", "seed"}
         )
-        digest.update(json.dumps([about, images.shape], sort_keys=True).encode())
-        buffers = [classifier.mean, classifier.std, images.labels[: len(right)], right]
-        for tensor in [*classifier.state_dict().values(), *buffers]:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        others = [classifier.mean, classifier.std, images.labels[: len(right)], right]
+        digest = digest_of([*classifier.state_dict().values(), *others])
+        text = json.dumps([about, images.shape, digest], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _suite(
@@ -242,12 +242,6 @@ class _Log:
         if self._file is not None:
             line = {"evaluation": self._identity, "stage": stage, "attack": attack, "unit": unit}
             append_line(self._file, line | {"images": indices.tolist(), "broken": broken.tolist()})
-
-
-@contextmanager
-def _precision(device: torch.device, *, bf16: bool) -> Iterator[None]:
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        yield
 
 
 @contextmanager
