@@ -3,6 +3,7 @@
 from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD, Attack
 from robust_accel.comm import QSGD, AllReduce, compress_gradients
 from robust_accel.evaluation.measure import measure
+from robust_accel.in_place import make_robust
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import Adversarial, Mart, Objective, Smoothing, Trades
 from robust_accel.optim import LAMB
@@ -29,5 +30,6 @@ __all__ = [
     "Smoothing",
     "Trades",
     "compress_gradients",
+    "make_robust",
     "measure",
 ]

@@ -1,11 +1,12 @@
 """RobustModel: an ordinary module whose forward attacks first and returns the outer loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -31,7 +32,8 @@ class RobustModel(nn.Module):
         model: A timm model's name, any module from images to logits, or a ``PixelClassifier``.
         attack: The inner maximisation, for example ``PGD(eps="8/255")``.
         objective: The outer loss; adversarial training (1) when not given.
-        mean, std, size: See ``PixelClassifier``; not with a ``PixelClassifier``.
+        mean, std, size: See ``PixelClassifier``; not with a ``PixelClassifier``. Where the script
+            normalises, mean and std are those by which it does, when left out.
         input_space: ``pixel``: ``forward`` takes images in [0, 1]. ``normalized``: the script has
             normalised them already by ``input_mean`` and ``input_std``, and they are brought back
             to [0, 1] first, so that eps keeps its unit.
@@ -74,9 +76,20 @@ class RobustModel(nn.Module):
                 "input_mean and input_std go with input_space='normalized': both, or neither with "
                 f"'pixel'; got {input_space!r}, {input_mean}, {input_std}"
             )
+        self.input_space = input_space
+        for name, value, default in (
+            ("input_mean", input_mean, 0.0),
+            ("input_std", input_std, 1.0),
+        ):
+            buffer = per_channel(default if value is None else value, name)
+            self.register_buffer(name, buffer, persistent=False)
+        if not bool((self.input_std > 0).all()):
+            raise ValueError(f"input_std must be > 0 in each channel, got {input_std}")
         if isinstance(model, str):
             model = create_classifier(ModelSettings(name=model)).model
         if not isinstance(model, PixelClassifier):
+            mean = input_mean if mean is None else mean
+            std = input_std if std is None else std
             model = PixelClassifier(model, mean=mean, std=std, size=size)
         elif (mean, std, size) != (None, None, None):
             raise ValueError("mean, std and size are the PixelClassifier's own: set them there")
@@ -86,13 +99,6 @@ class RobustModel(nn.Module):
         self.attack_mode = attack_mode
         self.weight_perturbation = weight_perturbation
         self.perturb_weights = weight_perturbation is not None
-        self.input_space = input_space
-        input_mean = 0.0 if input_mean is None else input_mean
-        input_std = 1.0 if input_std is None else input_std
-        self.register_buffer("input_mean", per_channel(input_mean, "input_mean"), persistent=False)
-        self.register_buffer("input_std", per_channel(input_std, "input_std"), persistent=False)
-        if not bool((self.input_std > 0).all()):
-            raise ValueError(f"input_std must be > 0 in each channel, got {input_std}")
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Training: attack, then the outer loss. Evaluation: the clean prediction.
@@ -110,6 +116,11 @@ class RobustModel(nn.Module):
         Raises:
             ValueError: The images' type, shape or range is not what was declared.
         """
+        if isinstance(self, FSDPModule):
+            raise TypeError(
+                "under FSDP2 the model itself must be what is sharded: make_robust(model, attack) "
+                "instead of RobustModel(model, attack), before accelerator.prepare"
+            )
         x = self._pixels(pixel_values)
         if not self.training:
             logits = self.classifier(x)
@@ -135,6 +146,15 @@ class RobustModel(nn.Module):
         """Solve (A1): x [B, C, H, W] in [0, 1] -> x_adv of the same shape, detached."""
         return self._perturb(self._objective_for(x), x, labels, generator)
 
+    def adversarial(self, pixel_values: Tensor) -> Tensor:
+        """Images as ``forward`` takes them -> attacked ones of the same kind, without labels.
+
+        The attack climbs away from the model's own predictions.
+        """
+        x = self._pixels(pixel_values)
+        x_adv = self.perturb(x, self.predict(x))
+        return ((x_adv - self.input_mean) / self.input_std).to(pixel_values.dtype)
+
     def _objective_for(self, x: Tensor) -> Objective:
         """The objective, with what it draws for this batch."""
         for_batch = getattr(self.objective, "for_batch", None)
@@ -157,7 +177,14 @@ class RobustModel(nn.Module):
         with attack_context(self.classifier, self.attack_mode):
             return self.classifier(x).argmax(dim=1)
 
+    @torch.compiler.disable
     def _pixels(self, x: Tensor) -> Tensor:
+        if isinstance(x, Mapping):
+            raise ValueError(
+                f"pixel_values must be a tensor, got a {type(x).__name__} with "
+                f"{', '.join(map(str, x))}: pass its images, like model(**batch) or "
+                "model(batch['pixel_values'])"
+            )
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
             found = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -166,11 +193,12 @@ class RobustModel(nn.Module):
             )
         statistics = (self.classifier.mean, self.classifier.std, self.input_mean, self.input_std)
         channels = max(values.numel() for values in statistics)
-        if channels > 1 and x.shape[1] not in (1, channels):
+        height_first = x.shape[1] > 4 >= x.shape[3]  # no image is so narrow
+        if height_first or (channels > 1 and x.shape[1] not in (1, channels)):
+            wanted = f" with C = {channels} as mean and std have" if channels > 1 else ""
             raise ValueError(
-                f"pixel_values must be [B, C, H, W] with C = {channels} as mean and std have, got "
-                f"{list(x.shape)}"
-                + (": pass x.permute(0, 3, 1, 2)" if x.shape[3] == channels else "")
+                f"pixel_values must be [B, C, H, W]{wanted}, got {list(x.shape)}"
+                + (": pass x.permute(0, 3, 1, 2)" if height_first else "")
             )
         # the ball is measured in fp32: bf16 is spaced 1/256 near white
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -182,9 +210,10 @@ class RobustModel(nn.Module):
             raise ValueError(
                 f"pixel_values must lie in [0, 1], got [{low:.3g}, {high:.3g}]"
                 + (
-                    " after undoing input_mean and input_std"
+                    " after undoing the normalisation: other images than the mean and std given"
                     if self.input_space == "normalized"
-                    else ": pass images before normalisation, or declare input_space='normalized'"
+                    else ": pass images before normalisation, or say by which mean and std that "
+                    "was done (RobustModel: input_space='normalized'; make_robust: mean, std)"
                 )
             )
         return x.clamp(0, 1)

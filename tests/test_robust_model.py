@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from transformers import BatchFeature
 
 from robust_accel import PGD, Adversarial, PixelClassifier, RobustModel
 from robust_accel.attacks import NoAttack
@@ -384,6 +385,7 @@ REFUSED = {
     "nan": (torch.full_like(GOOD, float("nan")), "nan"),
     "one nan": (GOOD.where(torch.arange(384).view(2, 3, 8, 8) > 0, float("nan")), "nan"),
     "inf": (GOOD / 0, "inf"),
+    "a batch": (BatchFeature({"pixel_values": GOOD}), r"BatchFeature with pixel_values: pass its"),
     "one image": (GOOD[0], r"\[B, C, H, W\].*\[3, 8, 8\]"),
     "channels last": (GOOD.permute(0, 2, 3, 1), r"C = 3.*permute\(0, 3, 1, 2\)"),
     "four channels": (GOOD[:, [0, 1, 2, 0]], "C = 3"),
@@ -405,6 +407,23 @@ def test_rounding_at_the_borders_is_forgiven_and_clipped():
     spy = Spy(PGD_3)
     RobustModel(network(), spy)(x, torch.tensor([0, 1]))
     assert torch.equal(spy.x, x.clamp(0, 1))
+
+
+def test_channels_last_are_refused_without_statistics_too():
+    with pytest.raises(ValueError, match=r"pass x\.permute\(0, 3, 1, 2\)"):
+        RobustModel(network(), PGD_3)(GOOD.permute(0, 2, 3, 1), torch.tensor([0, 1]))
+
+
+def test_a_model_that_a_script_feeds_normalised_images_goes_on_to_see_these():
+    spy = nn.Sequential(nn.Identity(), network(frozen=True).eval())
+    spy.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.9,) * 3}
+    seen = []
+    spy[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model = RobustModel(
+        spy, PGD_3, input_space="normalized", input_mean=(0.45,) * 3, input_std=(0.25,) * 3
+    )
+    model.eval()(NORMALISED)
+    torch.testing.assert_close(seen[0], NORMALISED, rtol=0, atol=1e-5)
 
 
 def test_grey_images_may_be_given_to_a_model_of_colours():
@@ -436,7 +455,7 @@ def test_normalised_images_are_attacked_in_pixel_units(dtype):
     torch.testing.assert_close(spies[1].x, x, rtol=0, atol=atol)
     assert (spies[1].x_adv - spies[1].x).abs().max() == pytest.approx(EPS, rel=1e-5)
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5 if exact else 0.02)
-    with pytest.raises(ValueError, match="after undoing input_mean and input_std"):
+    with pytest.raises(ValueError, match="after undoing the normalisation"):
         normalized(given * 3, y)
 
 
