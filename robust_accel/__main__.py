@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, certify, pseudo-label, report."""
+"""Command line: train, wrap, evaluate, certify, pseudo-label, report."""
 
 import argparse
 import os
@@ -28,6 +28,10 @@ def _is_setting(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def _train(options: argparse.Namespace) -> int:
     from robust_accel.recipe import load_recipe
     from robust_accel.report import comparison_table
@@ -38,6 +42,19 @@ def _train(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(comparison_table([recipe.output]))
     return 0
+
+
+def _wrap(options: argparse.Namespace) -> int:
+    from robust_accel.recipe import load_recipe
+    from robust_accel.wrap import wrap_script
+
+    words = options.script
+    start = next((i for i, word in enumerate(words) if not _is_setting(word)), len(words))
+    if start == len(words):
+        raise ValueError("wrap: no script given, only settings of the recipe")
+    recipe = load_recipe(options.recipe, words[:start], required=["attack"])
+    script, *arguments = words[start:]
+    return wrap_script(script, arguments, recipe, mean=options.mean, std=options.std)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -92,6 +109,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run, if there is one")
     train.add_argument("--quiet", action="store_true", help="lines instead of a progress bar")
     train.set_defaults(run=_train)
+
+    wrap = commands.add_parser("wrap", help="run a training script, its model made robust")
+    wrap.add_argument("--recipe", required=True, help="its attack, objective and communication")
+    for name in ("mean", "std"):
+        wrap.add_argument(
+            f"--{name}",
+            type=_numbers,
+            metavar="A,B,C",
+            help="by which the script normalises its images, if it does",
+        )
+    wrap.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        metavar="[SETTING ...] SCRIPT [ARGUMENT ...]",
+        help=f"{settings_help}; the script; its own arguments",
+    )
+    wrap.set_defaults(run=_wrap)
 
     evaluate = commands.add_parser("evaluate", help="measure a run or any timm checkpoint")
     evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")

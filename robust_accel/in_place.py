@@ -113,6 +113,7 @@ class _Plain(nn.Module):
         super().__init__()
         self.model = model
         self.arguments: dict[str, Any] = {}
+        self.calls = 0
         self._forward = forward
         signature = inspect.signature(forward).parameters
         names = [
@@ -128,6 +129,7 @@ class _Plain(nn.Module):
 
     def split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Images and labels of a call; the rest is kept for the calls that follow."""
+        self.calls += 1
         bound = self._signature.bind(self.model, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
         for key, parameter in self._signature.parameters.items():

@@ -121,7 +121,7 @@ class RobustModel(nn.Module):
                 "under FSDP2 the model itself must be what is sharded: make_robust(model, attack) "
                 "instead of RobustModel(model, attack), before accelerator.prepare"
             )
-        x = self._pixels(pixel_values)
+        x = self.pixels(pixel_values)
         if not self.training:
             logits = self.classifier(x)
             return {"logits": logits} | (
@@ -151,7 +151,7 @@ class RobustModel(nn.Module):
 
         The attack climbs away from the model's own predictions.
         """
-        x = self._pixels(pixel_values)
+        x = self.pixels(pixel_values)
         x_adv = self.perturb(x, self.predict(x))
         return ((x_adv - self.input_mean) / self.input_std).to(pixel_values.dtype)
 
@@ -178,7 +178,8 @@ class RobustModel(nn.Module):
             return self.classifier(x).argmax(dim=1)
 
     @torch.compiler.disable
-    def _pixels(self, x: Tensor) -> Tensor:
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images as ``forward`` takes them, checked -> [B, C, H, W] in [0, 1], fp32."""
         if isinstance(x, Mapping):
             raise ValueError(
                 f"pixel_values must be a tensor, got a {type(x).__name__} with "
@@ -213,7 +214,8 @@ class RobustModel(nn.Module):
                     " after undoing the normalisation: other images than the mean and std given"
                     if self.input_space == "normalized"
                     else ": pass images before normalisation, or say by which mean and std that "
-                    "was done (RobustModel: input_space='normalized'; make_robust: mean, std)"
+                    "was done (RobustModel: input_space='normalized'; make_robust: mean, std; "
+                    "wrap: --mean, --std)"
                 )
             )
         return x.clamp(0, 1)

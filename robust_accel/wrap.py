@@ -1,0 +1,212 @@
+"""The ``wrap`` command: run a training script as it is, with its model made robust."""
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from robust_accel.comm import AllReduce, compress_gradients
+from robust_accel.in_place import make_robust, robust_training
+from robust_accel.recipe import Recipe, RecipeError
+
+_USED = ("attack", "objective", "communication")
+
+
+class NotWrapped(ValueError):
+    """The script has no model that could be wrapped, or more than one."""
+
+
+def wrap_script(
+    script: str | Path,
+    arguments: Sequence[str],
+    recipe: Recipe,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> int:
+    """Run an Accelerate script; the model that it trains attacks its images.
+
+    ``make_robust`` is applied to what the script gives to ``Accelerator.prepare`` (transformers'
+    ``Trainer`` does so, too), with the recipe's attack, objective and ``train.attack_mode`` and
+    ``train.awp``, and its gradients are sent by the recipe's communication. Model, data, optimizer,
+    schedule and loop are the script's.
+
+    Args:
+        script: A Python file, run as ``__main__`` in this process.
+        arguments: The script's own.
+        recipe: With an ``attack`` section.
+        mean, std: By which the script normalises its images; left out: they are in [0, 1].
+
+    Returns:
+        0, or 1 when the script has failed, with its traceback on standard error.
+
+    Raises:
+        NotWrapped: The script trained no model, or gave several to ``prepare``.
+        ValueError: There is no such script, or a setting that only our own loop can follow.
+    """
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: no such script")
+    if (mean is None) != (std is None):
+        raise ValueError(f"--mean and --std go together, got {mean} and {std}")
+    train = recipe.train
+    if train is not None and train.eps_warmup_epochs:
+        raise RecipeError("train.eps_warmup_epochs: epochs are the script's: wrap wants 0")
+    if train is not None and train.awp is not None and train.awp.warmup_epochs:
+        raise RecipeError("train.awp.warmup_epochs: epochs are the script's: wrap wants 0")
+    wrapping = _Wrapping(recipe, Path(script).name, mean, std)
+    code = _run(script, arguments, wrapping)
+    return code or wrapping.conclude()
+
+
+def _run(script: str | Path, arguments: Sequence[str], wrapping: "_Wrapping") -> int:
+    """As ``python script arguments`` would, with Accelerate's prepare replaced."""
+    prepare, prepare_model = Accelerator.prepare, Accelerator.prepare_model
+    before = sys.argv, sys.path[:]
+    patched: Any = Accelerator
+    patched.prepare = wrapping.around(prepare)
+    patched.prepare_model = wrapping.around(prepare_model)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    except NotWrapped:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        patched.prepare, patched.prepare_model = prepare, prepare_model
+        sys.argv, sys.path[:] = before
+    return 0
+
+
+class _Wrapping:
+    """What is wrapped so far: one model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        script: str,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        self.recipe, self.script, self.mean, self.std = recipe, script, mean, std
+        self.model: nn.Module | None = None
+        self._busy = False
+
+    def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Accelerate's ``prepare`` or ``prepare_model``, which calls the other within."""
+
+        def prepare(accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+            if self._busy or kwargs.get("evaluation_mode"):
+                return original(accelerator, *args, **kwargs)
+            self._busy = True
+            try:
+                found = self.wrap(accelerator, args or tuple(kwargs.values()))
+                prepared = original(accelerator, *args, **kwargs)
+            finally:
+                self._busy = False
+            if found:
+                each = prepared if isinstance(prepared, tuple) else (prepared,)
+                self.send(next(each[i] for i, a in enumerate(args) if a is self.model))
+            return prepared
+
+        return prepare
+
+    def wrap(self, accelerator: Accelerator, given: Sequence[Any]) -> bool:
+        """Make the one trainable module among these robust; whether there was one."""
+        candidates = [
+            item
+            for item in given
+            if isinstance(item, nn.Module)
+            and any(p.requires_grad for p in item.parameters())
+            and (self.model is None or accelerator.unwrap_model(item) is not self.model)
+        ]
+        if len(candidates) + (self.model is not None) > 1:
+            first = [] if self.model is None else [self.model]
+            names = " and ".join(type(m).__name__ for m in [*first, *candidates])
+            raise NotWrapped(
+                f"{self.script} prepares several models to train, {names}: call make_robust on "
+                "the classifier in the script instead"
+            )
+        if not candidates:
+            return False
+        (self.model,) = candidates
+        train = self.recipe.train
+        assert self.recipe.attack is not None
+        make_robust(
+            self.model,
+            self.recipe.attack,
+            self.recipe.objective,
+            mean=self.mean,
+            std=self.std,
+            attack_mode="eval" if train is None else train.attack_mode,
+            weight_perturbation=None if train is None else train.awp,
+        )
+        self.say(self.summary())
+        return True
+
+    def send(self, prepared: nn.Module) -> None:
+        """Gradients by the recipe's communication."""
+        if self.recipe.communication != AllReduce():
+            compress_gradients(prepared, self.recipe.communication)
+
+    def summary(self) -> str:
+        """What was wrapped, by what, and what the recipe says in vain."""
+        assert self.model is not None
+        name = type(self.model).__name__
+        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        lines = [f"wrapped {name} ({sum(sizes):,} parameters to train) of {self.script}"]
+        lines += [f"  {section}: {getattr(self.recipe, section)!r}" for section in _USED]
+        if self.recipe.train is not None and self.recipe.train.awp is not None:
+            lines.append(f"  awp: {self.recipe.train.awp!r}")
+        if self.mean is None:
+            lines.append("  images: in [0, 1]" + _hint(self.model))
+        else:
+            lines.append(f"  images: normalised by mean {self.mean} and std {self.std}")
+        unused = [key for key in self.recipe.settings if key not in (*_USED, "output")]
+        lines.append(f"  the script's own, not the recipe's: {', '.join(unused) or 'all else'}")
+        return "\n".join(lines)
+
+    def conclude(self) -> int:
+        """Say how often the model was attacked.
+
+        Raises:
+            NotWrapped: There was no model, or it was never attacked.
+        """
+        if self.model is None:
+            raise NotWrapped(
+                f"{self.script} gave no module with parameters to train to Accelerator.prepare: "
+                "nothing was wrapped; call make_robust on the model in the script instead"
+            )
+        training: Any = robust_training(self.model)
+        calls = training.classifier.model.calls
+        if calls == 0:
+            raise NotWrapped(
+                f"{type(self.model).__name__} of {self.script} was never called in training mode: "
+                "nothing was attacked"
+            )
+        self.say(f"attacked {calls} batches a process")
+        return 0
+
+    def say(self, text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"robust-accel: {text}", flush=True)
+
+
+def _hint(model: nn.Module) -> str:
+    """A timm model's own statistics, which most scripts normalise by."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if "mean" not in cfg:
+        return "; if the script normalises them: --mean and --std"
+    mean, std = (",".join(map(str, cfg[key])) for key in ("mean", "std"))
+    return f"; if the script normalises them as timm does: --mean {mean} --std {std}"

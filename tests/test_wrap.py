@@ -1,0 +1,146 @@
+"""Scripts that know nothing of attacks train robust models; what cannot be wrapped is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import scripts
+import torch
+from accelerate import Accelerator
+from launching import launch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from robust_accel import PGD
+from robust_accel.__main__ import main
+
+SCRIPT = str(Path(scripts.__file__))
+RECIPE = ("quickstart", "attack.eps=0.15", "attack.step_size=0.1", "attack.num_steps=3")
+NORMALISED = ("--mean", str(scripts.MEAN), "--std", str(scripts.STD))
+
+
+def wrap(kind: str, folder: Path, *settings: str, flags: tuple[str, ...] = NORMALISED) -> int:
+    recipe, *rest = RECIPE
+    return main(["wrap", "--recipe", recipe, *flags, *rest, *settings, SCRIPT, kind, str(folder)])
+
+
+def robust_accuracy(folder: Path, model: nn.Module | None = None) -> float:
+    """Of the weights that a script has left, on the digits themselves."""
+    model = scripts.network() if model is None else model
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    model.eval()
+    data = scripts.Batches(0, 1)
+
+    def logits(x: Tensor) -> Tensor:
+        out = model((x - scripts.MEAN) / scripts.STD)
+        return out if isinstance(out, Tensor) else out.logits
+
+    attack = PGD(eps=0.15, step_size=0.05, num_steps=10)
+    x_adv = attack(lambda x: cross_entropy(logits(x), data.labels, reduction="none"), data.images)
+    with torch.no_grad():
+        return (logits(x_adv).argmax(dim=1) == data.labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> float:
+    folder = tmp_path_factory.mktemp("plain")
+    scripts.main("outside", str(folder))
+    return robust_accuracy(folder)
+
+
+def test_a_script_that_computes_its_loss(
+    plain: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare, arguments = Accelerator.prepare, sys.argv[:]
+    assert wrap("outside", tmp_path) == 0
+    assert (Accelerator.prepare, sys.argv) == (prepare, arguments)
+    assert robust_accuracy(tmp_path) > plain + 0.2
+    output = capsys.readouterr().out
+    assert "wrapped Sequential (20,810 parameters to train) of scripts.py" in output
+    assert "attack: PGD(norm='linf', eps=0.15" in output
+    assert "the script's own, not the recipe's: model, data, optimizer, schedule" in output
+    assert "attacked 116 batches a process" in output  # 4 epochs of 29
+
+
+def test_a_script_that_calls_its_model_with_the_batch(tmp_path: Path) -> None:
+    for name in ("plain", "robust"):
+        (tmp_path / name).mkdir()
+    scripts.main("batch", str(tmp_path / "plain"))
+    assert wrap("batch", tmp_path / "robust") == 0
+    config = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
+    model = scripts.ResNetForImageClassification(
+        scripts.ResNetConfig(num_channels=1, num_labels=10, **config)
+    )
+    robust, plain = (robust_accuracy(tmp_path / name, model) for name in ("robust", "plain"))
+    assert robust > plain + 0.1
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("kind", ["outside", "fsdp2"])
+def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
+    recipe, *settings = RECIPE
+    if kind == "outside":
+        settings += ["communication.name=qsgd"]
+    code, output = launch(
+        "wrap", "--recipe", recipe, *NORMALISED, *settings, SCRIPT, kind, tmp_path
+    )
+    assert code == 0, output
+    assert output.count("wrapped") == 1
+    assert "attacked 60 batches a process" in output
+    assert robust_accuracy(tmp_path) > plain + 0.2
+
+
+REFUSED = {
+    "nothing": "gave no module with parameters to train to Accelerator.prepare",
+    "two": "scripts.py prepares several models to train, Sequential and Sequential",
+    "untrained": "Sequential of scripts.py was never called in training mode",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_wrapped_is_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wrap(kind, tmp_path) == 2
+    assert REFUSED[kind] in capsys.readouterr().err
+
+
+def test_a_scripts_own_errors_keep_their_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wrap("broken", tmp_path) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors and "the script's own fault" in errors
+    # a normalisation that nobody has told of, at the first batch
+    assert wrap("outside", tmp_path, flags=()) == 1
+    assert "wrap: --mean, --std" in capsys.readouterr().err
+    assert not (tmp_path / "weights.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective.name=trades"], "needs labels"),
+        (["train.eps_warmup_epochs=2"], "train.eps_warmup_epochs: epochs are the script's"),
+        (["train.awp.warmup_epochs=1"], "train.awp.warmup_epochs: epochs are the script's"),
+        (["attack.eps=2"], "attack.eps"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(
+    settings: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wrap("outside", tmp_path, *settings) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "weights.pt").exists()
+
+
+def test_commands_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["attack.eps=0.1"], "no script given"),
+        (["nowhere.py"], "nowhere.py: no such script"),
+        (["--mean", "0.5", SCRIPT], "--mean and --std go together"),
+    ):
+        flags = arguments[:2] if arguments[0] == "--mean" else []
+        rest = arguments[len(flags) :]
+        assert main(["wrap", "--recipe", "quickstart", *flags, *rest]) == 2
+        assert message in capsys.readouterr().err
