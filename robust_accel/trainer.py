@@ -46,7 +46,9 @@ class RobustAccuracy(TrainerCallback):
         if attack is None:
             known = EvaluateSettings().with_threat_model_of(training.attack)
             if known.eps is None:
-                raise ValueError(f"RobustAccuracy: attack is missing: {training.attack!r} has none")
+                raise ValueError(
+                    f"RobustAccuracy: attack is missing: {training.attack!r} has no eps"
+                )
             attack = known.make_pgd(num_steps=20)
         self.trainer, self.training, self.attack = trainer, training, attack
         self.images, self.seed = images, seed

@@ -29,12 +29,17 @@ SMALL = (
 )
 
 
-def start(*arguments: object, flags: tuple[str, ...] = DDP) -> subprocess.Popen[str]:
+PACKAGE = ("-m", "robust_accel")
+
+
+def start(
+    *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
+) -> subprocess.Popen[str]:
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     cpu = {"ACCELERATE_USE_CPU": "true"} if flags == DDP else {}  # the variable disables DeepSpeed
     return subprocess.Popen(
-        [*command, "--main_process_port", port, "-m", "robust_accel", *map(str, arguments)],
+        [*command, "--main_process_port", port, *what, *map(str, arguments)],
         env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -49,8 +54,11 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def launch(*arguments: object, flags: tuple[str, ...] = DDP) -> tuple[int, str]:
-    process = start(*arguments, flags=flags)
+def launch(
+    *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
+) -> tuple[int, str]:
+    """Two processes of the command, or of `what` instead: their status and all they say."""
+    process = start(*arguments, flags=flags, what=what)
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from launching import launch
 
-from robust_accel.recipe import load_recipe
+from robust_accel.recipe import RECIPES, load_recipe
 from robust_accel.train import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,6 +30,21 @@ def test_measure_a_model() -> None:
     assert found["clean"] > 0.8
     assert 0.1 < found["autoattack"] < found["clean"]
     assert 0 < found["radius"] < 1
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    found = load("transformers_trainer").main(str(tmp_path), epochs=2)
+    assert found["eval_clean_accuracy"] > found["eval_robust_accuracy"] > 0.15
+
+
+@pytest.mark.launch
+def test_deepspeed_zero2() -> None:
+    flags = ("--config_file", str(RECIPES / "accelerate/zero2.yaml"))
+    code, output = launch(flags=flags, what=[str(EXAMPLES / "deepspeed_zero2.py")])
+    assert code == 0, output
+    assert "2 processes, DEEPSPEED" in output
+    robust = output.split("epoch 5: ")[1].split("robust ")[1].split("%")[0]
+    assert int(robust) > 30  # one in ten would be chance
 
 
 def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,117 @@
+"""transformers' Trainer trains, measures, saves and resumes a robust model as it does any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import MEAN, STD, Batches
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from robust_accel import PGD, QSGD, make_robust
+from robust_accel.attacks import NoAttack
+from robust_accel.trainer import QuantizedGradients, RobustAccuracy
+
+ATTACK = PGD(eps=0.1, step_size=0.05, num_steps=2, random_start=False)
+
+
+def trainer_of(folder: Path, robust: bool = True, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1,
+            embedding_size=16,
+            hidden_sizes=[16, 32],
+            depths=[1, 1],
+            layer_type="basic",
+            downsample_in_first_stage=False,
+            num_labels=10,
+        )
+    )
+    if robust:
+        make_robust(model, ATTACK, mean=MEAN, std=STD)
+    digits = Batches(MEAN, STD)
+    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
+    defaults |= {"save_strategy": "epoch", "eval_strategy": "epoch", "use_cpu": True}
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), report_to="none", **(defaults | options)),
+        train_dataset=torch.utils.data.Subset(digits, range(640)),
+        eval_dataset=torch.utils.data.Subset(digits, range(640, 840)),
+    )
+
+
+def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path / "robust",
+        num_train_epochs=4,
+        metric_for_best_model="robust_accuracy",
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(RobustAccuracy(trainer, images=150))
+    trainer.add_callback(QuantizedGradients(trainer, QSGD(bits=8)))
+    trainer.train()
+    # at each evaluation, and the best of them is chosen
+    key, best = "eval_robust_accuracy", trainer.state.best_metric
+    history = [line[key] for line in trainer.state.log_history if key in line]
+    assert len(history) == 4
+    assert max(history) == best > 0.2
+    assert trainer.evaluate()[key] == best
+
+    # it is the accuracy of the first images, clean and under attack
+    found = RobustAccuracy(trainer, ATTACK, images=150).measure(trainer.get_eval_dataloader())
+    rows = [trainer.eval_dataset[i] for i in range(150)]
+    x, labels = (torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels"))
+    model = trainer.model.eval()
+
+    def logits(pixels: torch.Tensor) -> torch.Tensor:
+        return model((pixels - MEAN) / STD).logits
+
+    pixels = x * STD + MEAN
+    x_adv = ATTACK(lambda z: cross_entropy(logits(z), labels, reduction="none"), pixels)
+    for name, z in (("clean", pixels), ("robust", x_adv)):
+        with torch.no_grad():
+            right = (logits(z).argmax(dim=1) == labels).float().mean().item()
+        assert found[f"eval_{name}_accuracy"] == pytest.approx(right, abs=0.01)
+
+    # what it saves is an ordinary transformers folder
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.create_model_card()
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    assert type(again) is ResNetForImageClassification
+    assert again(x).logits.equal(model(x).logits)
+
+    # and more robust than without
+    plain = trainer_of(tmp_path / "plain", robust=False, num_train_epochs=4)
+    plain.train()
+    make_robust(plain.model, ATTACK, mean=MEAN, std=STD)  # only to be measured
+    accuracy = RobustAccuracy(plain, images=150).measure(plain.get_eval_dataloader())
+    assert best > accuracy[key] + 0.1
+
+
+def test_it_resumes_from_a_checkpoint_exactly(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    trainer_of(whole, gradient_accumulation_steps=2).train()
+    trainer_of(resumed, gradient_accumulation_steps=2).train(
+        resume_from_checkpoint=str(whole / "checkpoint-5")
+    )
+    first, second = (load_file(f / "checkpoint-10" / "model.safetensors") for f in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call make_robust on the model, before Trainer"):
+        RobustAccuracy(trainer_of(tmp_path, robust=False))
+    trainer = trainer_of(tmp_path, robust=False)
+    make_robust(trainer.model, NoAttack())
+    with pytest.raises(ValueError, match=r"attack is missing: no eps in NoAttack\(\)"):
+        RobustAccuracy(trainer)
