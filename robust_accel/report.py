@@ -13,6 +13,7 @@ from robust_accel.figures import (
     draw_sweep,
     draw_training,
 )
+from robust_accel.model_card import model_card
 from robust_accel.run_folder import RunFolder
 from robust_accel.statistics import t_interval
 
@@ -24,7 +25,7 @@ ACCURACIES = {
 
 
 def write_report(folder: RunFolder) -> str:
-    """Write ``report.md`` and its pictures from what the run folder holds.
+    """Write ``report.md``, its pictures, and the model's card from what the run folder holds.
 
     Returns:
         The Markdown text.
@@ -57,6 +58,10 @@ def write_report(folder: RunFolder) -> str:
         lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
     text = "\n".join(lines) + "\n"
     (folder.path / "report.md").write_text(text)
+    config = folder.model / "config.json"
+    if config.exists():
+        card = model_card(report, folder.path.name, json.loads(config.read_text()))
+        (folder.model / "README.md").write_text(card)
     return text
 
 

@@ -17,7 +17,7 @@ class RunFolder:
         metrics.jsonl     one line a log interval, one a validation
         checkpoints/      step-N: full state, exact resume; best.safetensors: weights with the best
                           robust accuracy on the held-out split
-        model/            timm folder: config.json and model.safetensors
+        model/            timm folder: config.json, model.safetensors, README.md (its card)
         autoattack/       the outcome of each image under each attack, written as it is known
         certify/          certify.tsv: the field's log; process-*.jsonl: the same as it comes
         examples.safetensors  a few images before and after the attack

@@ -1,9 +1,11 @@
 """Reports say what was measured, on how many images, and how."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from robust_accel.report import comparison_table, write_report
@@ -84,6 +86,32 @@ def test_a_run_without_report_is_refused(tmp_path: Path) -> None:
         comparison_table([tmp_path / "robust", tmp_path / "other"])
     with pytest.raises(ValueError, match=r"other: no report.json"):
         write_report(RunFolder(tmp_path / "other"))
+
+
+def test_the_model_gets_a_card_that_states_threat_model_and_measurements(tmp_path: Path) -> None:
+    selection = {"weights": "best", "epoch": 3, "metric": "PGD-10 accuracy", "n": 100}
+    folder = run(
+        tmp_path / "robust",
+        recipe={"attack": {"eps": 0.031}},
+        selection=selection | {"split": "held out of train"},
+        parameters_digest="ab12",
+    )
+    folder.model.mkdir()
+    config = {"architecture": "preact_resnet18", "pretrained_cfg": {"mean": [0.5], "std": [0.25]}}
+    (folder.model / "config.json").write_text(json.dumps(config))
+    write_report(folder)
+    card = (folder.model / "README.md").read_text()
+    _, metadata, body = card.split("---\n", 2)
+    assert yaml.safe_load(metadata)["library_name"] == "timm"
+    assert "L-infinity, eps = 0.03137 (8/255) on pixels in [0, 1]" in body
+    assert "| 81.25 | 360 | none | images as they are |" in body
+    assert "| 50.00 | 320 | PGD | 20 steps of 0.01, 1 random start |" in body
+    assert "| 25.00 | 200 | AutoAttack | standard: a |" in body
+    assert "of epoch 3, by PGD-10 accuracy on 100 images held out of train" in body
+    assert "- digest of the weights (SHA-256): ab12" in body
+    assert "mean 0.5, std 0.25" in body
+    assert "import robust_accel" in body
+    assert "  eps: 0.031\n" in body
 
 
 def test_runs_of_several_seeds_get_a_mean_with_its_interval(tmp_path: Path) -> None:
