@@ -95,14 +95,18 @@ def replay_table(args: argparse.Namespace) -> None:
         exact = certified_accuracy(RADII, right, fixed)
         row = " | ".join(f"{100 * a:.2f}" for a in exact)
         print(f"| {path.stem} | {len(counts)} | as published | 1 | {row} |")
-        drawn = np.random.default_rng(args.seed).binomial(N, np.where(counts > 0, counts / N, 0.5))
-        again = certified_accuracy(RADII, right, radius_of(lower_bound(drawn, N, ALPHA), sigma))
-        row = " | ".join(f"{100 * a:.2f}" for a in again)
+        p = np.where(counts > 0, counts / N, 0.5)
+        drawn = [np.random.default_rng(seed).binomial(N, p) for seed in range(args.replays)]
+        again = [
+            certified_accuracy(RADII, right, radius_of(lower_bound(d, N, ALPHA), sigma))
+            for d in drawn
+        ]
+        row = " | ".join(f"{100 * a:.2f}" for a in np.mean(again, axis=0))
         print(f"| | | fixed n, drawn again | 1 | {row} |")
         for radii in (RADII, (0.25,)):
-            samples, radius = replay(counts, radii, sigma, args.seed)
-            saved = len(counts) * (N + N0) / samples.sum()
-            found = certified_accuracy(RADII, right, radius)
+            replays = [replay(counts, radii, sigma, seed) for seed in range(args.replays)]
+            saved = len(counts) * (N + N0) / np.mean([samples.sum() for samples, _ in replays])
+            found = np.mean([certified_accuracy(RADII, right, r) for _, r in replays], axis=0)
             cells = [
                 f"{100 * a:.2f} ({100 * (a - e):+.2f})" if r in radii else ""
                 for r, a, e in zip(RADII, found, exact, strict=True)
@@ -159,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("what", choices=["replay", "model"])
     parser.add_argument("--logs", type=Path, default=data / "certify-logs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replays", type=int, default=8, help="draws that are averaged")
     parser.add_argument("--model", default="preact_resnet18_w16")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--n", type=int, default=10_000)
