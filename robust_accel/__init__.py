@@ -8,6 +8,7 @@ from robust_accel.models import PixelClassifier
 from robust_accel.objectives import Adversarial, Mart, Objective, Smoothing, Trades
 from robust_accel.optim import LAMB
 from robust_accel.robust_model import RobustModel
+from robust_accel.trained_model import load_model
 from robust_accel.weight_perturbation import AWP
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Smoothing",
     "Trades",
     "compress_gradients",
+    "load_model",
     "make_robust",
     "measure",
 ]

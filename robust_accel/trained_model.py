@@ -50,6 +50,20 @@ def recipe_of(
     return recipe_from_settings(settings, overrides, source, required=required)
 
 
+def load_model(model: str | Path) -> PixelClassifier:
+    """A trained model as RobustBench's are: a module on [0, 1] pixels, in eval mode, on the CPU.
+
+    Args:
+        model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
+
+    Raises:
+        ValueError: There is no such model, or the run has not been trained to its end.
+    """
+    if RunFolder(model).recipe.exists():
+        return _classifier_of(recipe_of(str(model), (), required=("model",)), str(model)).eval()
+    return create_classifier(ModelSettings(name=str(model), pretrained=True)).eval()
+
+
 def load_classifier(
     recipe: Recipe, model: str, images: ImageSet, num_classes: int
 ) -> PixelClassifier:
@@ -60,14 +74,18 @@ def load_classifier(
     """
 
     def load() -> PixelClassifier:
-        settings = recipe.model
-        if RunFolder(model).recipe.exists():
-            # the folder holds the timm model; what is outside of that is the recipe's
-            about = recipe.model.model_dump(include={"mean", "std", "size"})
-            name = f"local-dir:{model_folder(model)}"
-            settings = ModelSettings(name=name, pretrained=True, **about)
-        classifier = create_classifier(settings)
+        classifier = _classifier_of(recipe, model)
         check_fits(classifier, images, num_classes)
         return classifier
 
     return recipe.checked("model", load)
+
+
+def _classifier_of(recipe: Recipe, model: str) -> PixelClassifier:
+    settings = recipe.model
+    if RunFolder(model).recipe.exists():
+        # the folder holds the timm model; what is outside of that is the recipe's
+        about = recipe.model.model_dump(include={"mean", "std", "size"})
+        name = f"local-dir:{model_folder(model)}"
+        settings = ModelSettings(name=name, pretrained=True, **about)
+    return create_classifier(settings)

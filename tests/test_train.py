@@ -15,6 +15,7 @@ from robust_accel.evaluate import evaluate_model
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.train import train
+from robust_accel.trained_model import load_model
 
 SMALL = (
     "train.epochs=3",
@@ -68,6 +69,21 @@ def test_timm_loads_the_model_folder(finished: tuple[Path, dict]) -> None:
     model = timm.create_model(f"local-dir:{finished[0] / 'model'}", pretrained=True)
     assert same(model.state_dict(), weights(finished[0]))
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_one_call_loads_a_run_as_a_module_on_pixels(
+    finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    model = load_model(folder)
+    x = torch.rand(2, 1, 8, 8)
+    assert not model.training
+    assert model(x).equal(model.model((x - model.mean) / model.std))
+    assert same(model.model.state_dict(), weights(folder))
+    assert model(x).equal(load_model(f"local-dir:{folder / 'model'}")(x))
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    with pytest.raises(ValueError, match="no model there yet"):
+        load_model(tmp_path)
 
 
 def test_evaluate_measures_the_run_again_and_keeps_the_old_numbers(
