@@ -16,6 +16,7 @@ from robust_accel.robust_model import AttackMode, RobustModel
 from robust_accel.weight_perturbation import AWP
 
 _KEY = "_robust_training"
+_WRAPPERS = ("torch.nn.parallel", "deepspeed.")  # modules of their classes
 _MULTI = ("regression", "multi_label_classification")  # of transformers' problem_type
 
 
@@ -56,16 +57,14 @@ def make_robust(
         ValueError: It is robust already, classifies in no way known here, or mean and std are not
             both given; at the first batch: images are not as was said.
     """
+    given, model = model, getattr(model, "_orig_mod", model)  # inside of torch.compile(model)
     cls: Any = type(model)
     name = cls.__name__
-    if _KEY in model.__dict__:
+    if _KEY in model.__dict__ or isinstance(model, RobustModel):
         raise ValueError(f"{name} attacks its images already: call make_robust once")
-    if isinstance(model, RobustModel):
-        raise ValueError("a RobustModel attacks its images already")
-    wrapped = getattr(model, "module", None)
-    if isinstance(wrapped, nn.Module) and not any(True for _ in model.parameters(recurse=False)):
+    if "forward" in model.__dict__ or cls.__module__.startswith(_WRAPPERS):
         raise ValueError(
-            f"{name} wraps another module: call make_robust on the model itself, before "
+            f"{name} is wrapped or prepared already: call make_robust on the model itself, before "
             "accelerator.prepare, DistributedDataParallel or DeepSpeed"
         )
     problem = getattr(getattr(model, "config", None), "problem_type", None)
@@ -88,7 +87,7 @@ def make_robust(
     model.__dict__[_KEY] = robust  # not a submodule: the model's keys stay its own
     namespace = {"forward": _attacking(cls.forward), "__module__": cls.__module__}
     model.__class__ = type(name, (_Robust, cls), namespace | {"__qualname__": cls.__qualname__})
-    return model
+    return given
 
 
 def robust_training(model: nn.Module) -> RobustModel | None:

@@ -7,6 +7,7 @@ import io
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -167,6 +168,36 @@ def test_compiled_it_computes_the_same():
     torch.testing.assert_close(torch.compile(model)(x), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_compiled_already_is_attacked():
+    model = small()
+    compiled = torch.compile(model, backend="eager")
+    assert make_robust(compiled, ATTACK) is compiled
+    seen = recorded(model)
+    compiled(images())
+    assert len(seen) == 5
+
+
+def test_mixed_precision_of_accelerate_computes_the_network_and_not_the_ball():
+    spies = []
+    attack = ATTACK.model_copy()
+
+    def spy(loss_fn, x, *, generator=None):
+        spies.append((x, attack(loss_fn, x, generator=generator)))
+        return spies[-1][1]
+
+    model = make_robust(small(), spy, mean=MEAN, std=STD)
+    outputs = []
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(
+        lambda module, args, output: outputs.append(output.dtype)
+    )
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    prepared(normalised(images()).bfloat16().float())
+    ((x, x_adv),) = spies
+    assert set(outputs) == {torch.bfloat16}
+    assert x.dtype == x_adv.dtype == torch.float32
+    assert (x_adv - x).abs().max() == pytest.approx(8 / 255, rel=1e-4)
+
+
 def test_the_attack_may_be_replaced_while_training():
     model = make_robust(small(), ATTACK)
     seen = recorded(model)
@@ -186,8 +217,10 @@ def test_what_cannot_be_made_robust_is_refused():
         make_robust(model, ATTACK)
     with pytest.raises(ValueError, match="RobustModel attacks"):
         make_robust(RobustModel(small(), ATTACK), ATTACK)
-    with pytest.raises(ValueError, match=r"DataParallel wraps another module: .* before"):
-        make_robust(nn.DataParallel(small()), ATTACK)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(small())
+    for wrapped in (nn.DataParallel(small()), prepared):
+        with pytest.raises(ValueError, match="on the model itself, before"):
+            make_robust(wrapped, ATTACK)
     with pytest.raises(ValueError, match="mean and std go together"):
         make_robust(small(), ATTACK, mean=0.5)
     with pytest.raises(ValueError, match="forward names no argument"):
