@@ -33,8 +33,9 @@ def test_measure_a_model() -> None:
 
 
 def test_transformers_trainer(tmp_path: Path) -> None:
-    found = load("transformers_trainer").main(str(tmp_path), epochs=2)
-    assert found["eval_clean_accuracy"] > found["eval_robust_accuracy"] > 0.15
+    found = load("transformers_trainer").main(str(tmp_path), epochs=1)
+    assert found["eval_clean_accuracy"] > 0.2  # one in ten would be chance
+    assert found["eval_clean_accuracy"] >= found["eval_robust_accuracy"] > 0
 
 
 @pytest.mark.launch

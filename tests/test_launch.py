@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launching import DDP, SMALL, killed_and_resumed, launch, quickstart_run, weights
+from launching import SMALL, killed_and_resumed, launch, quickstart_run, weights
 
 from robust_accel.recipe import RECIPES
 from robust_accel.run_folder import RunFolder
@@ -49,10 +49,6 @@ def test_deepspeed_trains_by_the_same_recipe(
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.02)
     if flags == ZERO[2]:
         killed_and_resumed(folder.path, tmp_path / "killed", flags)
-
-
-def test_killed_and_resumed_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    killed_and_resumed(finished, tmp_path / "killed", DDP)
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(

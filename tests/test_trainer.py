@@ -52,7 +52,7 @@ def trainer_of(folder: Path, robust: bool = True, **options: Any) -> Trainer:
 def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path / "robust",
-        num_train_epochs=4,
+        num_train_epochs=3,
         metric_for_best_model="robust_accuracy",
         load_best_model_at_end=True,
     )
@@ -62,7 +62,7 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     # at each evaluation, and the best of them is chosen
     key, best = "eval_robust_accuracy", trainer.state.best_metric
     history = [line[key] for line in trainer.state.log_history if key in line]
-    assert len(history) == 4
+    assert len(history) == 3
     assert max(history) == best > 0.2
     assert trainer.evaluate()[key] == best
 
@@ -90,7 +90,7 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     assert again(x).logits.equal(model(x).logits)
 
     # and more robust than without
-    plain = trainer_of(tmp_path / "plain", robust=False, num_train_epochs=4)
+    plain = trainer_of(tmp_path / "plain", robust=False, num_train_epochs=3)
     plain.train()
     make_robust(plain.model, ATTACK, mean=MEAN, std=STD)  # only to be measured
     accuracy = RobustAccuracy(plain, images=150).measure(plain.get_eval_dataloader())

@@ -78,7 +78,8 @@ def exchanges(rank, world_size):
     }
     results = {}
     for variant, options in variants.items():
-        for name in ("fp32", "8bit-1side", "8bit-2side", "4bit-2side"):
+        others = ("8bit-1side", "4bit-2side") if variant in ("0", "1", "2") else ()
+        for name in ("fp32", "8bit-2side", *others):
             recorder = Recorder(PROTOCOLS[name])
             engine = make_engine(rank, world_size, **options)
             compression = compress_gradients(engine, recorder)
