@@ -14,6 +14,7 @@ from robust_accel.attacks import Attack
 from robust_accel.comm import Collective, GradientCompression, compress_gradients
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.in_place import robust_training
+from robust_accel.objectives.base import cross_entropy_of
 from robust_accel.robust_model import attack_context
 
 
@@ -27,8 +28,10 @@ class RobustAccuracy(TrainerCallback):
     Args:
         trainer: Of a model that ``make_robust`` has changed, with an ``eval_dataset`` of
             ``pixel_values`` and ``labels`` that has a length.
-        attack: PGD of 20 steps in the training attack's ball when not given.
-        images: Attack the first so many images, shared among the processes; all when None.
+        attack: PGD of 20 steps in the training attack's ball when not given. It climbs the
+            cross-entropy, whatever the training objective is.
+        images: Attack the first so many images, all when None; shared among the processes, so that
+            some of the last may be left out.
         seed: Of the attack.
     """
 
@@ -64,6 +67,8 @@ class RobustAccuracy(TrainerCallback):
         accelerator = self.trainer.accelerator
         dataset: Any = loader.dataset
         number = len(dataset) if self.images is None else min(self.images, len(dataset))
+        # as many on each process: under FSDP2 the forwards of all wait for one another
+        number -= number % accelerator.num_processes
         mine = range(accelerator.process_index, number, accelerator.num_processes)
         # each process its own images: a prepared loader would repeat some to fill the last batch
         batches = DataLoader(
@@ -79,8 +84,7 @@ class RobustAccuracy(TrainerCallback):
             for batch in batches:
                 x = self.training.pixels(batch["pixel_values"].to(accelerator.device))
                 labels = batch["labels"].to(accelerator.device)
-                loss_fn = self.training.objective.inner_loss(classifier, x, labels)
-                x_adv = self.attack(loss_fn, x, generator=generator)
+                x_adv = self.attack(cross_entropy_of(classifier, labels), x, generator=generator)
                 with torch.no_grad():
                     right = [(classifier(z).argmax(dim=1) == labels).sum() for z in (x, x_adv)]
                 counts += torch.stack([*right, labels.new_tensor(len(labels))])

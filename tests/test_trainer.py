@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from robust_accel import PGD, QSGD, make_robust
+from robust_accel import PGD, QSGD, Trades, make_robust
 from robust_accel.attacks import NoAttack
 from robust_accel.trainer import QuantizedGradients, RobustAccuracy
 
@@ -67,7 +67,9 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     assert trainer.evaluate()[key] == best
 
     # it is the accuracy of the first images, clean and under attack
-    found = RobustAccuracy(trainer, ATTACK, images=150).measure(trainer.get_eval_dataloader())
+    measure = RobustAccuracy(trainer, ATTACK, images=150)
+    measure.training.objective = Trades()  # which attacks another loss
+    found = measure.measure(trainer.get_eval_dataloader())
     rows = [trainer.eval_dataset[i] for i in range(150)]
     x, labels = (torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels"))
     model = trainer.model.eval()
