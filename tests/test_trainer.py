@@ -115,5 +115,5 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         RobustAccuracy(trainer_of(tmp_path, robust=False))
     trainer = trainer_of(tmp_path, robust=False)
     make_robust(trainer.model, NoAttack())
-    with pytest.raises(ValueError, match=r"attack is missing: no eps in NoAttack\(\)"):
+    with pytest.raises(ValueError, match=r"attack is missing: NoAttack\(\) has no eps"):
         RobustAccuracy(trainer)
