@@ -9,6 +9,12 @@ from accelerate.state import AcceleratorState
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: at the end, one worker would wait for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("launch")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
