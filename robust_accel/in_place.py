@@ -92,7 +92,7 @@ def make_robust(
 
 def robust_training(model: nn.Module) -> RobustModel | None:
     """What ``make_robust`` has given to the model; its ``attack`` may be replaced at any time."""
-    return model.__dict__.get(_KEY)
+    return getattr(model, "_orig_mod", model).__dict__.get(_KEY)
 
 
 class Output(dict[str, Tensor]):
@@ -114,17 +114,16 @@ class _Plain(nn.Module):
         self.arguments: dict[str, Any] = {}
         self.calls = 0
         self._forward = forward
-        signature = inspect.signature(forward).parameters
+        self._signature = inspect.signature(forward)
         names = [
             key
-            for key, parameter in list(signature.items())[1:]
+            for key, parameter in list(self._signature.parameters.items())[1:]
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
         if not names:
             raise ValueError(f"{type(model).__name__}.forward names no argument that takes images")
         self.image_name = "pixel_values" if "pixel_values" in names else names[0]
         self.label_name = next((key for key in names if "label" in key or "target" in key), "")
-        self._signature = inspect.signature(forward)
 
     def split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Images and labels of a call; the rest is kept for the calls that follow."""

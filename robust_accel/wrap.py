@@ -109,15 +109,16 @@ class _Wrapping:
         def prepare(accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
             if self._busy or kwargs.get("evaluation_mode"):
                 return original(accelerator, *args, **kwargs)
+            given = args or tuple(kwargs.values())
             self._busy = True
             try:
-                found = self.wrap(accelerator, args or tuple(kwargs.values()))
+                found = self.wrap(accelerator, given)
                 prepared = original(accelerator, *args, **kwargs)
             finally:
                 self._busy = False
             if found:
                 each = prepared if isinstance(prepared, tuple) else (prepared,)
-                self.send(next(each[i] for i, a in enumerate(args) if a is self.model))
+                self.send(next(each[i] for i, a in enumerate(given) if a is self.model))
             return prepared
 
         return prepare

@@ -172,6 +172,7 @@ def test_what_is_compiled_already_is_attacked():
     model = small()
     compiled = torch.compile(model, backend="eager")
     assert make_robust(compiled, ATTACK) is compiled
+    assert robust_training(compiled) is robust_training(model) is not None
     seen = recorded(model)
     compiled(images())
     assert len(seen) == 5
