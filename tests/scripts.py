@@ -31,6 +31,11 @@ def network() -> nn.Sequential:
     )
 
 
+def residual_network() -> ResNetForImageClassification:
+    shape = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **shape))
+
+
 class Batches(torch.utils.data.Dataset):
     """Digits as dictionaries."""
 
@@ -53,10 +58,7 @@ def main(kind: str, folder: str) -> None:
         raise ValueError("the script's own fault")
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    model: nn.Module = network()
-    if kind == "batch":
-        shape = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
-        model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **shape))
+    model: nn.Module = residual_network() if kind == "batch" else network()
     if kind == "fsdp2":
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(

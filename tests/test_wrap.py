@@ -67,10 +67,7 @@ def test_a_script_that_calls_its_model_with_the_batch(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     scripts.main("batch", str(tmp_path / "plain"))
     assert wrap("batch", tmp_path / "robust") == 0
-    config = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
-    model = scripts.ResNetForImageClassification(
-        scripts.ResNetConfig(num_channels=1, num_labels=10, **config)
-    )
+    model = scripts.residual_network()
     robust, plain = (robust_accuracy(tmp_path / name, model) for name in ("robust", "plain"))
     assert robust > plain + 0.1
 
