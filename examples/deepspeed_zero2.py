@@ -6,11 +6,11 @@ accelerate launch --config_file recipes/accelerate/zero2.yaml examples/deepspeed
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from robust_accel import LAMB, PGD, QSGD, compress_gradients, make_robust
+from robust_accel.accelerator import deepspeed_without_gpu
 
 
 def main(epochs: int = 6) -> float:
@@ -20,9 +20,7 @@ def main(epochs: int = 6) -> float:
     data = torch.utils.data.TensorDataset((images - 0.5) / 0.5, torch.tensor(digits.target))
     loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True, drop_last=True)
 
-    # without a GPU, Accelerate must be told how DeepSpeed's processes are to talk
-    without_gpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(kwargs_handlers=without_gpu)
+    accelerator = Accelerator(kwargs_handlers=deepspeed_without_gpu())
     torch.manual_seed(0)
     model = timm.create_model("wide_resnet10_1", num_classes=10, in_chans=1)
     make_robust(model, PGD(eps=0.2, step_size=0.1, num_steps=3), mean=0.5, std=0.5)

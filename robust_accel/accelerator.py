@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,16 +29,12 @@ def create_accelerator(
         project_dir: Where trackers write.
     """
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    without_gpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         mixed_precision="no" if with_deepspeed else precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
         log_with=list(settings.log_with) or None,
         project_dir=str(project_dir),
-        # without the name, Accelerate takes DeepSpeed on CPUs for a single process
-        kwargs_handlers=(
-            [InitProcessGroupKwargs(backend="gloo")] if with_deepspeed and without_gpu else None
-        ),
+        kwargs_handlers=deepspeed_without_gpu() if with_deepspeed else None,
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.deepspeed_plugin.deepspeed_config
@@ -48,6 +45,21 @@ def create_accelerator(
             dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return accelerator
+
+
+def deepspeed_without_gpu() -> list[Any]:
+    """Accelerate's ``kwargs_handlers`` for DeepSpeed on CPUs; none where there is a GPU.
+
+    Names gloo, without which Accelerate takes DeepSpeed on CPUs for a single process. And DeepSpeed
+    would compile at its first start, for about a minute, a C++ collective that inference alone
+    uses: it is told that this cannot be built.
+    """
+    if torch.cuda.is_available():
+        return []
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return [InitProcessGroupKwargs(backend="gloo")]
 
 
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:

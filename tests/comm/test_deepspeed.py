@@ -8,6 +8,7 @@ import torch
 from test_ddp import PROTOCOLS, Recorder, batch, check_mean, get, make_model, params, wrap
 
 from robust_accel import LAMB
+from robust_accel.accelerator import deepspeed_without_gpu
 from robust_accel.comm import compress_gradients
 
 STEPS = 4
@@ -21,6 +22,7 @@ def make_engine(rank, world_size, stage, optimizer=None, accumulation=1, **zero)
     import deepspeed
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    deepspeed_without_gpu()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     model = make_model()
     if optimizer is None:
