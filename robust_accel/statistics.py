@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
 
-from scipy import stats
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         raise ValueError(f"a t-interval needs at least 2 values, got {len(values)}")
     mean = fmean(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
