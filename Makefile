@@ -24,5 +24,5 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"  # what is imported compiles itself
 	touch $@ .venv/installed

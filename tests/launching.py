@@ -1,11 +1,14 @@
-"""Two real processes under the real launcher, for the tests that need them."""
+"""Two real processes: under the real launcher, or forked from one that has imported everything."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 from safetensors.torch import load_file
@@ -27,70 +30,137 @@ SMALL = (
     "evaluate.batch_size=100",
     "evaluate.pgd.num_steps=5",
 )
-
-
 PACKAGE = ("-m", "robust_accel")
+PRELOADED = ["robust_accel.train", "matplotlib.pyplot", "sklearn.datasets"]
+LIMIT_S = 240
 
 
-def start(
-    *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
-) -> subprocess.Popen[str]:
-    port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
-    cpu = {"ACCELERATE_USE_CPU": "true"} if flags == DDP else {}  # the variable disables DeepSpeed
-    return subprocess.Popen(
-        [*command, "--main_process_port", port, *what, *map(str, arguments)],
-        env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Processes(Protocol):
+    def running(self) -> bool: ...
+    def kill(self) -> None: ...
+    def wait(self) -> tuple[int, str]:
+        """Their status and all they say."""
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """Kill the launcher and its workers, which have sessions of their own, without a word."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.kill()
-    process.communicate()
+class Launched:
+    """Two processes of the command, or of `what` instead, by `accelerate launch`."""
+
+    def __init__(
+        self, *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
+    ) -> None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+        cpu = {"ACCELERATE_USE_CPU": "true"} if flags == DDP else {}  # it disables DeepSpeed
+        self.process = subprocess.Popen(
+            [*command, "--main_process_port", port(), *what, *map(str, arguments)],
+            env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """The launcher and its workers, which have sessions of their own, without a word."""
+        for victim in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            victim.kill()
+        self.process.communicate()
+
+    def wait(self) -> tuple[int, str]:
+        try:
+            output, _ = self.process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self.process.returncode, output
+
+
+class Forked:
+    """Two processes of the command, forked: most of a launch is imports."""
+
+    def __init__(self, *arguments: object) -> None:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("forkserver")
+        self.log = Path(tempfile.mkstemp(prefix="forked-", suffix=".log")[1])
+        self.processes = [
+            context.Process(target=_rank, args=(rank, port(), self.log, [*map(str, arguments)]))
+            for rank in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def running(self) -> bool:
+        return all(process.exitcode is None for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait(self) -> tuple[int, str]:
+        deadline = time.monotonic() + LIMIT_S
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        output = self.log.read_text()
+        assert None not in codes, f"still running after {LIMIT_S} s: {output}"
+        return next(filter(None, codes), 0), output
+
+
+def _rank(rank: int, port: str, log: Path, arguments: Sequence[str]) -> None:
+    """What the launcher and its agent do for a process."""
+    import torch
+
+    from robust_accel.__main__ import main
+
+    torch.set_num_threads(1)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    sys.exit(main(list(arguments)))
+
+
+def port() -> str:
+    return str(20000 + os.getpid() % 20000)
 
 
 def launch(
     *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
 ) -> tuple[int, str]:
-    """Two processes of the command, or of `what` instead: their status and all they say."""
-    process = start(*arguments, flags=flags, what=what)
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
-    return process.returncode, output
+    return Launched(*arguments, flags=flags, what=what).wait()
 
 
-def killed_and_resumed(
-    finished: Path, path: Path, flags: tuple[str, ...], settings: Sequence[str] = ()
-) -> None:
+def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> Path:
+    """A small run by two processes, with quantised gradients."""
+    code, output = start("train", "quickstart", *SMALL, f"output={folder}").wait()
+    assert code == 0, output
+    return folder
+
+
+def killed_and_resumed(finished: Path, path: Path, start: Callable[..., Processes]) -> None:
+    """The same run, killed once it has a checkpoint, ends with the same weights.
+
+    Args:
+        start: Of `train`, with further arguments.
+    """
     folder = RunFolder(path)
-    arguments = ("train", "quickstart", *SMALL, *settings, f"output={folder.path}")
-    process = start(*arguments, flags=flags)
+    process = start(f"output={path}")
     deadline = time.monotonic() + 200
-    while not folder.steps() and process.poll() is None and time.monotonic() < deadline:
+    while not folder.steps() and process.running() and time.monotonic() < deadline:
         time.sleep(0.01)
-    kill(process)
+    process.kill()
     assert folder.steps()
     assert not folder.report.exists()
-    code, output = launch(*arguments, "--resume", flags=flags)
+    code, output = start(f"output={path}", "--resume").wait()
     assert code == 0, output
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)
     assert all(before[key].equal(after[key]) for key in before | after)
-
-
-def quickstart_run(folder: Path) -> Path:
-    """A small run by two processes, with quantised gradients."""
-    code, output = launch("train", "quickstart", *SMALL, f"output={folder}")
-    assert code == 0, output
-    return folder
 
 
 def weights(folder: Path) -> dict:

@@ -1,9 +1,10 @@
 """Two real processes under the real launcher."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import SMALL, killed_and_resumed, launch, quickstart_run, weights
+from launching import SMALL, Launched, killed_and_resumed, launch, quickstart_run, weights
 
 from robust_accel.recipe import RECIPES
 from robust_accel.run_folder import RunFolder
@@ -38,7 +39,8 @@ def test_deepspeed_trains_by_the_same_recipe(
     finished: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    code, output = launch("train", "quickstart", *SMALL, f"output={folder.path}", flags=flags)
+    start = partial(Launched, "train", "quickstart", *SMALL, flags=flags)
+    code, output = start(f"output={folder.path}").wait()
     assert code == 0, output
     report, by_ddp = folder.read_report(), RunFolder(finished).read_report()
     assert report["num_processes"] == 2
@@ -48,7 +50,7 @@ def test_deepspeed_trains_by_the_same_recipe(
     first, expected = folder.read_metrics()[0], RunFolder(finished).read_metrics()[0]
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.02)
     if flags == ZERO[2]:
-        killed_and_resumed(folder.path, tmp_path / "killed", flags)
+        killed_and_resumed(folder.path, tmp_path / "killed", start)
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(

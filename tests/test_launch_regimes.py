@@ -1,10 +1,11 @@
 """Semi-supervised training and fine-tuning on two real processes: equal, and resumed exactly."""
 
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
-from launching import DDP, SMALL, killed_and_resumed, launch, quickstart_run
+from launching import SMALL, Forked, killed_and_resumed, quickstart_run
 
 from robust_accel.certify import certify_model
 from robust_accel.pseudo_label import pseudo_label
@@ -31,14 +32,14 @@ REGIME = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quickstart_run(tmp_path_factory.mktemp("runs") / "two")
+    return quickstart_run(tmp_path_factory.mktemp("runs") / "two", Forked)
 
 
 @pytest.fixture(scope="module")
 def labels(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labels of the first run's model for what its training left out, by two processes."""
     path = tmp_path_factory.mktemp("labels") / "pseudo.parquet"
-    code, output = launch("pseudo-label", finished, "--out", path)
+    code, output = Forked("pseudo-label", finished, "--out", path).wait()
     assert code == 0, output
     assert "653 images" in output
     return path
@@ -49,12 +50,13 @@ def test_a_regime_resumes_exactly_on_two_processes(
 ) -> None:
     settings = [s.format(labels=labels, run=finished) for s in REGIME]
     whole = tmp_path / "whole"
-    code, output = launch("train", "quickstart", *SMALL, *settings, f"output={whole}")
+    start = partial(Forked, "train", "quickstart", *SMALL, *settings)
+    code, output = start(f"output={whole}").wait()
     assert code == 0, output
     report = RunFolder(whole).read_report()
     assert report["parameters_equal_on_all_processes"]
     assert report["bytes_sent_per_step"] > 0
-    killed_and_resumed(whole, tmp_path / "killed", DDP, settings)
+    killed_and_resumed(whole, tmp_path / "killed", start)
 
 
 def test_labels_do_not_depend_on_the_number_of_processes(
@@ -73,7 +75,7 @@ def test_certificates_do_not_depend_on_the_number_of_processes(
     finished: Path, tmp_path: Path
 ) -> None:
     settings = ["certify.sigma=0.1", "certify.n=300", "certify.images=6"]
-    code, output = launch("certify", finished, *settings, f"output={tmp_path / 'two'}")
+    code, output = Forked("certify", finished, *settings, f"output={tmp_path / 'two'}").wait()
     assert code == 0, output
     assert len(list((tmp_path / "two" / "certify").glob("process-*.jsonl"))) == 2
     certify_model(str(finished), [*settings, f"output={tmp_path / 'one'}"])

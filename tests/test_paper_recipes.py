@@ -1,6 +1,6 @@
 """The recipes run two steps at reduced size: the same settings, less of everything.
 
-A ResNet-18 stands for the ResNet-50 in all but one of those that have it.
+timm's test network stands for the ResNet-50 in all but one of those that have it.
 """
 
 import pickle
@@ -23,6 +23,7 @@ LESS = (
     "evaluate.images=8",
     "evaluate.autoattack=null",
 )
+STAND_IN = ("model.name=test_resnet", "data.num_workers=0")
 
 
 def crops(number: int, size: int, seed: int) -> list[Image.Image]:
@@ -130,8 +131,7 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
             f"output={tmp_path / name}",
             f"data.path={large_images}",
             "data.image_size=32",
-            "data.num_workers=1",
-            *(["model.name=resnet18"] if name != "dat_pgd" else []),
+            *(["data.num_workers=1"] if name == "dat_pgd" else STAND_IN),
         ],
     )
     report = train(recipe, quiet=True)
@@ -151,7 +151,7 @@ def test_finetune(name: str, small_images: Path, tmp_path: Path) -> None:
         "data.label_column=label",
         "model.pretrained=false",  # no hub is asked by a test
         "model.size=48",
-        "model.name=resnet18",
+        "model.name=test_resnet",
     ]
     recipe = load_recipe(f"finetune/{name}", settings)
     assert recipe.train.epochs == 3
