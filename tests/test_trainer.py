@@ -1,8 +1,13 @@
 """transformers' Trainer trains, measures, saves and resumes a robust model as it does any other."""
 
+import base64
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -117,3 +122,56 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     make_robust(trainer.model, NoAttack())
     with pytest.raises(ValueError, match=r"attack is missing: NoAttack\(\) has no eps"):
         RobustAccuracy(trainer)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub's protocol as a push needs; keeps the files it is sent."""
+
+    def do_POST(self) -> None:
+        lines = self.rfile.read(int(self.headers["Content-Length"])).splitlines()
+        reply: dict[str, Any] = {}
+        url = f"http://{self.headers['Host']}/someone/robust"
+        if self.path == "/api/repos/create":
+            reply = {"url": url}
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(lines[0])["files"]]
+            kind = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            reply = {"files": [{"path": path, **kind} for path in paths]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, lines):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    (self.server.folder / line["value"]["path"]).write_bytes(content)
+            reply = {"commitOid": "0" * 40, "commitUrl": f"{url}/commit/{'0' * 40}"}
+        body = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_it_pushes_an_ordinary_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    hub.folder = tmp_path / "hub"
+    hub.folder.mkdir()
+    Thread(target=hub.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    options = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 1}
+    trainer = trainer_of(
+        tmp_path / "robust", hub_model_id="someone/robust", hub_token="hf_none", **options
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    hub.shutdown()
+    hub.server_close()
+    assert "robust" in (hub.folder / "README.md").read_text()
+    again = AutoModelForImageClassification.from_pretrained(hub.folder)
+    assert type(again) is ResNetForImageClassification
+    expected = trainer.model.state_dict()
+    assert all(tensor.equal(expected[key]) for key, tensor in again.state_dict().items())
