@@ -3,6 +3,7 @@
 The same run, images, attacks and number of threads in all; plain and ours take turns in one command
 so that other work on the machine slows both. Ours attacks in fp32 unless --search bf16 is given.
 The verdicts are printed beside the times: seeds of later batches differ, the rest is the same.
+Ours keep the outcome of every image under --output, and must agree on any number of processes.
 
 python benchmarks/autoattack.py runs/cpu --images 200
 python benchmarks/autoattack.py runs/cpu --images 1000 --version standard --threads 2
@@ -13,7 +14,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from pyautoattack import AutoAttack
 
 from robust_accel.data import load_test
 from robust_accel.evaluation.autoattack import ATTACKS_OF
-from robust_accel.run_folder import RunFolder
-from robust_accel.trained_model import load_classifier, recipe_of
+from robust_accel.run_folder import RunFolder, read_lines
+from robust_accel.trained_model import load_model, recipe_of
 
 
 def plain(args: argparse.Namespace) -> tuple[float, float]:
@@ -31,8 +31,7 @@ def plain(args: argparse.Namespace) -> tuple[float, float]:
     torch.set_num_threads(args.threads)
     recipe = recipe_of(str(args.run), (), required=("model", "data", "evaluate"))
     images, num_classes = load_test(recipe.data)
-    classifier = load_classifier(recipe, str(args.run), images, num_classes).eval()
-    classifier.requires_grad_(False)
+    classifier = load_model(args.run).requires_grad_(False)
     ((x, labels),) = images.batches([torch.arange(args.images)], torch.device("cpu"))
     attack = AutoAttack(
         classifier,
@@ -53,26 +52,43 @@ def plain(args: argparse.Namespace) -> tuple[float, float]:
     return seconds, robust
 
 
-def ours(args: argparse.Namespace, num_processes: int, search: str) -> tuple[float, float]:
+def ours(
+    args: argparse.Namespace, folder: RunFolder, num_processes: int, search: str
+) -> tuple[float, float]:
     """The same of the evaluate command, as it reports them: loading is not counted."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        if num_processes > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
-            command += ["accelerate.commands.launch", "--multi_gpu", "--main_process_port", port]
-            command += ["--num_processes", str(num_processes), "-m"]
-            if not torch.cuda.is_available():
-                environment["ACCELERATE_USE_CPU"] = "true"
-        command += ["robust_accel", "evaluate", str(args.run), f"output={output}/measured"]
-        command += ["evaluate.pgd=null", f"evaluate.autoattack={args.version}"]
-        command += [f"evaluate.images={args.images}", f"evaluate.autoattack_images={args.images}"]
-        command += [f"evaluate.batch_size={args.batch_size}", f"evaluate.search={search}"]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        found = RunFolder(f"{output}/measured").read_report()["autoattack_accuracy"]
+    if folder.path.exists():
+        raise SystemExit(f"{folder.path}: exists already, and what is known is not attacked again")
+    command = [sys.executable, "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    if num_processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        command += ["accelerate.commands.launch", "--multi_gpu", "--main_process_port", port]
+        command += ["--num_processes", str(num_processes), "-m"]
+        if not torch.cuda.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+    command += ["robust_accel", "evaluate", str(args.run), f"output={folder.path}"]
+    command += ["evaluate.pgd=null", f"evaluate.autoattack={args.version}"]
+    command += [f"evaluate.images={args.images}", f"evaluate.autoattack_images={args.images}"]
+    command += [f"evaluate.batch_size={args.batch_size}", f"evaluate.search={search}"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found = folder.read_report()["autoattack_accuracy"]
     return found["seconds"], found["accuracy"]
+
+
+def broken(folder: RunFolder) -> set[int]:
+    """The images that some attack broke."""
+    files = folder.autoattack.glob("process-*.jsonl")
+    return {image for file in files for line in read_lines(file) for image in line["broken"]}
+
+
+def row(args: argparse.Namespace, name: str, base: float, seconds: float, robust: float) -> None:
+    print(
+        f"| {name} | {seconds:.1f} | {60 * args.images / seconds:.1f} | {base / seconds:.2f} "
+        f"| {100 * robust:.2f} |",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -80,6 +96,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/autoattack"), help="kept there")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--version", choices=ATTACKS_OF, default="standard")
     parser.add_argument("--batch-size", type=int, default=50, help="images a unit")
@@ -90,18 +107,17 @@ def main() -> int:
     print(f"{args.version} on {args.images} images, {args.threads} thread(s) a process")
     print("| | seconds | images a minute | times plain | robust accuracy (%) |")
     print("|---|---|---|---|---|", flush=True)
-    seconds, robust = base, _ = plain(args)
-    rows = [("plain pyautoattack", seconds, robust)]
-    rows += [
-        (f"ours, {number} process(es), search in {search}", *ours(args, number, search))
-        for search in args.search
-        for number in args.processes
-    ]
-    for name, seconds, robust in rows:
-        rate = 60 * args.images / seconds
-        print(
-            f"| {name} | {seconds:.1f} | {rate:.1f} | {base / seconds:.2f} | {100 * robust:.2f} |"
-        )
+    base, robust = plain(args)
+    row(args, "plain pyautoattack", base, base, robust)
+    for search in args.search:
+        outcomes = []
+        for number in args.processes:
+            folder = RunFolder(args.output / f"{search}-{number}")
+            seconds, robust = ours(args, folder, number, search)
+            outcomes.append(broken(folder))
+            same = "" if outcomes[0] == outcomes[-1] else ": NOT the same images as before"
+            name = f"ours, {number} process(es), search in {search}{same}"
+            row(args, name, base, seconds, robust)
     return 0
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from robust_accel.data import ImageSet
@@ -67,7 +68,7 @@ def load_model(model: str | Path) -> PixelClassifier:
 def load_classifier(
     recipe: Recipe, model: str, images: ImageSet, num_classes: int
 ) -> PixelClassifier:
-    """The trained classifier, on the CPU.
+    """The trained classifier, on the CPU, in the memory format that the recipe trains it in.
 
     Raises:
         RecipeError: It cannot be built, or does not take such images.
@@ -76,6 +77,8 @@ def load_classifier(
     def load() -> PixelClassifier:
         classifier = _classifier_of(recipe, model)
         check_fits(classifier, images, num_classes)
+        if recipe.train is not None and recipe.train.channels_last:
+            classifier.to(memory_format=torch.channels_last)
         return classifier
 
     return recipe.checked("model", load)
