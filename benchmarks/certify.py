@@ -7,6 +7,7 @@ model   Images and samples a second of both rules on a model, beside a plain loo
 
 python benchmarks/certify.py replay
 python benchmarks/certify.py model --model preact_resnet18 --images 5
+python benchmarks/certify.py model --model runs/cpu_gaussian --images 20
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from robust_accel.data import load_test
 from robust_accel.evaluation.certify import (
     Sequential,
     SmoothedClassifier,
@@ -31,6 +33,8 @@ from robust_accel.evaluation.certify import (
     radius_of,
 )
 from robust_accel.models import ModelSettings, create_classifier
+from robust_accel.run_folder import RunFolder
+from robust_accel.trained_model import load_classifier, recipe_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RADII = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of Table 2
@@ -116,15 +120,21 @@ def replay_table(args: argparse.Namespace) -> None:
 
 
 def model_table(args: argparse.Namespace) -> None:
-    """Time on this machine; weights are random, so every image takes about the same samples."""
-    settings = ModelSettings(name=args.model, num_classes=10)
-    classifier = create_classifier(settings, in_chans=3).eval()
+    """Time on this machine. Random weights take as many samples as an image that is undecided."""
+    if RunFolder(args.model).recipe.exists():
+        recipe = recipe_of(args.model, (), required=("model", "data"))
+        test, num_classes = load_test(recipe.data)
+        classifier = load_classifier(recipe, args.model, test, num_classes).eval()
+        ((images, _),) = test.batches([torch.arange(args.images)], torch.device("cpu"))
+    else:
+        settings = ModelSettings(name=args.model, num_classes=10)
+        classifier = create_classifier(settings, in_chans=3).eval()
+        images = torch.rand(args.images, 3, 32, 32)
     smoothed = SmoothedClassifier(classifier, 0.25, BATCH)
     rule = Sequential(RADII, args.n, ALPHA, 0.25)
-    images = torch.rand(args.images, 3, 32, 32)
 
     def plain() -> int:
-        batch = torch.rand(BATCH, 3, 32, 32)
+        batch = torch.rand(BATCH, *images.shape[1:])
         with torch.no_grad():
             for _ in range(max(1, args.images * args.n // BATCH)):
                 classifier(batch)
@@ -164,7 +174,7 @@ def main() -> int:
     parser.add_argument("what", choices=["replay", "model"])
     parser.add_argument("--logs", type=Path, default=data / "certify-logs")
     parser.add_argument("--replays", type=int, default=8, help="draws that are averaged")
-    parser.add_argument("--model", default="preact_resnet18_w16")
+    parser.add_argument("--model", default="preact_resnet18_w16", help="or a run's folder")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--n", type=int, default=10_000)
     args = parser.parse_args()
