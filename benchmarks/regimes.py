@@ -1,7 +1,8 @@
 """Do unlabelled images, fine-tuning and TRADES do what they promise? CIFAR-10 on two CPU cores.
 
 unlabelled: 4,000 labels alone, with a teacher's labels on the rest of train, or with the rest
-            unlabelled (online targets), or both. The same number of steps and images each.
+            unlabelled (online targets), or both. The same number of steps and of labelled images
+            each: the unlabelled ones come on top.
 finetune:   half of the classes in 3 epochs: from a network that was trained robustly on the other
             half, from one that was trained normally, and from scratch (Figure 4 of the paper).
 trades:     beta 1 and 6.
