@@ -97,14 +97,15 @@ class Forked:
         for process in self.processes:
             process.kill()
             process.join()
+        self.log.unlink()
 
     def wait(self) -> tuple[int, str]:
         deadline = time.monotonic() + LIMIT_S
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0))
         codes = [process.exitcode for process in self.processes]
-        self.kill()
         output = self.log.read_text()
+        self.kill()
         assert None not in codes, f"still running after {LIMIT_S} s: {output}"
         return next(filter(None, codes), 0), output
 
