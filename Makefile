@@ -24,5 +24,5 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"  # what is imported compiles itself
+	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@ .venv/installed

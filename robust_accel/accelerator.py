@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
+from robust_accel.comm.deepspeed import skip_inference_kernel
 from robust_accel.recipe import TrainSettings
 
 
@@ -50,15 +51,12 @@ def create_accelerator(
 def deepspeed_without_gpu() -> list[Any]:
     """Accelerate's ``kwargs_handlers`` for DeepSpeed on CPUs; none where there is a GPU.
 
-    Names gloo, without which Accelerate takes DeepSpeed on CPUs for a single process. And DeepSpeed
-    would compile at its first start, for about a minute, a C++ collective that inference alone
-    uses: it is told that this cannot be built.
+    Names gloo, without which Accelerate takes DeepSpeed on CPUs for a single process, and spares
+    the first start a minute of compiling.
     """
     if torch.cuda.is_available():
         return []
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_inference_kernel()
     return [InitProcessGroupKwargs(backend="gloo")]
 
 

@@ -39,6 +39,13 @@ def is_engine(model: nn.Module) -> bool:
     )
 
 
+def skip_inference_kernel() -> None:
+    """Spare CPUs a C++ collective that DeepSpeed compiles at its first start, for inference."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def tell_layers(engine: Any) -> None:
     """Tell a layer-wise optimizer under ZeRO 1 or 2 which pieces of layers its shards hold.
 
