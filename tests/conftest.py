@@ -1,5 +1,6 @@
 """Every test runs on one thread and from one seed."""
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
+# a worker has one server to fork from, and imports take longer than what is done in the forks
+multiprocessing.set_forkserver_preload(
+    [
+        "robust_accel.train",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "matplotlib.pyplot",
+        "sklearn.datasets",
+    ]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,7 +31,6 @@ SMALL = (
     "evaluate.pgd.num_steps=5",
 )
 PACKAGE = ("-m", "robust_accel")
-PRELOADED = ["robust_accel.train", "matplotlib.pyplot", "sklearn.datasets"]
 LIMIT_S = 240
 
 
@@ -80,7 +79,6 @@ class Forked:
     """Two processes of the command, forked: most of a launch is imports."""
 
     def __init__(self, *arguments: object) -> None:
-        multiprocessing.set_forkserver_preload(PRELOADED)
         context = multiprocessing.get_context("forkserver")
         self.log = Path(tempfile.mkstemp(prefix="forked-", suffix=".log")[1])
         self.processes = [

@@ -1,6 +1,5 @@
 """Runs a function in several real gloo processes, once, under a time limit."""
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["robust_accel.comm", "deepspeed.runtime.zero.muon.original_muon"]  # 7 s of imports
 TIMEOUT_S = 150  # for a machine that is busy with other things; the work itself takes seconds
 COLLECTIVE_TIMEOUT_S = 40
 
@@ -23,10 +21,6 @@ def run(scenarios: list[Callable], world_size: int, folder: Path) -> list[dict[s
 
     A scenario that raises leaves its traceback under "error" and ends its rank's run.
     """
-    # children fork from a process that has imported everything: imports take longer than the work
-    multiprocessing.set_forkserver_preload(
-        ["robust_accel.comm", "deepspeed.runtime.zero.muon.original_muon"]
-    )
     context = mp.start_processes(
         _main,
         (world_size, folder, scenarios),

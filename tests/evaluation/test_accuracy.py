@@ -241,7 +241,6 @@ def measured(process: Any, folder: Path | None = None) -> dict[str, list[bool]]:
 
 def test_two_real_processes_agree_with_one(tmp_path: Path) -> None:
     # forked, not spawned: imports take longer than the work; not from here, where threads may run
-    multiprocessing.set_forkserver_preload(["robust_accel.train"])
     context = multiprocessing.get_context("forkserver")
     workers = [
         context.Process(target=flags_on_two_processes, args=(rank, tmp_path), daemon=True)
