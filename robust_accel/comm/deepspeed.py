@@ -43,7 +43,8 @@ def skip_inference_kernel() -> None:
     """Spare CPUs a C++ collective that DeepSpeed compiles at its first start, for inference."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # a later DeepSpeed without this table compiles, which costs a minute and nothing else
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def tell_layers(engine: Any) -> None:
