@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +31,9 @@ SMALL = (
     "evaluate.batch_size=100",
     "evaluate.pgd.num_steps=5",
 )
-PACKAGE = ("-m", "robust_accel")
+# What the launcher sets by --multi_gpu on CPUs, and by recipes/accelerate/zero2.yaml.
+CPU = {"ACCELERATE_USE_CPU": "true"}
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 LIMIT_S = 240
 
 
@@ -42,15 +45,14 @@ class Processes(Protocol):
 
 
 class Launched:
-    """Two processes of the command, or of `what` instead, by `accelerate launch`."""
+    """Two processes of the command by `accelerate launch`."""
 
-    def __init__(
-        self, *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
-    ) -> None:
+    def __init__(self, *arguments: object, flags: tuple[str, ...] = DDP) -> None:
         command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
-        cpu = {"ACCELERATE_USE_CPU": "true"} if flags == DDP else {}  # it disables DeepSpeed
+        command += ["--main_process_port", port(), "-m", "robust_accel"]
+        cpu = CPU if flags == DDP else {}  # it disables DeepSpeed
         self.process = subprocess.Popen(
-            [*command, "--main_process_port", port(), *what, *map(str, arguments)],
+            [*command, *map(str, arguments)],
             env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -76,15 +78,19 @@ class Launched:
 
 
 class Forked:
-    """Two processes of the command, forked: most of a launch is imports."""
+    """Two processes of the command, or of a script, forked: most of a launch is imports."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] = CPU,
+        script: Path | None = None,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         self.log = Path(tempfile.mkstemp(prefix="forked-", suffix=".log")[1])
-        self.processes = [
-            context.Process(target=_rank, args=(rank, port(), self.log, [*map(str, arguments)]))
-            for rank in range(2)
-        ]
+        settings = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+        what = (settings, self.log, script, [*map(str, arguments)])
+        self.processes = [context.Process(target=_rank, args=(r, *what)) for r in range(2)]
         for process in self.processes:
             process.start()
 
@@ -108,7 +114,9 @@ class Forked:
         return next(filter(None, codes), 0), output
 
 
-def _rank(rank: int, port: str, log: Path, arguments: Sequence[str]) -> None:
+def _rank(
+    rank: int, settings: dict[str, str], log: Path, script: Path | None, arguments: Sequence[str]
+) -> None:
     """What the launcher and its agent do for a process."""
     import torch
 
@@ -118,20 +126,16 @@ def _rank(rank: int, port: str, log: Path, arguments: Sequence[str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    sys.exit(main(list(arguments)))
+    if script is None:
+        sys.exit(main(list(arguments)))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def port() -> str:
     return str(20000 + os.getpid() % 20000)
-
-
-def launch(
-    *arguments: object, flags: tuple[str, ...] = DDP, what: Sequence[str] = PACKAGE
-) -> tuple[int, str]:
-    return Launched(*arguments, flags=flags, what=what).wait()
 
 
 def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> Path:

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launching import launch
+from launching import ZERO2, Forked
 
-from robust_accel.recipe import RECIPES, load_recipe
+from robust_accel.recipe import load_recipe
 from robust_accel.train import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -40,8 +40,8 @@ def test_transformers_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.launch
 def test_deepspeed_zero2() -> None:
-    flags = ("--config_file", str(RECIPES / "accelerate/zero2.yaml"))
-    code, output = launch(flags=flags, what=[str(EXAMPLES / "deepspeed_zero2.py")])
+    script = EXAMPLES / "deepspeed_zero2.py"
+    code, output = Forked(environment=ZERO2, script=script).wait()
     assert code == 0, output
     assert "2 processes, DEEPSPEED" in output
     robust = output.split("epoch 5: ")[1].split("robust ")[1].split("%")[0]

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import SMALL, Launched, killed_and_resumed, launch, quickstart_run, weights
+from launching import SMALL, ZERO2, Forked, Launched, killed_and_resumed, quickstart_run, weights
 
 from robust_accel.recipe import RECIPES
 from robust_accel.run_folder import RunFolder
@@ -39,8 +39,8 @@ def test_deepspeed_trains_by_the_same_recipe(
     finished: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    start = partial(Launched, "train", "quickstart", *SMALL, flags=flags)
-    code, output = start(f"output={folder.path}").wait()
+    run = ("train", "quickstart", *SMALL)
+    code, output = Launched(*run, f"output={folder.path}", flags=flags).wait()
     assert code == 0, output
     report, by_ddp = folder.read_report(), RunFolder(finished).read_report()
     assert report["num_processes"] == 2
@@ -50,6 +50,7 @@ def test_deepspeed_trains_by_the_same_recipe(
     first, expected = folder.read_metrics()[0], RunFolder(finished).read_metrics()[0]
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.02)
     if flags == ZERO[2]:
+        start = partial(Forked, *run, environment=ZERO2)
         killed_and_resumed(folder.path, tmp_path / "killed", start)
 
 
@@ -65,10 +66,8 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 
 
 def test_a_wrong_recipe_stops_before_anything_is_made(tmp_path: Path) -> None:
-    code, output = launch(
-        "train", "quickstart", "communication.bits=7", "communication.name=qsgd",
-        f"output={tmp_path / 'run'}",
-    )  # fmt: skip
+    wrong = ("communication.bits=7", "communication.name=qsgd")
+    code, output = Forked("train", "quickstart", *wrong, f"output={tmp_path / 'run'}").wait()
     assert code != 0
     message = "command line: communication.bits: 7 is not allowed: input should be 16, 8, 4 or 2"
     assert output.count(message) == 1  # once, not once a process

@@ -7,7 +7,7 @@ import pytest
 import scripts
 import torch
 from accelerate import Accelerator
-from launching import launch
+from launching import Forked
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -78,9 +78,8 @@ def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
     recipe, *settings = RECIPE
     if kind == "outside":
         settings += ["communication.name=qsgd"]
-    code, output = launch(
-        "wrap", "--recipe", recipe, *NORMALISED, *settings, SCRIPT, kind, tmp_path
-    )
+    command = ("wrap", "--recipe", recipe, *NORMALISED, *settings)
+    code, output = Forked(*command, SCRIPT, kind, tmp_path).wait()
     assert code == 0, output
     assert output.count("wrapped") == 1
     assert "attacked 60 batches a process" in output
