@@ -63,7 +63,8 @@ class LAMB(Optimizer):
             (0, inf) is plain LAMB.
         exclude_1d: Give tensors of at most one dimension (BatchNorm, biases) a plain step of Adam:
             no layer-wise factor and no weight decay. The paper's own code adapts them too.
-        foreach: Run over all tensors of a group at once; None: when they are all on a GPU.
+        foreach: Run over all tensors of a group at once; None: when they are all on a GPU, and for
+            the small tensors beside fused ones.
         fused: Let torch.compile make kernels for the group's large fp32 tensors on a CPU (seconds
             at the first step; then faster, and without temporary copies); None: when they have
             a million elements together and foreach is None. Where nothing compiles, a
@@ -201,10 +202,10 @@ class LAMB(Optimizer):
         ]
         if shard is not None and rows:
             rows = _cut(rows[0], shard.pieces)
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = all(param.is_cuda for param in params)
         fused = _fused(group, rows)
+        foreach = group["foreach"]
+        if foreach is None:  # or: for the small ones beside those that are fused
+            foreach = any(fused) or all(param.is_cuda for param in params)
         batches: dict[tuple[torch.device, torch.dtype, bool, Form], Batch] = {}
         for row, is_fused in zip(rows, fused, strict=True):
             adapt = not group["exclude_1d"] or row.ndim > 1
