@@ -215,8 +215,8 @@ class _Run:
         """Write one line of metrics; stop at once when the loss is no number any more."""
         images = averages.count * len(labels) * self.accelerator.num_processes
         seconds = averages.seconds()
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=True)
-        averages.values["clean_batch_accuracy"] = _share_right(model.predict(x), labels)
+        predicted = self.robust_model.predict(x)
+        averages.values["clean_batch_accuracy"] = _share_right(predicted, labels)
         # averaged over the processes; the clean accuracy is the last batch's alone
         line = {name: reduce(value, "mean").item() for name, value in averages.means().items()}
         line |= {
