@@ -13,7 +13,7 @@ from robust_accel import LAMB, PGD, QSGD, compress_gradients, make_robust
 from robust_accel.accelerator import deepspeed_without_gpu
 
 
-def main(epochs: int = 6) -> float:
+def main(epochs: int = 4) -> float:
     """Train on scikit-learn's digits; returns the last batch's accuracy under attack."""
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)  # [N, 1, 8, 8]

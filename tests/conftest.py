@@ -1,6 +1,7 @@
 """Every test runs on one thread and from one seed."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and in every process that a test starts
 # a worker has one server to fork from, and imports take longer than what is done in the forks
 multiprocessing.set_forkserver_preload(
     [

@@ -53,7 +53,7 @@ class Launched:
         cpu = CPU if flags == DDP else {}  # it disables DeepSpeed
         self.process = subprocess.Popen(
             [*command, *map(str, arguments)],
-            env=os.environ | cpu | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | cpu,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -118,11 +118,8 @@ def _rank(
     rank: int, settings: dict[str, str], log: Path, script: Path | None, arguments: Sequence[str]
 ) -> None:
     """What the launcher and its agent do for a process."""
-    import torch
-
     from robust_accel.__main__ import main
 
-    torch.set_num_threads(1)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

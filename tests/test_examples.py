@@ -44,7 +44,7 @@ def test_deepspeed_zero2() -> None:
     code, output = Forked(environment=ZERO2, script=script).wait()
     assert code == 0, output
     assert "2 processes, DEEPSPEED" in output
-    robust = output.split("epoch 5: ")[1].split("robust ")[1].split("%")[0]
+    robust = output.split("epoch 3: ")[1].split("robust ")[1].split("%")[0]
     assert int(robust) > 30  # one in ten would be chance
 
 

@@ -165,7 +165,8 @@ def test_compiled_it_computes_the_same():
     model = make_robust(small().to(memory_format=torch.channels_last), ATTACK)
     x = images().contiguous(memory_format=torch.channels_last)
     expected = copy.deepcopy(model)(x)  # a call moves BatchNorm's statistics
-    torch.testing.assert_close(torch.compile(model)(x), expected, rtol=1e-3, atol=1e-3)
+    compiled = torch.compile(model, backend="aot_eager")  # the code it makes is not ours to test
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_compiled_already_is_attacked():

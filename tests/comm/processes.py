@@ -46,7 +46,6 @@ def progress(folder: Path) -> dict[str, str]:
 
 
 def _main(rank: int, world_size: int, folder: Path, scenarios: list[Callable]) -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",
