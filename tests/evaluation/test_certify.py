@@ -110,8 +110,8 @@ def test_bounds_enclose_the_mean_and_agree_with_the_tests() -> None:
 
 @pytest.mark.parametrize("radius", [0.1, 0.4])
 def test_error_at_the_boundary_stays_below_alpha(radius: float) -> None:
-    """200,000 images whose true radius is just below what is asked: none may be certified."""
-    sigma, alpha, trials, n = 0.25, 0.05, 200_000, 2000
+    """50,000 images whose true radius is just below what is asked: none may be certified."""
+    sigma, alpha, trials, n = 0.25, 0.05, 50_000, 2000
     rule = Sequential((radius,), n, alpha, sigma)
     (p,) = rule.thresholds
     rng = np.random.default_rng(0)
