@@ -8,7 +8,12 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from robust_accel.objectives.base import Classifier, labeled_cross_entropy, logits_of_both
+from robust_accel.objectives.base import (
+    Classifier,
+    cross_entropy_of,
+    labeled_cross_entropy,
+    logits_of_both,
+)
 from robust_accel.settings import Number, Settings
 
 
@@ -26,10 +31,14 @@ class Trades(Settings):
             authors' code does, or ``together`` as one batch of 2B.
         online_targets: Take the clean prediction of the second term as a constant target, as the
             online targets of UAT do; TRADES also moves it.
+        attack_loss: What the attack climbs: ``kl``, as the authors do, or the ``cross_entropy`` to
+            the class predicted at x, which needs no label either. While predictions are unsure the
+            KL grows most where they become surer, which is no attack: a small or young network
+            learns little from it, above all in one step.
 
     Source: Zhang et al. 2019 (arXiv 1901.08573), equation (5); without labels Stanforth et al. 2019
     (arXiv 1905.13725); robust self-training Carmon et al. 2019 (arXiv 1905.13736). In equation (2)
-    of DAT, phi is beta * KL and lambda is 1. The KL's gradient vanishes at x: the attack must
+    of DAT, phi is beta * KL and lambda is 1. The KL's gradient vanishes at x: an attack on it must
     start elsewhere (``attack.random_start: gaussian`` is TRADES' own).
     """
 
@@ -39,12 +48,15 @@ class Trades(Settings):
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
     batchnorm: Literal["apart", "together"] = "apart"
     online_targets: bool = False
+    attack_loss: Literal["kl", "cross_entropy"] = "kl"
 
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             clean = log_softmax(classifier(x), dim=1)
+        if self.attack_loss == "cross_entropy":
+            return cross_entropy_of(classifier, clean.argmax(dim=1))
         return lambda x_adv: kl_divergence(clean, log_softmax(classifier(x_adv), dim=1))
 
     def loss(

@@ -68,6 +68,24 @@ def test_trades_attack_climbs_the_divergence_from_one_clean_prediction(linear):
     torch.testing.assert_close(found.flatten(1), (q - p) @ model[1].weight.detach())
 
 
+def test_the_attack_may_lead_away_from_the_prediction_instead(linear):
+    model, x, x_adv, labels = linear
+    inner = Trades(attack_loss="cross_entropy").inner_loss(model, x, torch.full_like(labels, -1))
+    expected = cross_entropy(model(x_adv), model(x).argmax(dim=1), reduction="none")
+    torch.testing.assert_close(inner(x_adv), expected)
+
+
+def test_an_unsure_prediction_made_surer_raises_the_divergence_and_not_the_cross_entropy():
+    """Why ``attack_loss`` exists: from 0.6, 0.99 diverges more than 0.4, the other class."""
+    model = nn.Identity()
+    unsure, surer, flipped = (torch.tensor([[p, 1 - p]]).log() for p in (0.6, 0.99, 0.4))
+    kl, ce = (
+        Trades(attack_loss=a).inner_loss(model, unsure, None) for a in ("kl", "cross_entropy")
+    )
+    assert kl(surer) > kl(flipped)
+    assert ce(surer) < ce(flipped)
+
+
 def test_images_without_a_label_take_part_in_the_divergence_only(linear):
     model, x, x_adv, labels = linear
     some = labels.clone()
@@ -134,6 +152,7 @@ def test_the_gaussian_start_leaves_where_the_divergence_is_flat():
     [
         (Trades, {"beta": -1}, "beta"),
         (Trades, {"batchnorm": "both"}, "batchnorm"),
+        (Trades, {"attack_loss": "margin"}, "attack_loss"),
         (Mart, {"beta": -1}, "beta"),
     ],
 )
