@@ -45,12 +45,8 @@ def measure(model: str, num_threads: int, repeats: int) -> None:
     """Print the rows of one number of threads."""
     torch.set_num_threads(num_threads)
     optimizers = make_optimizers(model)
-    for name, optimizer in optimizers.items():
-        start = time.perf_counter()
+    for optimizer in optimizers.values():
         optimizer.step()
-        if name == "LAMB fused":
-            seconds = time.perf_counter() - start
-            print(f"first step of LAMB fused, compilation included: {seconds:.1f} s")
     wall: dict[str, list[float]] = {name: [] for name in optimizers}
     cpu: dict[str, list[float]] = {name: [] for name in optimizers}
     for _ in range(repeats):

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from robust_accel.optim.lamb_kernels import (
-    FUSED_TOTAL,
-    Batch,
-    Form,
-    Row,
-    descend,
-    fused_kernels,
-    update_and_norms,
-)
+from robust_accel.optim.lamb_kernels import Batch, Form, Row, descend, update_and_norms
 
 
 class Piece(NamedTuple):
@@ -50,7 +42,8 @@ class LAMB(Optimizer):
 
     Norms of fp16 and bf16 tensors are computed in fp32. NaN gradients give NaN parameters, and an
     infinite entry turns its whole tensor into NaN (through the norm), so neither can go unnoticed.
-    Unless fused, a step holds one temporary copy of the parameters: the updates.
+    A step holds one temporary copy of the parameters: the updates. Fused and not sharded, it holds
+    those of a million elements, or of one tensor, at a time.
 
     Args:
         params: Parameters, named parameters or groups; a group may override every option below.
@@ -63,12 +56,9 @@ class LAMB(Optimizer):
             (0, inf) is plain LAMB.
         exclude_1d: Give tensors of at most one dimension (BatchNorm, biases) a plain step of Adam:
             no layer-wise factor and no weight decay. The paper's own code adapts them too.
-        foreach: Run over all tensors of a group at once; None: when they are all on a GPU, and for
-            the small tensors beside fused ones.
-        fused: Let torch.compile make kernels for the group's large fp32 tensors on a CPU (seconds
-            at the first step; then faster, and without temporary copies); None: when they have
-            a million elements together and foreach is None. Where nothing compiles, a
-            warning says so.
+        foreach: Run over all tensors of a group at once; None: when they are all on a GPU.
+        fused: Let torch's fused kernel of Adam compute the direction of fp32 tensors on a CPU;
+            None: unless foreach is given.
 
     Raises:
         ValueError: An option is out of range, a parameter is complex, or a gradient is sparse.
@@ -176,10 +166,14 @@ class LAMB(Optimizer):
         for group in self.param_groups:
             shard = self._shards.get(group["params"][0]) if self._shards else None
             batches = self._collect(group, shard)
+            if shard is None:
+                for batch in batches:  # both at once, while its updates are in the cache
+                    update_and_norms(batch)
+                    descend(batch)
+                continue
             for batch in batches:
                 update_and_norms(batch)
-            if shard is not None:
-                _sum_norms(batches, shard, group["params"][0].device)
+            _sum_norms(batches, shard, group["params"][0].device)
             for batch in batches:
                 descend(batch)
         return loss
@@ -202,19 +196,23 @@ class LAMB(Optimizer):
         ]
         if shard is not None and rows:
             rows = _cut(rows[0], shard.pieces)
-        fused = _fused(group, rows)
+        fused = _may_fuse(group)
         foreach = group["foreach"]
-        if foreach is None:  # or: for the small ones beside those that are fused
-            foreach = any(fused) or all(param.is_cuda for param in params)
-        batches: dict[tuple[torch.device, torch.dtype, bool, Form], Batch] = {}
-        for row, is_fused in zip(rows, fused, strict=True):
+        if foreach is None:
+            foreach = all(param.is_cuda for param in params)
+        batches: list[Batch] = []
+        last: dict[tuple[torch.device, torch.dtype, bool, Form], Batch] = {}
+        for row in rows:
             adapt = not group["exclude_1d"] or row.ndim > 1
-            form: Form = "fused" if is_fused else "foreach" if foreach else "plain"
+            form: Form = "foreach" if foreach else "plain"
+            if fused and row.fusable():
+                form = "fused"
             key = (row.param.device, row.param.dtype, adapt, form)
-            if key not in batches:
-                batches[key] = Batch(group, form, adapt)
-            batches[key].append(row)
-        return list(batches.values())
+            if key not in last or not last[key].has_room(row):
+                last[key] = Batch(group, form, adapt)
+                batches.append(last[key])
+            last[key].append(row)
+        return batches
 
     def _init_group(
         self,
@@ -261,18 +259,10 @@ def _cut(whole: Row, pieces: Sequence[Piece]) -> list[Row]:
     return rows
 
 
-def _fused(group: dict[str, Any], rows: Sequence[Row]) -> list[bool]:
-    """Which tensors of a group the compiled kernels take."""
-    none = [False] * len(rows)
-    # a user's torch.compile(optimizer.step) fuses by itself
-    off = group["fused"] is False or (group["fused"] is None and group["foreach"] is not None)
-    if off or torch.compiler.is_compiling():
-        return none
-    fusable = [row.fusable() for row in rows]
-    num_elements = sum(row.param.numel() for row, yes in zip(rows, fusable, strict=True) if yes)
-    if num_elements < (1 if group["fused"] else FUSED_TOTAL) or fused_kernels() is None:
-        return none
-    return fusable
+def _may_fuse(group: dict[str, Any]) -> bool:
+    if torch.compiler.is_compiling():  # a user's torch.compile(optimizer.step) fuses by itself
+        return False
+    return group["foreach"] is None if group["fused"] is None else group["fused"]
 
 
 def _sum_norms(batches: Sequence[Batch], shard: _Shard, device: torch.device) -> None:

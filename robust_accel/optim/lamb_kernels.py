@@ -1,28 +1,19 @@
 """The two passes of a LAMB step over tensors that are updated alike, in three forms.
 
 ``plain`` is the reference, tensor by tensor; ``foreach`` runs one kernel over many tensors (GPU);
-``fused`` is two kernels a tensor made by torch.compile (CPU), which read and write each element
-once a pass: a step of LAMB is bound by memory, and eager operators pass over it a dozen times.
+``fused`` (CPU) has torch's own fused kernel of Adam compute the direction in one pass, for so few
+tensors at a time that the directions are still in the cache when they are used.
 """
 
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
-
 Form = Literal["plain", "foreach", "fused"]
 
-FUSED_TENSOR = 1 << 14  # elements: calling a compiled kernel costs more than it saves below
-FUSED_TOTAL = 1 << 20  # elements: a smaller model does not pay for seconds of compilation
-
-_First = Callable[..., tuple[Tensor, Tensor]]
-_Second = Callable[..., None]
+FUSED_BATCH = 1 << 20  # elements of several tensors: their directions are 4 MiB
 
 
 class Row(NamedTuple):
@@ -41,8 +32,7 @@ class Row(NamedTuple):
         four = self[:4]
         param = self.param
         return (
-            param.numel() >= FUSED_TENSOR
-            and all(type(t) in (Tensor, nn.Parameter) for t in four)
+            all(type(t) in (Tensor, nn.Parameter) for t in four)
             and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in four)
             and all(t.stride() == param.stride() for t in four)
             and (
@@ -65,6 +55,7 @@ class Batch:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # t of each tensor, this step counted
     layers: list[int] = field(default_factory=list)  # index of each tensor's layer in its group
+    num_elements: int = 0
     updates: list[Tensor] = field(default_factory=list)
     weight_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
     update_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
@@ -76,6 +67,10 @@ class Batch:
         self.exp_avg_sqs.append(row.exp_avg_sq)
         self.steps.append(row.step)
         self.layers.append(row.layer)
+        self.num_elements += row.param.numel()
+
+    def has_room(self, row: "Row") -> bool:
+        return self.form != "fused" or self.num_elements + row.param.numel() <= FUSED_BATCH
 
     @property
     def weight_decay(self) -> float:
@@ -89,11 +84,8 @@ class Batch:
 
 
 def update_and_norms(batch: Batch) -> None:
-    """First pass: advance m and v and compute u (fused: in the second), and both norms."""
-    if batch.form == "fused":
-        _first_fused(batch)
-        return
-    (_direction_foreach if batch.form == "foreach" else _direction_plain)(batch)
+    """First pass: advance m and v, and compute u and both norms."""
+    _DIRECTIONS[batch.form](batch)
     if batch.adapt:
         batch.weight_norms = torch.stack(_l2_norms(batch.params))
         batch.update_norms = torch.stack(_l2_norms(batch.updates))
@@ -102,13 +94,14 @@ def update_and_norms(batch: Batch) -> None:
 def descend(batch: Batch) -> None:
     """Second pass: theta = theta - rate u; overwrites u."""
     rates = _layer_rates(batch) if batch.adapt else [batch.group["lr"]] * len(batch.params)
-    if batch.form == "fused":
-        _second_fused(batch, rates)
-    elif batch.form == "foreach":
+    if batch.form == "foreach":
         torch._foreach_mul_(batch.updates, rates)
         torch._foreach_sub_(batch.params, batch.updates)
-    else:
-        for param, update, rate in zip(batch.params, batch.updates, rates, strict=True):
+        return
+    for param, update, rate in zip(batch.params, batch.updates, rates, strict=True):
+        if batch.form == "fused":
+            param.sub_(update, alpha=float(rate))  # one pass; a number is at hand on a CPU
+        else:
             param.sub_(update.mul_(rate))
 
 
@@ -150,6 +143,37 @@ def _direction_foreach(batch: Batch) -> None:
     batch.updates = list(updates)
 
 
+def _direction_fused(batch: Batch) -> None:
+    """The same by Adam's kernel: a step of rate -1 from zero ends at its direction."""
+    beta1, beta2 = batch.group["betas"]
+    updates = [torch.zeros_like(param) for param in batch.params]
+    torch._fused_adam_(
+        updates,
+        batch.grads,
+        batch.exp_avgs,
+        batch.exp_avg_sqs,
+        [],
+        batch.steps,
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=batch.group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    if batch.weight_decay != 0:
+        torch._foreach_add_(updates, batch.params, alpha=batch.weight_decay)
+    batch.updates = updates
+
+
+_DIRECTIONS = {
+    "plain": _direction_plain,
+    "foreach": _direction_foreach,
+    "fused": _direction_fused,
+}
+
+
 def _layer_rates(batch: Batch) -> list[Tensor]:
     """lr tau(||theta||) / ||u|| for each tensor, equation (3)."""
     c_l, c_u = batch.group["weight_norm_clamp"]
@@ -167,102 +191,3 @@ def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
         pairs = zip(tensors, dtypes, strict=True)
         return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in pairs]
     return list(torch._foreach_norm(tensors, 2)) if tensors else []
-
-
-# ------------------------------------------------------------------------------------- fused
-
-
-def _moments(
-    grad: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The next m and v."""
-    weight1, beta2, weight2 = scalars[:3]
-    return m + weight1 * (grad - m), beta2 * v + weight2 * (grad * grad)
-
-
-def _direction(param: Tensor, m: Tensor, v: Tensor, scalars: Sequence[Tensor]) -> Tensor:
-    inverse1, inverse2, eps, weight_decay = scalars[3:]
-    return (inverse1 * m) / ((inverse2 * v).sqrt() + eps) + weight_decay * param
-
-
-def _first(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor) -> Any:
-    """Sums of squares of theta and of u. All but scalars: [n] fp32.
-
-    It writes nothing: the compiler would make a loop of its own for what is written.
-    """
-    numbers = scalars.unbind()
-    new_m, new_v = _moments(grad, m, v, numbers)
-    u = _direction(param, new_m, new_v, numbers)
-    return (param * param).sum(), (u * u).sum()
-
-
-def _second(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor, rate: Tensor
-) -> None:
-    """Advance m and v; theta = theta - rate u, computed again: cheaper than to store and load."""
-    numbers = scalars.unbind()
-    new_m, new_v = _moments(grad, m, v, numbers)
-    param.copy_(param - rate * _direction(param, new_m, new_v, numbers))
-    m.copy_(new_m)
-    v.copy_(new_v)
-
-
-@lru_cache(maxsize=None)  # noqa: UP033  tried once
-def fused_kernels() -> tuple[_First, _Second] | None:
-    """The two kernels, one compilation for tensors of every size; None, said once, if it fails."""
-    try:
-        first: _First = torch.compile(_first, dynamic=True)
-        second: _Second = torch.compile(_second, dynamic=True)
-        with torch.no_grad():
-            # a size at which the compiler uses all threads
-            one = torch.ones(FUSED_TOTAL)
-            param, m, v, scalars = one.clone(), one.clone(), one.clone(), torch.ones(7)
-            first(param, one, m, v, scalars)
-            second(param, one, m, v, scalars, torch.tensor(1.0))
-    except Exception as error:  # torch raises a different class for each missing tool
-        logger.warning("torch.compile failed, LAMB runs tensor by tensor: %s", error)
-        return None
-    return first, second
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The memory of a dense fp32 CPU tensor in its own order: [n]."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    # by way of numpy a view starts at offset 0: a graph is compiled again for another offset
-    return torch.from_numpy(flat.numpy())
-
-
-def _scalars(batch: Batch) -> list[Tensor]:
-    """The kernels' numbers for each tensor, as tensors: a new number would compile again. [7]."""
-    beta1, beta2 = batch.group["betas"]
-    known: dict[float, Tensor] = {}
-    for step in batch.steps:
-        t = step.item()
-        if t not in known:
-            inverses = [1 / (1 - beta1**t), 1 / (1 - beta2**t)]
-            numbers = [1 - beta1, beta2, 1 - beta2, *inverses, batch.group["eps"]]
-            known[t] = torch.tensor([*numbers, batch.weight_decay], dtype=torch.float32)
-    return [known[step.item()] for step in batch.steps]
-
-
-def _columns(batch: Batch) -> list[list[Tensor]]:
-    """What both kernels take, a list an argument."""
-    tensors = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs]
-    return [[_flat(t) for t in column] for column in tensors] + [_scalars(batch)]
-
-
-def _first_fused(batch: Batch) -> None:
-    kernels = fused_kernels()
-    assert kernels is not None
-    squares = [kernels[0](*row) for row in zip(*_columns(batch), strict=True)]
-    norms = torch.stack([torch.stack(column) for column in zip(*squares, strict=True)]).sqrt()
-    batch.weight_norms, batch.update_norms = norms.unbind()
-
-
-def _second_fused(batch: Batch, rates: list[Any]) -> None:
-    kernels = fused_kernels()
-    assert kernels is not None
-    for *row, rate in zip(*_columns(batch), rates, strict=True):
-        # a copy of the rate, which is a view, for its offset too
-        kernels[1](*row, torch.tensor(float(rate), dtype=torch.float32))
-    torch.autograd.graph.increment_version(batch.params)  # written past autograd's eyes
