@@ -1,8 +1,9 @@
 """Do unlabelled images, fine-tuning and TRADES do what they promise? CIFAR-10 on two CPU cores.
 
-unlabelled: 4,000 labels alone, with a teacher's labels on the rest of train, or with the rest
-            unlabelled (online targets), or both. The same number of steps and of labelled images
-            each: the unlabelled ones come on top.
+unlabelled: 4,000 labels alone, or with a teacher's labels on the rest of train, by adversarial
+            training or by TRADES. The same number of steps and of labelled images each: the
+            unlabelled ones come on top.
+online:     TRADES by 4,000 labels alone, or with the rest of train as it is (online targets).
 finetune:   half of the classes in 3 epochs: from a network that was trained robustly on the other
             half, from one that was trained normally, and from scratch (Figure 4 of the paper).
 trades:     beta 1 and 6.
@@ -40,9 +41,12 @@ def unlabelled(folder: Path) -> Settings:
         "labels": ("cpu_labels",),
         "teacher": ("cpu_teacher",),
         "pseudo": ("cpu_pseudo", labels),
-        "online": ("cpu_online",),
         "rst": ("cpu_rst", labels),
     }
+
+
+def online(folder: Path) -> Settings:
+    return {"labels": ("cpu_labels_trades",), "online": ("cpu_online",)}
 
 
 def finetune(folder: Path) -> Settings:
@@ -61,6 +65,7 @@ def trades(folder: Path) -> Settings:
 
 STUDIES: dict[str, Callable[[Path], Settings]] = {
     "unlabelled": unlabelled,
+    "online": online,
     "finetune": finetune,
     "trades": trades,
 }
