@@ -167,7 +167,9 @@ class LAMB(Optimizer):
             shard = self._shards.get(group["params"][0]) if self._shards else None
             batches = self._collect(group, shard)
             if shard is None:
+                workspace = _workspace(batches)
                 for batch in batches:  # both at once, while its updates are in the cache
+                    batch.workspace = workspace
                     update_and_norms(batch)
                     descend(batch)
                 continue
@@ -263,6 +265,12 @@ def _may_fuse(group: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling():  # a user's torch.compile(optimizer.step) fuses by itself
         return False
     return group["foreach"] is None if group["fused"] is None else group["fused"]
+
+
+def _workspace(batches: Sequence[Batch]) -> Tensor:
+    """Memory for the updates of any one fused batch."""
+    sizes = [batch.num_elements for batch in batches if batch.form == "fused"]
+    return torch.empty(max(sizes, default=0), dtype=torch.float32)
 
 
 def _sum_norms(batches: Sequence[Batch], shard: _Shard, device: torch.device) -> None:

@@ -56,6 +56,7 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)  # t of each tensor, this step counted
     layers: list[int] = field(default_factory=list)  # index of each tensor's layer in its group
     num_elements: int = 0
+    workspace: Tensor | None = None  # fp32, for u: batches that take turns share one
     updates: list[Tensor] = field(default_factory=list)
     weight_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
     update_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
@@ -93,14 +94,14 @@ def update_and_norms(batch: Batch) -> None:
 
 def descend(batch: Batch) -> None:
     """Second pass: theta = theta - rate u; overwrites u."""
-    rates = _layer_rates(batch) if batch.adapt else [batch.group["lr"]] * len(batch.params)
+    rates = _rates(batch)
     if batch.form == "foreach":
         torch._foreach_mul_(batch.updates, rates)
         torch._foreach_sub_(batch.params, batch.updates)
         return
     for param, update, rate in zip(batch.params, batch.updates, rates, strict=True):
         if batch.form == "fused":
-            param.sub_(update, alpha=float(rate))  # one pass; a number is at hand on a CPU
+            param.sub_(update, alpha=rate)
         else:
             param.sub_(update.mul_(rate))
 
@@ -146,7 +147,11 @@ def _direction_foreach(batch: Batch) -> None:
 def _direction_fused(batch: Batch) -> None:
     """The same by Adam's kernel: a step of rate -1 from zero ends at its direction."""
     beta1, beta2 = batch.group["betas"]
-    updates = [torch.zeros_like(param) for param in batch.params]
+    memory = batch.workspace  # fresh memory costs more than all the arithmetic here
+    if memory is None:
+        memory = torch.empty(batch.num_elements, dtype=torch.float32)
+    flat = memory[: batch.num_elements].zero_().split([param.numel() for param in batch.params])
+    updates = [u.as_strided(p.shape, p.stride()) for u, p in zip(flat, batch.params, strict=True)]
     torch._fused_adam_(
         updates,
         batch.grads,
@@ -174,13 +179,18 @@ _DIRECTIONS = {
 }
 
 
-def _layer_rates(batch: Batch) -> list[Tensor]:
-    """lr tau(||theta||) / ||u|| for each tensor, equation (3)."""
+def _rates(batch: Batch) -> list[Any]:
+    """lr tau(||theta||) / ||u|| for each tensor, equation (3); or lr, as Adam. Fused: numbers."""
+    if not batch.adapt:
+        lr = batch.group["lr"]
+        return [float(lr) if batch.form == "fused" else lr] * len(batch.params)
     c_l, c_u = batch.group["weight_norm_clamp"]
     tau = batch.weight_norms.clamp(c_l, c_u)
     # 1 where either is zero: see the class; a NaN equals nothing, and passes
     ratio = torch.where((tau == 0) | (batch.update_norms == 0), 1.0, tau / batch.update_norms)
-    return list((ratio * batch.group["lr"]).unbind())
+    rates = ratio * batch.group["lr"]
+    # on a CPU a number is at hand, and spares a pass; elsewhere reading it would wait for the GPU
+    return rates.tolist() if batch.form == "fused" else list(rates.unbind())
 
 
 def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
