@@ -1,7 +1,7 @@
 """AutoAttack (Croce and Hein 2020, arXiv 2003.01690) by ``pyautoattack``, over many processes.
 
 Its attacks run one after another, each on the images that have survived. Before each, survivors
-are cut into units of a fixed size, a unit has its own seed, and units are dealt to the processes:
+are cut into units of about one size, a unit has its own seed, and units are dealt to the processes:
 an image's fate does not depend on how many processes there are. Every unit's outcome is written
 down when it is known, so that a killed evaluation goes on where it was.
 """
@@ -102,7 +102,9 @@ class AutoAttackEvaluation:
         flags = right.clone()
         with attack_context(classifier, "eval"), parameters_frozen(classifier):
             for number, stage in enumerate(self.stages):
-                units = flags.nonzero().flatten().split(self.settings.batch_size)
+                survivors = flags.nonzero().flatten()
+                # of one size, so that no process waits for a larger unit of another
+                units = survivors.tensor_split(-(-len(survivors) // self.settings.batch_size) or 1)
                 if number == 0 and units:
                     self._check(classifier, images, units[0], accelerator)
                 broken = torch.zeros_like(flags)
