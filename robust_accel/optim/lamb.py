@@ -242,7 +242,7 @@ class LAMB(Optimizer):
                 )
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             params.append(param)
@@ -270,7 +270,7 @@ def _may_fuse(group: dict[str, Any]) -> bool:
 def _workspace(batches: Sequence[Batch]) -> Tensor:
     """Memory for the updates of any one fused batch."""
     sizes = [batch.num_elements for batch in batches if batch.form == "fused"]
-    return torch.empty(max(sizes, default=0), dtype=torch.float32)
+    return torch.empty(max(sizes, default=0), dtype=torch.float32, device="cpu")
 
 
 def _sum_norms(batches: Sequence[Batch], shard: _Shard, device: torch.device) -> None:

@@ -149,7 +149,7 @@ def _direction_fused(batch: Batch) -> None:
     beta1, beta2 = batch.group["betas"]
     memory = batch.workspace  # fresh memory costs more than all the arithmetic here
     if memory is None:
-        memory = torch.empty(batch.num_elements, dtype=torch.float32)
+        memory = torch.empty(batch.num_elements, dtype=torch.float32, device="cpu")
     flat = memory[: batch.num_elements].zero_().split([param.numel() for param in batch.params])
     updates = [u.as_strided(p.shape, p.stride()) for u, p in zip(flat, batch.params, strict=True)]
     torch._fused_adam_(
