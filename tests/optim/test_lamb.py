@@ -354,6 +354,7 @@ def test_fused_where_not_told_otherwise_and_where_the_kernel_can(monkeypatch):
     one = nn.Parameter(torch.ones(4, 3))
     for params, options in [
         ([one], {"foreach": False}),
+        ([one], {"foreach": True}),
         ([one], {"fused": False}),
         ([nn.Parameter(one.detach().double())], {}),
         ([nn.Parameter(one.detach().bfloat16())], {"fused": True}),
