@@ -17,7 +17,8 @@ from statistics import median
 import timm
 import torch
 
-from robust_accel.comm.quantizer import Quantizer, Segment, random_key, segment
+from robust_accel.comm.kernels import random_key
+from robust_accel.comm.quantizer import Quantizer, Segment, segment
 
 
 def gradient() -> tuple[torch.Tensor, list[Segment]]:

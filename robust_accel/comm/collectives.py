@@ -13,8 +13,9 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from robust_accel.comm.kernels import BlockNorm, random_key
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.quantizer import BlockNorm, Quantizer, Segment, random_key, split
+from robust_accel.comm.quantizer import Quantizer, Segment, split
 from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings
 

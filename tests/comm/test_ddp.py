@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from robust_accel.comm import COLLECTIVES, QSGD, AllReduce, Meter, Workers, compress_gradients
-from robust_accel.comm.quantizer import Segment, random_key, segment
+from robust_accel.comm.kernels import random_key
+from robust_accel.comm.quantizer import Segment, segment
 
 BITS = [16, 8, 4, 2]
 PROTOCOLS = {

@@ -7,8 +7,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from robust_accel.comm import kernels
 from robust_accel.comm import quantizer as q
-from robust_accel.comm.quantizer import Quantizer, Segment, random_key, segment, split
+from robust_accel.comm.kernels import random_key
+from robust_accel.comm.quantizer import Quantizer, Segment, segment, split
 
 CPU = torch.device("cpu")
 ALL_BITS = [16, 8, 4, 2]
@@ -69,8 +71,10 @@ def sample(name, d):
 
 def draws(rows=1024, width=256, **kwargs):
     """All draws of consecutive blocks, in the order of the elements. [rows * width] float64."""
-    seeds = q.row_seeds(torch.arange(0, rows * width, width, dtype=torch.int32), key(**kwargs))
-    parts = [u for i in (0, 2) for u in q.uniform_pair(seeds, i * width // 4, width // 4)]
+    seeds = kernels.row_seeds(
+        torch.arange(0, rows * width, width, dtype=torch.int32), key(**kwargs)
+    )
+    parts = [u for i in (0, 2) for u in kernels.uniform_pair(seeds, i * width // 4, width // 4)]
     return torch.stack(parts, dim=1).view(-1).double()
 
 
@@ -420,7 +424,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_compiled_bytes_equal_eager_bytes_without_recompiling(bits):
     eager, fused = Quantizer(bits, compile=False), Quantizer(bits, compile=True)
-    if q._fused(bits, 256, "cpu") is None:
+    if kernels.fused(bits, 256, CPU, torch.get_num_threads()) is None:
         pytest.skip("no compiler here")
     cases = [[3000], [70_000, 5121], [1], [150_001, 512, 200_000]]
     for step, sizes in enumerate(cases):
@@ -464,7 +468,7 @@ def test_l2_ignores_compile(bits):
 
 def test_auto_fuses_large_gradients_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(q, "_fused", lambda *args: asked.append(args))
+    monkeypatch.setattr(q, "fused", lambda *args: asked.append(args))
     for size, count in ((q.FUSE_LIMIT - 1, 0), (q.FUSE_LIMIT, 1)):
         Quantizer(8).encode(torch.zeros(size), one_segment(size), key())
         assert len(asked) == count
@@ -475,11 +479,11 @@ def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    q._fused.cache_clear()
+    kernels.fused.cache_clear()
     x = sample("gauss", 1000)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             y = roundtrip(Quantizer(8, compile=True), x)
-    q._fused.cache_clear()
+    kernels.fused.cache_clear()
     assert torch.equal(y, roundtrip(Quantizer(8, compile=False), x))
     assert sum("eager" in r.getMessage() for r in caplog.records) == 1
