@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from robust_accel.comm.meter import Meter
+from robust_accel.comm.pipeline import Exchange, Pipeline
 from robust_accel.comm.quantizer import Segment
 from robust_accel.comm.workers import Workers
 
@@ -13,20 +14,21 @@ from robust_accel.comm.workers import Workers
 class Collective(Protocol):
     """A protocol; its public fields are the recipe's keys."""
 
-    def reduce(
+    def exchanges(
         self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
-    ) -> Tensor:
-        """Average a gradient over the workers.
+    ) -> Sequence[Exchange]:
+        """Average a gradient over the workers, in its own memory and in parts.
 
         Args:
-            flat: [d] fp32, this worker's gradient; may be overwritten.
+            flat: [d] fp32, this worker's gradient; when all parts have come to their end, the mean,
+                bit-identical on every rank.
             segments: the parameter tensors that lie end to end in `flat`, the same on every rank.
             step: number of the exchange, the same on every rank; seeds the rounding.
             workers: the process groups.
             meter: counts the bytes that this rank sends.
 
         Returns:
-            [d] fp32, the mean, bit-identical on every rank.
+            The parts, which do not depend on one another, the same on every rank.
         """
         ...
 
@@ -54,6 +56,21 @@ class GradientCompression:
         """Stop what runs beside the training; the model cannot train on."""
 
 
+def reduce(
+    collective: Collective,
+    flat: Tensor,
+    segments: Sequence[Segment],
+    step: int,
+    workers: Workers,
+    meter: Meter,
+) -> None:
+    """Run all exchanges of a gradient. See `Collective.exchanges`."""
+    pipeline = Pipeline()
+    for exchange in collective.exchanges(flat, segments, step, workers, meter):
+        pipeline.add(exchange)
+    pipeline.finish()
+
+
 def averaged(
     collective: Collective,
     buffer: Tensor,
@@ -63,5 +80,6 @@ def averaged(
     meter: Meter,
 ) -> Tensor:
     """Replace a gradient of any floating point type by its mean, in its own memory."""
-    mean = collective.reduce(buffer.float(), segments, step, workers, meter)
-    return buffer if mean is buffer else buffer.copy_(mean)
+    flat = buffer.float()
+    reduce(collective, flat, segments, step, workers, meter)
+    return buffer if flat is buffer else buffer.copy_(flat)

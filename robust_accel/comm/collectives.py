@@ -4,9 +4,8 @@ They know nothing of DDP or DeepSpeed. Every rank decodes the same bytes with th
 in the same order, so that parameters stay bit-identical across ranks.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from robust_accel.comm.kernels import BlockNorm, random_key
 from robust_accel.comm.meter import Meter
+from robust_accel.comm.pipeline import Exchange, Pipeline
 from robust_accel.comm.quantizer import Quantizer, Segment, split
 from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings
@@ -23,7 +23,8 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
-_SLICE = 1 << 22  # elements exchanged at a time: one slice is computed while another is sent
+_Groups: TypeAlias = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # to servers, back
+_SLICE = 1 << 21  # elements exchanged at a time: one slice is computed while another is sent
 
 
 class AllReduce(Settings):
@@ -31,15 +32,19 @@ class AllReduce(Settings):
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 
-    def reduce(
+    def exchanges(
         self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
-    ) -> Tensor:
-        """See `Collective.reduce`. A ring sends 2 (M - 1) / M of the gradient."""
+    ) -> Sequence[Exchange]:
+        """See `Collective.exchanges`. A ring sends 2 (M - 1) / M of the gradient."""
+        return [self._exchange(flat, workers, meter)]
+
+    def _exchange(self, flat: Tensor, workers: Workers, meter: Meter) -> Exchange:
         # multiplied before the sum: DDP's own order, and a sum of halves overflows less
         mean = flat.mul_(1.0 / workers.size).to(_DTYPES[self.dtype])
-        dist.all_reduce(mean, group=workers.group)
         meter.sent(2 * (workers.size - 1) * mean.nbytes / workers.size)
-        return mean.to(torch.float32)
+        yield _sent(dist.all_reduce(mean, group=workers.group, async_op=True))
+        if mean is not flat:
+            flat.copy_(mean)
 
 
 class QSGD(Settings):
@@ -78,54 +83,67 @@ class QSGD(Settings):
             block_size = None  # of one segment
         return Quantizer(self.bits, self.norm, block_size, self.compile)
 
-    def reduce(
+    def exchanges(
         self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
-    ) -> Tensor:
-        """See `Collective.reduce`."""
+    ) -> Sequence[Exchange]:
+        """See `Collective.exchanges`."""
         if flat.numel() == 0:
-            return flat
+            return []
         if self.block_size == "whole":
             segments = [Segment(flat.numel(), min(s.position for s in segments), raw=False)]
         if workers.node is None:
-            return self._exchange(flat, segments, step, workers.group, meter)
-        # full precision inside the machine: each of its workers takes one part to the others
+            groups = (workers.group, workers.replies or workers.group)
+            return self._between(flat, segments, step, groups, meter)
+        return [self._through_machines(flat, segments, step, workers, meter)]
+
+    def _through_machines(
+        self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
+    ) -> Exchange:
+        """Full precision inside the machine: each of its workers takes one part to the others.
+
+        It never pauses, so that what is sent inside stays in one order.
+        """
         part = _Shares(flat, split(segments, _size(workers.node), self.quantizer.block_size))
         mean = part.scatter_mean(workers.node, meter)
         own = part.chunks[dist.get_rank(workers.node)]
+        pipeline = Pipeline()
         if own:
-            mean = self._exchange(mean, own, step, workers.peers, meter)
-        return part.gather(mean, workers.node, meter)
+            for exchange in self._between(mean, own, step, (workers.peers,) * 2, meter):
+                pipeline.add(exchange)
+        pipeline.finish()
+        part.gather(mean, workers.node, meter)
+        yield from ()
+
+    def _between(
+        self,
+        flat: Tensor,
+        segments: Sequence[Segment],
+        step: int,
+        groups: _Groups,
+        meter: Meter,
+    ) -> Sequence[Exchange]:
+        """Exchanges between workers that all send quantised gradients."""
+        keys = [
+            random_key(self.seed, stream, step, flat.device)
+            for stream in (dist.get_rank(groups[0]), _SERVER)
+        ]
+        slices = _slices(segments, self.quantizer.block_size)
+        sizes = [sum(s.size for s in members) for members in slices]
+        return [
+            self._exchange(part, members, keys, groups, meter)
+            for part, members in zip(flat.split(sizes), slices, strict=True)
+        ]
 
     def _exchange(
         self,
         flat: Tensor,
         segments: Sequence[Segment],
-        step: int,
-        group: dist.ProcessGroup | None,
-        meter: Meter,
-    ) -> Tensor:
-        """Average, in place, over a group whose workers all send quantised gradients."""
-        keys = [
-            random_key(self.seed, stream, step, flat.device)
-            for stream in (dist.get_rank(group), _SERVER)
-        ]
-        slices = _slices(segments, self.quantizer.block_size)
-        sizes = [sum(s.size for s in members) for members in slices]
-        _run_interleaved(
-            self._exchange_slice(part, members, keys, group, meter)
-            for part, members in zip(flat.split(sizes), slices, strict=True)
-        )
-        return flat
-
-    def _exchange_slice(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
         keys: Sequence[Tensor],
-        group: dist.ProcessGroup | None,
+        groups: _Groups,
         meter: Meter,
-    ) -> Iterator[dist.Work]:
-        """Replace `flat` by the mean; pauses wherever it has set something on its way."""
+    ) -> Exchange:
+        """Replace `flat` by the mean."""
+        group, reply_group = groups
         quantizer, num_workers = self.quantizer, _size(group)
         message_bytes = quantizer.num_bytes(segments)
         served = self.sides == 2 or self._serving_is_cheaper(
@@ -160,7 +178,7 @@ class QSGD(Settings):
             replies = num_bytes
             reply = quantizer.encode(own, chunks[rank], keys[1])
         rows = reply.new_empty(num_workers, max(replies))
-        yield _all_gather(rows, _padded(reply, max(replies)), group, meter)
+        yield _all_gather(rows, _padded(reply, max(replies)), reply_group, meter)
         # a server's own reply is decoded like everyone's, or ranks drift
         for row, size, chunk, out in zip(rows, replies, chunks, flat.split(sizes), strict=True):
             if self.sides == 1:
@@ -194,12 +212,13 @@ class _Shares:
         _all_to_all(received.view(torch.uint8), flat, num_bytes, group, meter, inside=True).wait()
         return received.sum(dim=0).mul_(1.0 / num_workers)
 
-    def gather(self, share: Tensor, group: dist.ProcessGroup | None, meter: Meter) -> Tensor:
-        """Everyone's averaged share, end to end: [d]."""
+    def gather(self, share: Tensor, group: dist.ProcessGroup | None, meter: Meter) -> None:
+        """Put everyone's averaged share back in its place."""
         rows = share.new_empty(len(self.sizes), max(self.sizes))
         own = _padded(share, max(self.sizes)).view(torch.uint8)
         _all_gather(rows.view(torch.uint8), own, group, meter, inside=True).wait()
-        return torch.cat([row[:size] for row, size in zip(rows, self.sizes, strict=True)])
+        for row, size, out in zip(rows, self.sizes, self.flat.split(self.sizes), strict=True):
+            out.copy_(row[:size])
 
 
 def _slices(segments: Sequence[Segment], block_size: int | None) -> list[list[Segment]]:
@@ -208,27 +227,6 @@ def _slices(segments: Sequence[Segment], block_size: int | None) -> list[list[Se
         return [list(segments)]
     parts = -(-sum(s.size for s in segments) // _SLICE)
     return [part for part in split(segments, parts, block_size) if part]
-
-
-def _run_interleaved(exchanges: Iterable[Iterator[dist.Work]], depth: int = 2) -> None:
-    """Run exchanges `depth` at a time, computing one while another is on its way.
-
-    The order depends on nothing but their number: collectives must match across ranks.
-    """
-    waiting = iter(exchanges)
-    under_way: deque[tuple[Iterator[dist.Work], dist.Work]] = deque()
-    while True:
-        fresh = next(waiting, None) if len(under_way) < depth else None
-        if fresh is not None:
-            exchange = fresh
-        elif under_way:
-            exchange, work = under_way.popleft()
-            work.wait()
-        else:
-            return
-        sent = next(exchange, None)
-        if sent is not None:
-            under_way.append((exchange, sent))
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

@@ -6,7 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.comm.base import Collective, GradientCompression, averaged
+from robust_accel.comm.meter import Meter
+from robust_accel.comm.pipeline import Exchange, Pipeline
 from robust_accel.comm.quantizer import Segment, segment
 from robust_accel.comm.workers import Workers
 
@@ -42,7 +46,7 @@ class DDPCompression(GradientCompression):
         device = next(p for p in model.module.parameters() if p.requires_grad).device
         backend = dist.get_backend(model.process_group)
         if device.type == "cpu":
-            self._worker = _Worker()
+            self._worker = _Worker(self.meter)
         elif device.type == "cuda" and backend != "gloo":
             # the model's own group: two NCCL communicators at work at once can deadlock
             group = group or model.process_group
@@ -52,7 +56,9 @@ class DDPCompression(GradientCompression):
                 f"compress_gradients supports CPU, and CUDA with NCCL; got {device.type} with "
                 f"{backend}"
             )
-        self._workers = Workers.of(group, parent=model.process_group)
+        self._workers = Workers.of(
+            group, parent=model.process_group, replies=self._worker is not None
+        )
         model.register_comm_hook(self, _hook)
 
     def close(self) -> None:
@@ -67,16 +73,25 @@ class DDPCompression(GradientCompression):
         segments = [segment(p.shape, self._positions[id(p)]) for p in bucket.parameters()]
         step, last = self.steps, bucket.is_last()
         self.steps += last
-        if self._worker is not None:
-            arrived = time.perf_counter() if last else None
-            return self._worker.submit(lambda: self._on_thread(buffer, segments, step, arrived))
-        return self._on_stream(buffer, segments, step, last)
+        if self._worker is None:
+            return self._on_stream(buffer, segments, step, last)
+        arrived = time.perf_counter() if last else None
+        return self._worker.submit(lambda: self._parts(buffer, segments, step, arrived))
 
-    def _on_thread(
+    def _parts(
         self, buffer: Tensor, segments: list[Segment], step: int, arrived: float | None
-    ) -> Tensor:
-        with self.meter.timed(exposed_since=arrived):
-            return self._averaged(buffer, segments, step)
+    ) -> "_Parts":
+        flat = buffer.float()
+
+        def finish() -> Tensor:
+            # in DDP's own memory: with gradient_as_bucket_view the gradients live there
+            if flat is not buffer:
+                buffer.copy_(flat)
+            if arrived is not None:
+                self.meter.exposed(since=arrived)
+            return buffer
+
+        return self._collective.exchanges(flat, segments, step, self._workers, self.meter), finish
 
     def _on_stream(
         self, buffer: Tensor, segments: list[Segment], step: int, last: bool
@@ -88,43 +103,47 @@ class DDPCompression(GradientCompression):
         self._stream.wait_event(arrived)
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.meter.timed_stream(exposed_since=arrived if last else None):
-                result = self._averaged(buffer, segments, step)
+                result = averaged(
+                    self._collective, buffer, segments, step, self._workers, self.meter
+                )
             # a future with devices records this stream, and DDP's stream will wait for it
             future = torch.futures.Future[torch.Tensor](devices=[buffer.device])
             future.set_result(result)
         return future
-
-    def _averaged(self, buffer: Tensor, segments: list[Segment], step: int) -> Tensor:
-        # into DDP's own memory: with gradient_as_bucket_view the gradients live there
-        return averaged(self._collective, buffer, segments, step, self._workers, self.meter)
 
 
 def _hook(state: DDPCompression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return state._launch(bucket)
 
 
+# the exchanges of a bucket, and what makes its future's value after them
+_Parts: TypeAlias = tuple[Sequence[Exchange], Callable[[], Tensor]]
+_Job: TypeAlias = tuple[Callable[[], _Parts], torch.futures.Future]
+
+
 class _Worker:
-    """One thread that runs jobs in the order in which they came: the same on every rank.
+    """One thread that exchanges buckets, in the order in which they came: the same on every rank.
 
     On gloo a collective inside `Future.then` deadlocks, as callbacks run on gloo's own threads.
     """
 
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Tensor], torch.futures.Future] | None] = (
-            queue.SimpleQueue()
-        )
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._begun: list[torch.futures.Future] = []
+        self._pipeline = Pipeline()
         self._error: BaseException | None = None
         self._closed = False
         # daemon: a peer that never answers must not keep this process alive
         self._thread = threading.Thread(target=self._run, name="gradient-sender", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], Tensor]) -> torch.futures.Future[torch.Tensor]:
+    def submit(self, begin: Callable[[], _Parts]) -> torch.futures.Future[torch.Tensor]:
         if self._closed:
             raise RuntimeError("gradient compression was closed: its model cannot train any more")
         future: torch.futures.Future = torch.futures.Future()
         result = future.then(_result_or_raise)
-        self._jobs.put((job, future))
+        self._jobs.put((begin, future))
         return result
 
     def close(self) -> None:
@@ -134,17 +153,53 @@ class _Worker:
 
     @torch.no_grad()
     def _run(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, future = item
-            outcome: Tensor | BaseException | None = self._error
-            if outcome is None:
-                try:
-                    outcome = job()
-                except BaseException as error:
-                    logger.exception("gradient communication failed")
-                    # later jobs fail too: their collectives would no longer match other ranks'
-                    outcome = self._error = error
-            future.set_result(outcome)
+        while True:
+            try:
+                job = self._jobs.get(block=not self._pipeline)
+            except queue.Empty:
+                self._attempt(self._pipeline.advance)
+                continue
+            if job is None:
+                self._attempt(self._pipeline.finish)
+                return
+            begin, future = job
+            self._begun.append(future)
+            self._attempt(partial(self._begin, begin, future))
+
+    def _begin(self, begin: Callable[[], _Parts], future: torch.futures.Future) -> None:
+        if self._error is not None:
+            raise self._error
+        exchanges, finish = begin()
+        left = len(exchanges)
+
+        def counted(exchange: Exchange) -> Exchange:
+            nonlocal left
+            yield from exchange
+            left -= 1
+            if not left:
+                self._end(future, finish())
+
+        for exchange in exchanges:
+            self._pipeline.add(counted(exchange))
+        if not exchanges:
+            self._end(future, finish())
+
+    def _end(self, future: torch.futures.Future, outcome: Tensor | BaseException) -> None:
+        self._begun.remove(future)
+        future.set_result(outcome)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            with self._meter.timed():
+                work()
+        except BaseException as error:
+            if self._error is None:
+                logger.exception("gradient communication failed")
+            # later jobs fail too: their collectives would no longer match other ranks'
+            self._error = error
+            self._pipeline.clear()
+            for future in list(self._begun):
+                self._end(future, error)
 
 
 def _result_or_raise(future: torch.futures.Future) -> Tensor:

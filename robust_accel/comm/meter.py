@@ -42,20 +42,21 @@ class Meter:
         self.bytes_inside_machine += round(num_bytes) * inside_machine
 
     @contextmanager
-    def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:
-        """Count the time of the block; `exposed_since` is a `time.perf_counter()` reading."""
+    def timed(self) -> Iterator[None]:
+        """Count the time of the block."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            end = time.perf_counter()
-            self._seconds += end - start
-            if exposed_since is not None:
-                self._exposed_seconds += end - exposed_since
+            self._seconds += time.perf_counter() - start
+
+    def exposed(self, since: float) -> None:
+        """Count what has passed since a `time.perf_counter()` reading as not hidden."""
+        self._exposed_seconds += time.perf_counter() - since
 
     @contextmanager
     def timed_stream(self, *, exposed_since: Any = None) -> Iterator[None]:
-        """The same for work queued on the current CUDA stream; `exposed_since` is an event."""
+        """The same for work queued on the current CUDA stream, not hidden since an event."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         try:

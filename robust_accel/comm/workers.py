@@ -14,6 +14,8 @@ class Workers:
 
     Attributes:
         group: all workers.
+        replies: all of them again, for what servers send back; None is `group`. With it, messages
+            there and back need not be sent in one order (see `Pipeline`).
         node: those on this machine, where every machine holds the same number, at least two, and
             there are several machines; None otherwise.
         peers: then, the worker at this one's place on each machine.
@@ -22,18 +24,26 @@ class Workers:
     group: dist.ProcessGroup | None = None
     node: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
+    replies: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
         return dist.get_world_size(self.group)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None, *, parent: dist.ProcessGroup | None) -> "Workers":
+    def of(
+        cls,
+        group: dist.ProcessGroup | None,
+        *,
+        parent: dist.ProcessGroup | None,
+        replies: bool = False,
+    ) -> "Workers":
         """Find the machines and make the groups; each worker of the model must call it.
 
         Args:
             group: for all workers; None makes one like `parent`, for a thread of its own.
             parent: the model's group.
+            replies: make a group for them, too.
         """
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         nodes: list[str] = [""] * len(ranks)
@@ -42,7 +52,7 @@ class Workers:
         members = [[r for r, n in zip(ranks, nodes, strict=True) if n == node] for node in nodes]
         sizes = {len(member) for member in members}
         if len(sizes) > 1 or sizes & {1, len(ranks)}:
-            return cls(group)
+            return cls(group, replies=_like(parent, ranks) if replies else None)
         mine = members[ranks.index(dist.get_rank())]
         place = mine.index(dist.get_rank())
         peers = sorted({member[place] for member in members})

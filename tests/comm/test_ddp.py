@@ -13,7 +13,16 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from robust_accel.comm import COLLECTIVES, QSGD, AllReduce, Meter, Workers, compress_gradients
+from robust_accel.comm import (
+    COLLECTIVES,
+    QSGD,
+    AllReduce,
+    Meter,
+    Workers,
+    collectives,
+    compress_gradients,
+)
+from robust_accel.comm.base import reduce
 from robust_accel.comm.kernels import random_key
 from robust_accel.comm.quantizer import Segment, segment
 
@@ -36,20 +45,24 @@ class Recorder:
         self.inner = inner
         self.calls = []
 
-    def reduce(self, flat, segments, step, workers, meter):
-        before = flat.clone()
-        sent = meter.bytes_sent
-        mean = self.inner.reduce(flat, segments, step, workers, meter)
+    def exchanges(self, flat, segments, step, workers, meter):
+        return [self.recorded(flat, segments, step, workers, meter)]
+
+    def recorded(self, flat, segments, step, workers, meter):
+        before, own = flat.clone(), Meter()
+        for exchange in self.inner.exchanges(flat, segments, step, workers, own):
+            yield from exchange
+        meter.sent(own.bytes_sent - own.bytes_inside_machine)
+        meter.sent(own.bytes_inside_machine, inside_machine=True)
         self.calls.append(
             {
                 "in": before,
                 "segments": list(segments),
-                "out": mean.clone(),
+                "out": flat.clone(),
                 "step": step,
-                "bytes": meter.bytes_sent - sent,
+                "bytes": own.bytes_sent,
             }
         )
-        return mean
 
 
 def make_model(bias=True):
@@ -208,10 +221,17 @@ def overflow(rank, world_size):
     return results
 
 
+def reduced(protocol, flat, segments, step):
+    """The mean of a gradient, beside it."""
+    mean = flat.clone()
+    reduce(protocol, mean, segments, step, Workers(), Meter())
+    return mean
+
+
 def half_precision_overflow(rank, world_size):
     flat = torch.full((100,), 1e6 if rank == 0 else 1.0)
     protocol = AllReduce(dtype="fp16")
-    return protocol.reduce(flat, [Segment(100, 0, False)], 0, Workers(), Meter())
+    return reduced(protocol, flat, [Segment(100, 0, False)], 0)
 
 
 def odd_sizes(rank, world_size):
@@ -235,7 +255,7 @@ def odd_sizes(rank, world_size):
         for name, protocol in PROTOCOLS.items():
             g = torch.Generator().manual_seed(100 * i + rank)
             flat = torch.randn(position, generator=g)
-            mean = protocol.reduce(flat.clone(), segments, i, Workers(), Meter())
+            mean = reduced(protocol, flat, segments, i)
             results.append({"name": name, "in": flat, "out": mean, "segments": segments})
     return results
 
@@ -246,7 +266,7 @@ def formulas(rank, world_size):
     results = {}
     for name, protocol in PROTOCOLS.items():
         meter = Meter()
-        protocol.reduce(torch.randn(d), [Segment(d, 0, False)], 0, Workers(), meter)
+        reduce(protocol, torch.randn(d), [Segment(d, 0, False)], 0, Workers(), meter)
         results[name] = meter.bytes_sent
     return d, results
 
@@ -258,8 +278,7 @@ def equal_gradients(rank, world_size):
 
     def error(step, **kwargs):
         protocol = QSGD(bits=4, **kwargs)
-        mean = protocol.reduce(flat.clone(), [Segment(d, 0, False)], step, Workers(), Meter())
-        return mean - flat
+        return reduced(protocol, flat, [Segment(d, 0, False)], step) - flat
 
     single = QSGD(bits=4).quantizer
     segments, key = [Segment(d, 0, False)], random_key(0, 0, 0, flat.device)
@@ -278,13 +297,10 @@ class ByServers(QSGD):
 
 def both_one_sided_exchanges(rank, world_size):
     """The same gradients to all and through servers; more than one slice of them."""
-    d = (1 << 20) + 1000
+    d = collectives._SLICE + 1000
     flat = torch.randn(d, generator=torch.Generator().manual_seed(rank))
     segments = [Segment(d - 300, 0, False), Segment(300, d - 300, True)]
-    return [
-        kind(bits=8, sides=1).reduce(flat.clone(), segments, 3, Workers(), Meter())
-        for kind in (QSGD, ByServers)
-    ]
+    return [reduced(kind(bits=8, sides=1), flat, segments, 3) for kind in (QSGD, ByServers)]
 
 
 def machines(rank, world_size):
@@ -327,11 +343,11 @@ class Failing:
         self.fails = fails
         self.calls = 0
 
-    def reduce(self, flat, segments, step, workers, meter):
+    def exchanges(self, *args):
         self.calls += 1
         if self.calls == 3 and self.fails:
             raise KeyError("cable unplugged")
-        return AllReduce().reduce(flat, segments, step, workers, meter)
+        return AllReduce().exchanges(*args)
 
 
 def raising_everywhere(rank, world_size):
