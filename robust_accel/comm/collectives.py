@@ -5,7 +5,7 @@ in the same order, so that parameters stay bit-identical across ranks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
-_Groups: TypeAlias = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # to servers, back
 _SLICE = 1 << 21  # elements exchanged at a time: one slice is computed while another is sent
 
 
@@ -92,8 +91,9 @@ class QSGD(Settings):
         if self.block_size == "whole":
             segments = [Segment(flat.numel(), min(s.position for s in segments), raw=False)]
         if workers.node is None:
-            groups = (workers.group, workers.replies or workers.group)
-            return self._between(flat, segments, step, groups, meter)
+            replies = workers.replies or workers.group
+            route = _Route(workers.group, replies, meter)
+            return self._between(flat, segments, step, route)
         return [self._through_machines(flat, segments, step, workers, meter)]
 
     def _through_machines(
@@ -108,79 +108,69 @@ class QSGD(Settings):
         own = part.chunks[dist.get_rank(workers.node)]
         pipeline = Pipeline()
         if own:
-            for exchange in self._between(mean, own, step, (workers.peers,) * 2, meter):
+            route = _Route(workers.peers, workers.peers, meter)
+            for exchange in self._between(mean, own, step, route):
                 pipeline.add(exchange)
         pipeline.finish()
         part.gather(mean, workers.node, meter)
         yield from ()
 
     def _between(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
-        step: int,
-        groups: _Groups,
-        meter: Meter,
+        self, flat: Tensor, segments: Sequence[Segment], step: int, route: "_Route"
     ) -> Sequence[Exchange]:
         """Exchanges between workers that all send quantised gradients."""
         keys = [
             random_key(self.seed, stream, step, flat.device)
-            for stream in (dist.get_rank(groups[0]), _SERVER)
+            for stream in (dist.get_rank(route.there), _SERVER)
         ]
         slices = _slices(segments, self.quantizer.block_size)
         sizes = [sum(s.size for s in members) for members in slices]
+        message_bytes = self.quantizer.num_bytes(segments)
+        served = self.sides == 2 or self._serving_is_cheaper(
+            flat.nbytes, message_bytes, _size(route.there)
+        )
+        exchange = self._through_servers if served else self._to_all
         return [
-            self._exchange(part, members, keys, groups, meter)
+            exchange(part, members, keys, route)
             for part, members in zip(flat.split(sizes), slices, strict=True)
         ]
 
-    def _exchange(
-        self,
-        flat: Tensor,
-        segments: Sequence[Segment],
-        keys: Sequence[Tensor],
-        groups: _Groups,
-        meter: Meter,
+    def _to_all(
+        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: "_Route"
     ) -> Exchange:
-        """Replace `flat` by the mean."""
-        group, reply_group = groups
-        quantizer, num_workers = self.quantizer, _size(group)
-        message_bytes = quantizer.num_bytes(segments)
-        served = self.sides == 2 or self._serving_is_cheaper(
-            flat.nbytes, message_bytes, num_workers
-        )
-        if not served:
-            # Step 7 of Algorithm A1: every worker decodes all
-            message = quantizer.encode(flat, segments, keys[0])
-            messages = message.new_empty(num_workers, message_bytes)
-            yield _all_gather(messages, message, group, meter)
-            quantizer.mean(messages, segments, out=flat)
-            return
+        """Step 7 of Algorithm A1, and every worker decodes all messages."""
+        message = self.quantizer.encode(flat, segments, keys[0])
+        messages = message.new_empty(_size(route.there), len(message))
+        yield _all_gather(messages, message, route.there, route.meter)
+        self.quantizer.mean(messages, segments, out=flat)
 
-        # Step 7: each server gets its chunk of every worker's gradient
-        rank = dist.get_rank(group)
+    def _through_servers(
+        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: "_Route"
+    ) -> Exchange:
+        """Each worker takes the mean of its chunk of every gradient, and sends it to all."""
+        quantizer, num_workers = self.quantizer, _size(route.there)
+        rank = dist.get_rank(route.there)
         chunks = split(segments, num_workers, quantizer.block_size)  # chunk i is served by rank i
-        sizes = [sum(s.size for s in chunk) for chunk in chunks]
+        values = flat.split([sum(s.size for s in chunk) for chunk in chunks])
         num_bytes = [quantizer.num_bytes(chunk) for chunk in chunks]
+        # Step 7: each server gets its chunk of every worker's gradient
         message = flat.new_empty(sum(num_bytes), dtype=torch.uint8)
-        for values, chunk, out in zip(
-            flat.split(sizes), chunks, message.split(num_bytes), strict=True
-        ):
-            quantizer.encode(values, chunk, keys[0], out=out)
+        for value, chunk, out in zip(values, chunks, message.split(num_bytes), strict=True):
+            quantizer.encode(value, chunk, keys[0], out=out)
         messages = message.new_empty(num_workers, num_bytes[rank])
-        yield _all_to_all(messages, message, num_bytes, group, meter)
-        own = quantizer.mean(messages, chunks[rank])
+        yield _all_to_all(messages, message, num_bytes, route.there, route.meter)
+        own = quantizer.mean(messages, chunks[rank], out=values[rank])
 
         if self.sides == 1:  # the means go back in full
-            replies = [4 * size for size in sizes]
+            replies = [value.nbytes for value in values]
             reply = own.view(torch.uint8)
         else:  # Step 10: it quantises the mean
             replies = num_bytes
             reply = quantizer.encode(own, chunks[rank], keys[1])
         rows = reply.new_empty(num_workers, max(replies))
-        yield _all_gather(rows, _padded(reply, max(replies)), reply_group, meter)
+        yield _all_gather(rows, _padded(reply, max(replies)), route.back, route.meter)
         # a server's own reply is decoded like everyone's, or ranks drift
-        for row, size, chunk, out in zip(rows, replies, chunks, flat.split(sizes), strict=True):
+        for row, size, chunk, out in zip(rows, replies, chunks, values, strict=True):
             if self.sides == 1:
                 out.copy_(row[:size].view(torch.float32))
             else:
@@ -194,6 +184,14 @@ class QSGD(Settings):
         if self.quantizer.block_size is None:
             return False
         return num_workers * message_bytes > message_bytes + full_bytes
+
+
+class _Route(NamedTuple):
+    """How messages travel: by one group to where they are decoded, by another back."""
+
+    there: dist.ProcessGroup | None
+    back: dist.ProcessGroup | None
+    meter: Meter
 
 
 class _Shares:
