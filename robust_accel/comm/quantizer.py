@@ -25,7 +25,7 @@ from robust_accel.comm.kernels import MAX_UNROLL, BlockNorm, Eager, Kernels, Pla
 
 RAW_LIMIT = 4096  # one-dimensional tensors up to this size stay fp32
 FUSE_LIMIT = 1 << 16  # elements from which `compile="auto"` fuses
-LONG_RUN = 1 << 17  # elements from which a call (0.2 ms if compiled) costs less than a copy
+LONG_RUN = 1 << 17  # elements from which calls of their own cost less than a copy
 
 
 class Segment(NamedTuple):
