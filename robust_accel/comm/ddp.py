@@ -131,6 +131,7 @@ class _Worker:
         self._meter = meter
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._begun: list[torch.futures.Future] = []
+        self._ended: list[tuple[torch.futures.Future, Tensor | BaseException]] = []
         self._pipeline = Pipeline()
         self._error: BaseException | None = None
         self._closed = False
@@ -186,9 +187,10 @@ class _Worker:
 
     def _end(self, future: torch.futures.Future, outcome: Tensor | BaseException) -> None:
         self._begun.remove(future)
-        future.set_result(outcome)
+        self._ended.append((future, outcome))
 
     def _attempt(self, work: Callable[[], None]) -> None:
+        """Work on exchanges; then, when all is counted, tell whoever waits for those that ended."""
         try:
             with self._meter.timed():
                 work()
@@ -200,6 +202,9 @@ class _Worker:
             self._pipeline.clear()
             for future in list(self._begun):
                 self._end(future, error)
+        for future, outcome in self._ended:
+            future.set_result(outcome)
+        self._ended.clear()
 
 
 def _result_or_raise(future: torch.futures.Future) -> Tensor:
