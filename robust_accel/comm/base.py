@@ -1,12 +1,12 @@
 """What protocols and engines share: the protocol's one method, and a protocol at work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.pipeline import Exchange, Pipeline
+from robust_accel.comm.pipeline import Exchange, run_all
 from robust_accel.comm.quantizer import Segment
 from robust_accel.comm.workers import Workers
 
@@ -56,19 +56,22 @@ class GradientCompression:
         """Stop what runs beside the training; the model cannot train on."""
 
 
-def reduce(
+def averaging(
     collective: Collective,
-    flat: Tensor,
+    buffer: Tensor,
     segments: Sequence[Segment],
     step: int,
     workers: Workers,
     meter: Meter,
-) -> None:
-    """Run all exchanges of a gradient. See `Collective.exchanges`."""
-    pipeline = Pipeline()
-    for exchange in collective.exchanges(flat, segments, step, workers, meter):
-        pipeline.add(exchange)
-    pipeline.finish()
+) -> tuple[Sequence[Exchange], Callable[[], Tensor]]:
+    """Set about replacing a gradient of any floating point type by its mean, in its own memory.
+
+    Returns:
+        The exchanges, and what to call after all of them: it returns `buffer`, the mean.
+    """
+    flat = buffer.float()
+    exchanges = collective.exchanges(flat, segments, step, workers, meter)
+    return exchanges, lambda: buffer if flat is buffer else buffer.copy_(flat)
 
 
 def averaged(
@@ -79,7 +82,7 @@ def averaged(
     workers: Workers,
     meter: Meter,
 ) -> Tensor:
-    """Replace a gradient of any floating point type by its mean, in its own memory."""
-    flat = buffer.float()
-    reduce(collective, flat, segments, step, workers, meter)
-    return buffer if flat is buffer else buffer.copy_(flat)
+    """The same, to its end."""
+    exchanges, finish = averaging(collective, buffer, segments, step, workers, meter)
+    run_all(exchanges)
+    return finish()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robust_accel.comm.kernels import BlockNorm, random_key
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.pipeline import Exchange, Pipeline
+from robust_accel.comm.pipeline import Exchange, run_all
 from robust_accel.comm.quantizer import Quantizer, Segment, split
 from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings
@@ -44,6 +44,14 @@ class AllReduce(Settings):
         yield _sent(dist.all_reduce(mean, group=workers.group, async_op=True))
         if mean is not flat:
             flat.copy_(mean)
+
+
+class _Route(NamedTuple):
+    """How messages travel: by one group to where they are decoded, by another back."""
+
+    there: dist.ProcessGroup | None
+    back: dist.ProcessGroup | None
+    meter: Meter
 
 
 class QSGD(Settings):
@@ -106,17 +114,13 @@ class QSGD(Settings):
         part = _Shares(flat, split(segments, _size(workers.node), self.quantizer.block_size))
         mean = part.scatter_mean(workers.node, meter)
         own = part.chunks[dist.get_rank(workers.node)]
-        pipeline = Pipeline()
         if own:
-            route = _Route(workers.peers, workers.peers, meter)
-            for exchange in self._between(mean, own, step, route):
-                pipeline.add(exchange)
-        pipeline.finish()
+            run_all(self._between(mean, own, step, _Route(workers.peers, workers.peers, meter)))
         part.gather(mean, workers.node, meter)
         yield from ()
 
     def _between(
-        self, flat: Tensor, segments: Sequence[Segment], step: int, route: "_Route"
+        self, flat: Tensor, segments: Sequence[Segment], step: int, route: _Route
     ) -> Sequence[Exchange]:
         """Exchanges between workers that all send quantised gradients."""
         keys = [
@@ -136,7 +140,7 @@ class QSGD(Settings):
         ]
 
     def _to_all(
-        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: "_Route"
+        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: _Route
     ) -> Exchange:
         """Step 7 of Algorithm A1, and every worker decodes all messages."""
         message = self.quantizer.encode(flat, segments, keys[0])
@@ -145,7 +149,7 @@ class QSGD(Settings):
         self.quantizer.mean(messages, segments, out=flat)
 
     def _through_servers(
-        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: "_Route"
+        self, flat: Tensor, segments: Sequence[Segment], keys: Sequence[Tensor], route: _Route
     ) -> Exchange:
         """Each worker takes the mean of its chunk of every gradient, and sends it to all."""
         quantizer, num_workers = self.quantizer, _size(route.there)
@@ -184,14 +188,6 @@ class QSGD(Settings):
         if self.quantizer.block_size is None:
             return False
         return num_workers * message_bytes > message_bytes + full_bytes
-
-
-class _Route(NamedTuple):
-    """How messages travel: by one group to where they are decoded, by another back."""
-
-    there: dist.ProcessGroup | None
-    back: dist.ProcessGroup | None
-    meter: Meter
 
 
 class _Shares:

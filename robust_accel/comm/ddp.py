@@ -7,15 +7,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from robust_accel.comm.base import Collective, GradientCompression, averaged
+from robust_accel.comm.base import Collective, GradientCompression, averaged, averaging
 from robust_accel.comm.meter import Meter
 from robust_accel.comm.pipeline import Exchange, Pipeline
 from robust_accel.comm.quantizer import Segment, segment
@@ -81,17 +80,17 @@ class DDPCompression(GradientCompression):
     def _parts(
         self, buffer: Tensor, segments: list[Segment], step: int, arrived: float | None
     ) -> "_Parts":
-        flat = buffer.float()
+        exchanges, finish = averaging(
+            self._collective, buffer, segments, step, self._workers, self.meter
+        )
 
-        def finish() -> Tensor:
-            # in DDP's own memory: with gradient_as_bucket_view the gradients live there
-            if flat is not buffer:
-                buffer.copy_(flat)
+        def finish_counted() -> Tensor:
+            mean = finish()
             if arrived is not None:
                 self.meter.exposed(since=arrived)
-            return buffer
+            return mean
 
-        return self._collective.exchanges(flat, segments, step, self._workers, self.meter), finish
+        return exchanges, finish_counted
 
     def _on_stream(
         self, buffer: Tensor, segments: list[Segment], step: int, last: bool
@@ -165,7 +164,7 @@ class _Worker:
                 return
             begin, future = job
             self._begun.append(future)
-            self._attempt(partial(self._begin, begin, future))
+            self._attempt(self._begin, begin, future)
 
     def _begin(self, begin: Callable[[], _Parts], future: torch.futures.Future) -> None:
         if self._error is not None:
@@ -189,11 +188,11 @@ class _Worker:
         self._begun.remove(future)
         self._ended.append((future, outcome))
 
-    def _attempt(self, work: Callable[[], None]) -> None:
+    def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         """Work on exchanges; then, when all is counted, tell whoever waits for those that ended."""
         try:
             with self._meter.timed():
-                work()
+                work(*arguments)
         except BaseException as error:
             if self._error is None:
                 logger.exception("gradient communication failed")

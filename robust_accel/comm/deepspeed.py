@@ -200,17 +200,10 @@ class DeepSpeedCompression(GradientCompression):
     def _timed(self, device: torch.device) -> AbstractContextManager[None]:
         # the engine waits here; with overlap_comm, exposed seconds are an upper bound
         if device.type != "cuda":
-            return self._timed_exposed()
+            return self.meter.timed(exposed_since=time.perf_counter())
         now = torch.cuda.Event(enable_timing=True)
         now.record()
         return self.meter.timed_stream(exposed_since=now)
-
-    @contextmanager
-    def _timed_exposed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        with self.meter.timed():
-            yield
-        self.meter.exposed(start)
 
 
 def _by_shape(tensors: Sequence[Tensor]) -> list[Segment]:

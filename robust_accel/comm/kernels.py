@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from types import FunctionType
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -336,24 +337,26 @@ def _fuse(
     Returns:
         Takes the number of rows, then the tensors, fixed ones first.
     """
-    kernels: list[Callable[..., None]] = []
+    kernels: list[Callable[..., Any]] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         kernel = torch._dynamo.lookup_backend("inductor")(graph, inputs)
         # in any order: `l_tensors_{i}_`, the number of rows, and strides, which do not change
-        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        found = [re.fullmatch(r"l_tensors_(\d+)_", name) for name in names]
-        sizes = [None if match else x.node.hint for match, x in zip(found, inputs, strict=True)]
-        order = [1 + int(match[1]) if match else 0 for match in found]
-        assert sorted(filter(None, order)) == list(range(1, 1 + len(fixed) + len(rowwise))), names
-
-        def call(*arguments: Any) -> None:
-            kernel(*[
-                arguments[i] if size in (None, TYPICAL_ROWS) else size
-                for i, size in zip(order, sizes, strict=True)
-            ])  # fmt: skip
-
-        kernels.append(call)
+        num_arguments = 1 + len(fixed) + len(rowwise)
+        order: list[int] = []  # of arguments, then strides
+        strides: list[int] = []
+        for node, x in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            match = re.fullmatch(r"l_tensors_(\d+)_", node.name)
+            if match:
+                order.append(1 + int(match[1]))
+            elif x.node.hint == TYPICAL_ROWS:
+                order.append(0)
+            else:
+                order.append(num_arguments + len(strides))
+                strides.append(x.node.hint)
+        assert set(order) >= set(range(1, num_arguments)), order
+        pick = itemgetter(*order)
+        kernels.append(lambda *arguments: kernel(*pick((*arguments, *strides))))
         return kernel
 
     examples = []

@@ -42,13 +42,15 @@ class Meter:
         self.bytes_inside_machine += round(num_bytes) * inside_machine
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Count the time of the block."""
+    def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:
+        """Count the time of the block; `exposed_since` is a `time.perf_counter()` reading."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._seconds += time.perf_counter() - start
+            if exposed_since is not None:
+                self.exposed(exposed_since)
 
     def exposed(self, since: float) -> None:
         """Count what has passed since a `time.perf_counter()` reading as not hidden."""
@@ -56,7 +58,7 @@ class Meter:
 
     @contextmanager
     def timed_stream(self, *, exposed_since: Any = None) -> Iterator[None]:
-        """The same for work queued on the current CUDA stream, not hidden since an event."""
+        """The same for work queued on the current CUDA stream; `exposed_since` is an event."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         try:

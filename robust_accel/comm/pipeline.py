@@ -1,7 +1,7 @@
 """Exchanges that overlap: one is computed while others are on the network."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch.distributed as dist
@@ -49,3 +49,11 @@ class Pipeline:
         work = next(exchange, None)
         if work is not None:
             self._under_way.append((exchange, work))
+
+
+def run_all(exchanges: Iterable[Exchange]) -> None:
+    """Bring exchanges to their end, in an order that depends on nothing but their number."""
+    pipeline = Pipeline()
+    for exchange in exchanges:
+        pipeline.add(exchange)
+    pipeline.finish()

@@ -22,8 +22,8 @@ from robust_accel.comm import (
     collectives,
     compress_gradients,
 )
-from robust_accel.comm.base import reduce
 from robust_accel.comm.kernels import random_key
+from robust_accel.comm.pipeline import run_all
 from robust_accel.comm.quantizer import Segment, segment
 
 BITS = [16, 8, 4, 2]
@@ -224,7 +224,7 @@ def overflow(rank, world_size):
 def reduced(protocol, flat, segments, step):
     """The mean of a gradient, beside it."""
     mean = flat.clone()
-    reduce(protocol, mean, segments, step, Workers(), Meter())
+    run_all(protocol.exchanges(mean, segments, step, Workers(), Meter()))
     return mean
 
 
@@ -266,7 +266,7 @@ def formulas(rank, world_size):
     results = {}
     for name, protocol in PROTOCOLS.items():
         meter = Meter()
-        reduce(protocol, torch.randn(d), [Segment(d, 0, False)], 0, Workers(), meter)
+        run_all(protocol.exchanges(torch.randn(d), [Segment(d, 0, False)], 0, Workers(), meter))
         results[name] = meter.bytes_sent
     return d, results
 
