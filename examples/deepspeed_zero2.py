@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from robust_accel import LAMB, PGD, QSGD, compress_gradients, make_robust
-from robust_accel.accelerator import deepspeed_without_gpu
+from robust_accel.training.accelerator import deepspeed_without_gpu
 
 
 def main(epochs: int = 4) -> float:

@@ -34,8 +34,8 @@ def _numbers(text: str) -> list[float]:
 
 def _train(options: argparse.Namespace) -> int:
     from robust_accel.recipe import load_recipe
-    from robust_accel.report import comparison_table
-    from robust_accel.train import train
+    from robust_accel.reporting.report import comparison_table
+    from robust_accel.training.run import train
 
     recipe = load_recipe(options.recipe, options.settings)
     train(recipe, resume=options.resume, quiet=options.quiet)
@@ -45,8 +45,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _wrap(options: argparse.Namespace) -> int:
+    from robust_accel.commands.wrap import wrap_script
     from robust_accel.recipe import load_recipe
-    from robust_accel.wrap import wrap_script
 
     words = options.script
     start = next((i for i, word in enumerate(words) if not _is_setting(word)), len(words))
@@ -58,8 +58,8 @@ def _wrap(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from robust_accel.evaluate import evaluate_model
-    from robust_accel.report import comparison_table
+    from robust_accel.commands.evaluate import evaluate_model
+    from robust_accel.reporting.report import comparison_table
 
     folder = evaluate_model(options.model, options.settings)
     if os.environ.get("RANK", "0") == "0":
@@ -68,8 +68,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    from robust_accel.certify import certify_model
-    from robust_accel.report import certified_table
+    from robust_accel.commands.certify import certify_model
+    from robust_accel.reporting.report import certified_table
 
     folder = certify_model(options.model, options.settings)
     if os.environ.get("RANK", "0") == "0":
@@ -78,7 +78,7 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _pseudo_label(options: argparse.Namespace) -> int:
-    from robust_accel.pseudo_label import pseudo_label
+    from robust_accel.commands.pseudo_label import pseudo_label
 
     result = pseudo_label(options.model, options.out, options.data, options.settings)
     if os.environ.get("RANK", "0") == "0":
@@ -89,7 +89,7 @@ def _pseudo_label(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from robust_accel.report import comparison_table, write_report
+    from robust_accel.reporting.report import comparison_table, write_report
     from robust_accel.run_folder import RunFolder
 
     for run in options.runs:

@@ -21,11 +21,10 @@ from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
 from robust_accel.evaluation.settings import CertifySettings, EvaluateSettings
 from robust_accel.models import ModelSettings
-from robust_accel.objectives import OBJECTIVES, Objective
+from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
 from robust_accel.robust_model import AttackMode
 from robust_accel.settings import Number, Settings
-from robust_accel.weight_perturbation import AWP
 
 Built = TypeVar("Built")
 

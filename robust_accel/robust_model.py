@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from robust_accel.attacks import Attack
 from robust_accel.models import ModelSettings, PixelClassifier, create_classifier, per_channel
-from robust_accel.objectives import Adversarial, Classifier, Objective
-from robust_accel.weight_perturbation import AWP
+from robust_accel.objectives import AWP, Adversarial, Classifier, Objective
 
 AttackMode = Literal["eval", "train"]
 InputSpace = Literal["pixel", "normalized"]

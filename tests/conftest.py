@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and in every process that a test starts
 # a worker has one server to fork from, and imports take longer than what is done in the forks
 multiprocessing.set_forkserver_preload(
     [
-        "robust_accel.train",
+        "robust_accel.training.run",
         "deepspeed.runtime.zero.muon.original_muon",
         "matplotlib.pyplot",
         "sklearn.datasets",

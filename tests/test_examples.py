@@ -8,7 +8,7 @@ import pytest
 from launching import ZERO2, Forked
 
 from robust_accel.recipe import load_recipe
-from robust_accel.train import train
+from robust_accel.training.run import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -6,7 +6,21 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "robust_accel"
-LEAVES = ("attacks", "objectives", "comm", "optim")
+# From the ground up: a file imports its own floor's room and what lies below, nothing above.
+FLOORS = (
+    {"settings", "statistics", "provenance", "run_folder"},
+    {"attacks", "objectives", "comm", "optim"},
+    {"data"},
+    {"models"},
+    {"robust_model"},
+    {"evaluation"},
+    {"integrations", "recipe"},
+    {"trained_model", "reporting"},
+    {"training"},
+    {"commands"},
+    {"__init__", "__main__", "trainer"},  # the doors
+)
+LEAVES = sorted(FLOORS[1])
 
 
 def module_name(path: Path) -> str:
@@ -56,6 +70,30 @@ def test_the_walk_sees_the_package():
     assert any(uses_distributed(p) for p in FILES if "comm" in p.parts)
 
 
+def room(name: str) -> str:
+    """The file or folder of the package that a dotted name lies in."""
+    parts = name.split(".")
+    known = {name for floor in FLOORS for name in floor}
+    return parts[1] if len(parts) > 1 and parts[1] in known else "__init__"
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def test_every_room_has_a_floor():
+    rooms = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in FILES}
+    assert rooms == {name for floor in FLOORS for name in floor}
+
+
+@each_file
+def test_imports_go_down_only(path):
+    own = module_name(path)
+    for name in imports(path):
+        if within(name, "robust_accel") and room(name) != room(own):
+            assert floor(name) < floor(own), f"{own} imports {name}"
+
+
 @pytest.mark.parametrize("family", LEAVES)
 def test_a_family_imports_its_siblings_and_the_shared_settings(family):
     allowed = (f"robust_accel.{family}", "robust_accel.settings")
@@ -67,7 +105,7 @@ def test_a_family_imports_its_siblings_and_the_shared_settings(family):
 
 @each_file
 def test_torch_distributed_is_known_to_comm_and_where_evaluation_gathers_or_fsdp_is_met(path):
-    known = ("comm", "evaluation", "in_place.py", "robust_model.py")
+    known = ("comm", "evaluation", "integrations", "robust_model.py")
     if path.relative_to(PACKAGE).parts[0] not in known:
         assert not uses_distributed(path)
 
@@ -86,7 +124,10 @@ def test_deepspeed_is_imported_in_one_file_and_late(path):
 
 def test_robust_model_knows_no_particular_attack():
     names = imports(PACKAGE / "robust_model.py")
-    allowed = {"attacks": {"Attack"}, "objectives": {"Adversarial", "Classifier", "Objective"}}
+    allowed = {
+        "attacks": {"Attack"},
+        "objectives": {"AWP", "Adversarial", "Classifier", "Objective"},
+    }
     for family, known in allowed.items():
         prefix = f"robust_accel.{family}."
         assert {n.removeprefix(prefix) for n in names if n.startswith(prefix)} <= known

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from robust_accel import Smoothing
 from robust_accel.recipe import RECIPES, load_recipe
-from robust_accel.train import train
+from robust_accel.training.run import train
 
 LESS = (
     "train.max_steps=2",

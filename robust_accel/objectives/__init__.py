@@ -1,11 +1,21 @@
-"""What the attack climbs and the optimizer descends: one file an objective, one line a name."""
+"""What the attack climbs and what is trained: one file an objective, one line a name."""
 
 from robust_accel.objectives.adversarial import Adversarial
 from robust_accel.objectives.base import Classifier, Objective
 from robust_accel.objectives.mart import Mart
 from robust_accel.objectives.smoothing import Smoothing
 from robust_accel.objectives.trades import Trades
+from robust_accel.objectives.weight_perturbation import AWP
 
 OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart, "smoothing": Smoothing}
 
-__all__ = ["OBJECTIVES", "Adversarial", "Classifier", "Mart", "Objective", "Smoothing", "Trades"]
+__all__ = [
+    "AWP",
+    "OBJECTIVES",
+    "Adversarial",
+    "Classifier",
+    "Mart",
+    "Objective",
+    "Smoothing",
+    "Trades",
+]

@@ -8,8 +8,8 @@ import torch
 from test_ddp import PROTOCOLS, Recorder, batch, check_mean, get, make_model, params, wrap
 
 from robust_accel import LAMB
-from robust_accel.accelerator import deepspeed_without_gpu
 from robust_accel.comm import compress_gradients
+from robust_accel.training.accelerator import deepspeed_without_gpu
 
 STEPS = 4
 LAMBS = {

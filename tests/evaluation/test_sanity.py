@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import load_data
-from robust_accel.evaluate import evaluate_model
 from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.sanity import (
     _alignment,
@@ -21,10 +21,10 @@ from robust_accel.evaluation.sanity import (
 )
 from robust_accel.models import PixelClassifier
 from robust_accel.recipe import load_recipe
-from robust_accel.report import write_report
+from robust_accel.reporting.report import write_report
 from robust_accel.run_folder import RunFolder
-from robust_accel.train import train
 from robust_accel.trained_model import load_classifier
+from robust_accel.training.run import train
 
 SETTINGS = EvaluateSettings(
     norm="linf", eps=0.2, images=40, autoattack="quick", autoattack_images=20,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_accel.comm import AllReduce, compress_gradients
-from robust_accel.in_place import make_robust, robust_training
+from robust_accel.integrations.in_place import make_robust, robust_training
 from robust_accel.recipe import Recipe, RecipeError
 
 _USED = ("attack", "objective", "communication")

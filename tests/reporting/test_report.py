@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from robust_accel.report import comparison_table, write_report
+from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder, append_line
 
 REPORT: dict[str, Any] = {

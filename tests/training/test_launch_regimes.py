@@ -7,8 +7,8 @@ import datasets
 import pytest
 from launching import SMALL, Forked, killed_and_resumed, quickstart_run
 
-from robust_accel.certify import certify_model
-from robust_accel.pseudo_label import pseudo_label
+from robust_accel.commands.certify import certify_model
+from robust_accel.commands.pseudo_label import pseudo_label
 from robust_accel.run_folder import RunFolder
 
 pytestmark = pytest.mark.launch

@@ -57,7 +57,7 @@ def test_deepspeed_trains_by_the_same_recipe(
 def test_evaluation_does_not_depend_on_the_number_of_processes(
     finished: Path, tmp_path: Path
 ) -> None:
-    from robust_accel.evaluate import evaluate_model
+    from robust_accel.commands.evaluate import evaluate_model
 
     one = evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).read_report()
     two = RunFolder(finished).read_report()

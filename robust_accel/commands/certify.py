@@ -23,7 +23,7 @@ from robust_accel.evaluation.certify import (
 from robust_accel.evaluation.settings import CertifySettings
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of
-from robust_accel.report import write_report
+from robust_accel.reporting.report import write_report
 from robust_accel.run_folder import RunFolder, append_line, read_lines
 from robust_accel.trained_model import load_classifier, recipe_of
 

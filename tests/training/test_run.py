@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from robust_accel.evaluate import evaluate_model
+from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
-from robust_accel.train import train
 from robust_accel.trained_model import load_model
+from robust_accel.training.run import train
 
 SMALL = (
     "train.epochs=3",

@@ -11,9 +11,8 @@ from torch.compiler import disable
 from torch.distributed.fsdp import FSDPModule
 
 from robust_accel.attacks import Attack
-from robust_accel.objectives import Adversarial, Objective
+from robust_accel.objectives import AWP, Adversarial, Objective
 from robust_accel.robust_model import AttackMode, RobustModel
-from robust_accel.weight_perturbation import AWP
 
 _KEY = "_robust_training"
 _WRAPPERS = ("torch.nn.parallel", "deepspeed.")  # modules of their classes

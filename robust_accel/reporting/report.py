@@ -6,14 +6,14 @@ from typing import Any
 
 import yaml
 
-from robust_accel.figures import (
+from robust_accel.reporting.figures import (
     draw_certified,
     draw_examples,
     draw_surface,
     draw_sweep,
     draw_training,
 )
-from robust_accel.model_card import model_card
+from robust_accel.reporting.model_card import model_card
 from robust_accel.run_folder import RunFolder
 from robust_accel.statistics import t_interval
 

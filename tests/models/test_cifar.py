@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from robust_accel import cifar_models
+from robust_accel.models import cifar
 
-NAMES = sorted(cifar_models.default_cfgs)
+NAMES = sorted(cifar.default_cfgs)
 
 
 def create(name: str, **kwargs) -> nn.Module:
@@ -93,7 +93,7 @@ def test_resolution_halves_after_the_first_stage_only():
 
 def test_one_block_is_the_papers_formula():
     torch.manual_seed(0)
-    block = cifar_models.PreActBlock(2, 3, stride=2).eval()
+    block = cifar.PreActBlock(2, 3, stride=2).eval()
     x = torch.randn(1, 2, 6, 6)
     conv, scale = nn.functional.conv2d, 1 / (1 + 1e-5) ** 0.5  # BatchNorm at its initial statistics
     first = (scale * x).relu()

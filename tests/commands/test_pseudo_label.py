@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from robust_accel.__main__ import main
+from robust_accel.commands.pseudo_label import pseudo_label
 from robust_accel.data import load_data
 from robust_accel.models import create_classifier, model_folder
-from robust_accel.pseudo_label import pseudo_label
 from robust_accel.recipe import load_recipe
-from robust_accel.train import train
 from robust_accel.trained_model import load_classifier
+from robust_accel.training.run import train
 
 SMALL = (
     "data.train_size=600",

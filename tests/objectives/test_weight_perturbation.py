@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from robust_accel import RobustModel
 from robust_accel.attacks import NoAttack
-from robust_accel.weight_perturbation import AWP
+from robust_accel.objectives import AWP
 
 
 def small_model() -> nn.Sequential:

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-import robust_accel.cifar_models  # noqa: F401  (registers the CIFAR models with timm)
 from robust_accel.data import ImageSet
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import Number, Settings

@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from robust_accel.__main__ import main
-from robust_accel.certify import COLUMNS, certify_model
+from robust_accel.commands.certify import COLUMNS, certify_model
 from robust_accel.evaluation.certify import SmoothedClassifier
 from robust_accel.recipe import load_recipe
-from robust_accel.train import train
+from robust_accel.training.run import train
 
 SETTINGS = ("certify.sigma=0.1", "certify.n=500", "certify.images=8", "certify.skip=3")
 

@@ -13,9 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from robust_accel.accelerator import create_accelerator, share_buffers
 from robust_accel.attacks import Attack
-from robust_accel.checkpoint import Checkpoint, Progress, load_weights, save_weights
 from robust_accel.comm import GradientCompression, compress_gradients
 from robust_accel.data import NO_LABEL, Data, TrainingBatches, load_data
 from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
@@ -24,9 +22,11 @@ from robust_accel.models import PixelClassifier, check_fits, create_classifier, 
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
 from robust_accel.recipe import Recipe
-from robust_accel.report import write_report
+from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.training.accelerator import create_accelerator, share_buffers
+from robust_accel.training.checkpoint import Checkpoint, Progress, load_weights, save_weights
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from robust_accel.data import load_test
 from robust_accel.evaluation import evaluate
 from robust_accel.provenance import versions
-from robust_accel.report import write_report
+from robust_accel.reporting.report import write_report
 from robust_accel.run_folder import RunFolder, append_line
 from robust_accel.trained_model import load_classifier, recipe_of
 

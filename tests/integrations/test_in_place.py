@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from robust_accel import AWP, PGD, Adversarial, RobustModel, Smoothing, Trades, make_robust
-from robust_accel.in_place import robust_training
+from robust_accel.integrations.in_place import robust_training
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 ATTACK = PGD(eps=8 / 255, step_size=4 / 255, num_steps=3, random_start=False)
