@@ -48,6 +48,20 @@ def create_accelerator(
     return accelerator
 
 
+def choose_precision(precision: str) -> str:
+    """Accelerate's ``mixed_precision``: ``auto`` is bf16 where the device computes in it."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision: fp16 needs a GPU, found none; allowed: auto, fp32, bf16")
+    if precision == "auto":
+        if torch.cuda.is_available():
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+            native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        precision = "bf16" if native else "fp32"
+    return "no" if precision == "fp32" else precision
+
+
 def deepspeed_without_gpu() -> list[Any]:
     """Accelerate's ``kwargs_handlers`` for DeepSpeed on CPUs; none where there is a GPU.
 

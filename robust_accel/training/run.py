@@ -1,21 +1,16 @@
-"""The training loop: Algorithm A1 on Accelerate. The step itself is marked below."""
+"""A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
-import math
 import os
-import resource
-import time
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, reduce, set_seed
+from accelerate.utils import broadcast, set_seed
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from robust_accel.attacks import Attack
-from robust_accel.comm import GradientCompression, compress_gradients
-from robust_accel.data import NO_LABEL, Data, TrainingBatches, load_data
+from robust_accel.comm import compress_gradients
+from robust_accel.data import Data, TrainingBatches, load_data
 from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
@@ -25,8 +20,10 @@ from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder, append_line
-from robust_accel.training.accelerator import create_accelerator, share_buffers
+from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
 from robust_accel.training.checkpoint import Checkpoint, Progress, load_weights, save_weights
+from robust_accel.training.loop import Loop
+from robust_accel.training.metrics import Metrics, peak_memory
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -67,7 +64,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
 
 
 class _Run:
-    """One training run: what is prepared once, and the loop over it."""
+    """One training run around its loop."""
 
     def __init__(
         self,
@@ -79,43 +76,67 @@ class _Run:
         *,
         quiet: bool,
     ) -> None:
-        assert recipe.train is not None and recipe.optimizer is not None
+        settings = recipe.train
+        assert settings is not None and recipe.optimizer is not None
         assert recipe.attack is not None
-        self.recipe, self.settings, self.data, self.folder = recipe, recipe.train, data, folder
-        self.accelerator, self.quiet = accelerator, quiet
+        self.recipe, self.settings, self.data, self.folder = recipe, settings, data, folder
+        self.accelerator = accelerator
         self.batches = _batches(recipe, data, accelerator.process_index, accelerator.num_processes)
         self.classifier = classifier.to(accelerator.device)
-        if self.settings.channels_last:
+        if settings.channels_last:
             self.classifier.to(memory_format=torch.channels_last)
-        if self.settings.compile:
+        if settings.compile:
             self.classifier.model.compile()  # the inner module: the wrapper's modes change
-        self.robust_model = RobustModel(
+        robust_model = RobustModel(
             self.classifier,
             recipe.attack,
             recipe.objective,
-            attack_mode=self.settings.attack_mode,
-            weight_perturbation=self.settings.awp,
+            attack_mode=settings.attack_mode,
+            weight_perturbation=settings.awp,
         )
         optimizer = create_optimizer(self.classifier.model, recipe.optimizer)
-        self.schedule = make_scheduler(
+        schedule = make_scheduler(
             optimizer,
             recipe.schedule,
-            epochs=self.settings.epochs,
+            epochs=settings.epochs,
             steps_per_epoch=self.batches.steps_per_epoch,
         )
         self.ema = None
-        if self.settings.ema_decay is not None:
-            self.ema = ModelEmaV3(self.classifier, decay=self.settings.ema_decay, use_warmup=True)
-        self.model, self.optimizer = accelerator.prepare(self.robust_model, optimizer)
-        share_buffers(self.robust_model, accelerator)
-        self.compression: GradientCompression = compress_gradients(self.model, recipe.communication)
+        if settings.ema_decay is not None:
+            self.ema = ModelEmaV3(self.classifier, decay=settings.ema_decay, use_warmup=True)
+        model, optimizer = accelerator.prepare(robust_model, optimizer)
+        share_buffers(robust_model, accelerator)
+        compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
         self.checkpoint = Checkpoint(
             folder,
             accelerator,
             self.progress,
-            {"schedule": self.schedule, "compression": self.compression},
+            {"schedule": schedule, "compression": compression},
             None if self.ema is None else self.ema.module,
+        )
+        self.metrics = Metrics(
+            folder,
+            accelerator,
+            self.progress,
+            compression.meter,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            trackers=bool(settings.log_with),
+            quiet=quiet,
+        )
+        self.loop = Loop(
+            accelerator=accelerator,
+            settings=settings,
+            batches=self.batches,
+            model=model,
+            robust_model=robust_model,
+            attack=recipe.attack,
+            optimizer=optimizer,
+            schedule=schedule,
+            ema=self.ema,
+            progress=self.progress,
+            metrics=self.metrics,
+            checkpoint=self.checkpoint,
         )
 
     def open(self, continued: bool) -> None:
@@ -143,101 +164,12 @@ class _Run:
         total = self.settings.epochs * steps_per_epoch
         if self.settings.max_steps is not None:
             total = min(total, self.settings.max_steps)
-        self.bar = tqdm(
-            total=total,
-            initial=self.progress.step,
-            desc=self.folder.path.name,
-            unit="step",
-            disable=self.quiet or not self.accelerator.is_main_process,
-        )
-        with self.bar:
+        with self.metrics.bar(total):
             while self.progress.step < total and not self.progress.stopped_early:
                 epoch = self.progress.step // steps_per_epoch
-                self.train_epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
+                self.loop.epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
                 self.validate(epoch + 1)
                 self.checkpoint.save()
-
-    def train_epoch(self, epoch: int, last_step: int) -> None:
-        """Train from where the run stands to the epoch's end."""
-        settings, progress, device = self.settings, self.progress, self.accelerator.device
-        first_step = progress.step % self.batches.steps_per_epoch
-        averages = _Averages()
-        self._start_clock()
-        self.model.train()
-        self.robust_model.attack = self._attack_in(epoch)
-        if settings.awp is not None:
-            self.robust_model.perturb_weights = epoch >= settings.awp.warmup_epochs
-        for x, labels in self.batches.epoch(epoch, first_step, device):
-            if settings.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-
-            # ---- the training step: attack and outer loss are in the model's forward ----------
-            with self.accelerator.accumulate(self.model):
-                out = self.model(x, labels)
-                self.accelerator.backward(out["loss"])
-                if settings.max_grad_norm is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), settings.max_grad_norm
-                    )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            # ------------------------------------------------------------------------------------
-
-            averages.add(out, labels)
-            if not self.accelerator.sync_gradients:
-                continue
-            self.schedule.step()
-            if self.ema is not None:
-                self.ema.update(self.classifier)
-            progress.step += 1
-            self.bar.update()
-            if progress.step % settings.log_every == 0 or progress.step == last_step:
-                self.log(averages, x, labels)
-                averages = _Averages()
-            if progress.step == last_step:
-                break
-            if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
-                self._stop_clock()
-                self.checkpoint.save()
-                self._start_clock()
-        self._stop_clock()
-
-    def _attack_in(self, epoch: int) -> Attack:
-        """The recipe's attack, weaker in its warm-up."""
-        attack: Any = self.recipe.attack
-        share = (epoch + 1) / max(1, self.settings.eps_warmup_epochs)
-        if share >= 1:
-            return attack
-        sizes = {key: getattr(attack, key, None) for key in ("eps", "step_size")}
-        return attack.model_copy(update={k: share * v for k, v in sizes.items() if v is not None})
-
-    def log(self, averages: "_Averages", x: Tensor, labels: Tensor) -> None:
-        """Write one line of metrics; stop at once when the loss is no number any more."""
-        images = averages.count * len(labels) * self.accelerator.num_processes
-        seconds = averages.seconds()
-        predicted = self.robust_model.predict(x)
-        averages.values["clean_batch_accuracy"] = _share_right(predicted, labels)
-        # averaged over the processes; the clean accuracy is the last batch's alone
-        line = {name: reduce(value, "mean").item() for name, value in averages.means().items()}
-        line |= {
-            "images_per_second": images / seconds,
-            **self._communication_so_far(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-        self.bar.set_postfix(
-            loss=f"{line['loss']:.3f}",
-            clean=f"{100 * line['clean_batch_accuracy']:.1f}%",
-            robust=f"{100 * line['robust_batch_accuracy']:.1f}%",
-            images_s=f"{line['images_per_second']:.0f}",
-            sent=f"{line['bytes_sent'] / 2**20:.1f}MiB",
-            waited=f"{line['comm_exposed_seconds']:.0f}s",
-        )
-        self._write(line)
-        if not math.isfinite(line["loss"]):
-            raise FloatingPointError(
-                f"the loss is {line['loss']} at step {self.progress.step}; the last checkpoint is "
-                f"{[str(path) for path in self.folder.steps()[-1:]]}"
-            )
 
     def validate(self, epoch: int) -> None:
         """Measure on the held-out split, keep the best weights, decide on early stopping."""
@@ -257,7 +189,7 @@ class _Run:
             )["accuracy"]
             for name, perturb in (("clean", clean), ("robust", under_attack(pgd)))
         }
-        self._write(line)
+        self.metrics.write(line)
         robust, progress = line["validation_robust_accuracy"], self.progress
         self.say(
             f"epoch {epoch}: held-out clean {100 * line['validation_clean_accuracy']:.2f}%, "
@@ -338,7 +270,7 @@ class _Run:
             "comm_seconds_per_epoch": progress.comm_seconds / epochs,
             "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
             "bytes_sent_per_step": progress.bytes_sent / steps,
-            "peak_memory_bytes": _peak_memory(self.accelerator.device),
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
             "versions": versions(),
         }
 
@@ -349,84 +281,6 @@ class _Run:
         for buffer in classifier.buffers():
             buffer.copy_(broadcast(buffer.clone()))
         return classifier
-
-    def _write(self, line: dict[str, Any]) -> None:
-        """One line to ``metrics.jsonl`` and to the trackers."""
-        step = self.progress.step
-        epoch = step / self.batches.steps_per_epoch
-        if self.accelerator.is_main_process:
-            append_line(self.folder.metrics, {"step": step, "epoch": epoch} | line)
-            if self.quiet:
-                print(f"step {step} " + " ".join(f"{k}={v:.5g}" for k, v in line.items()))
-        if self.settings.log_with:
-            self.accelerator.log(line, step=step)
-
-    def _start_clock(self) -> None:
-        self._started = time.perf_counter()
-        self._meter_at_start = self._meter()
-
-    def _stop_clock(self) -> None:
-        self.progress.train_seconds += time.perf_counter() - self._started
-        for name, value in self._communication_so_far().items():
-            setattr(self.progress, name, value)
-
-    def _meter(self) -> dict[str, float]:
-        meter = self.compression.meter
-        return {
-            "bytes_sent": meter.bytes_sent,
-            "comm_seconds": meter.seconds,
-            "comm_exposed_seconds": meter.exposed_seconds,
-        }
-
-    def _communication_so_far(self) -> dict[str, float]:
-        """What training has cost this rank, earlier parts of a continued run included."""
-        return {
-            name: getattr(self.progress, name) + value - self._meter_at_start[name]
-            for name, value in self._meter().items()
-        }
-
-
-class _Averages:
-    """Means of the step's numbers since the last line, kept on the device."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self.count = 0
-        self._started = time.perf_counter()
-
-    def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
-        right = _share_right(out["logits"].detach().argmax(dim=1), labels)
-        scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
-        for name, value in (scalars | {"robust_batch_accuracy": right}).items():
-            self._sums[name] = self._sums[name] + value if self.count else value
-        self.count += 1
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / self.count for name, total in self._sums.items()} | self.values
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-
-def _share_right(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy on the images that have a label."""
-    labeled = labels != NO_LABEL
-    return (predictions == labels).sum() / labeled.sum().clamp(min=1)
-
-
-def choose_precision(precision: str) -> str:
-    """Accelerate's ``mixed_precision``: ``auto`` is bf16 where the device computes in it."""
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision: fp16 needs a GPU, found none; allowed: auto, fp32, bf16")
-    if precision == "auto":
-        if torch.cuda.is_available():
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-        precision = "bf16" if native else "fp32"
-    return "no" if precision == "fp32" else precision
 
 
 def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
@@ -459,9 +313,3 @@ def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
     )
     check_fits(classifier, data.train, data.num_classes)
     return classifier
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,103 @@
+"""The training step, marked below, and the epoch around it: Algorithm A1 on Accelerate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from robust_accel.attacks import Attack
+from robust_accel.data import TrainingBatches
+from robust_accel.recipe import TrainSettings
+from robust_accel.robust_model import RobustModel
+from robust_accel.training.checkpoint import Checkpoint, Progress
+from robust_accel.training.metrics import Averages, Metrics, share_right
+
+
+@dataclass
+class Loop:
+    """What a step needs; ``run.py`` makes it.
+
+    Attributes:
+        robust_model: What ``model`` wraps: Accelerate's prepared form of it.
+        attack: The recipe's, as it is after its warm-up.
+        progress: Where the run stands; a resumed one begins there.
+    """
+
+    accelerator: Accelerator
+    settings: TrainSettings
+    batches: TrainingBatches
+    model: nn.Module
+    robust_model: RobustModel
+    attack: Attack
+    optimizer: Any
+    schedule: Any
+    ema: ModelEmaV3 | None
+    progress: Progress
+    metrics: Metrics
+    checkpoint: Checkpoint
+
+    def step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """x: [B, C, H, W] in [0, 1], labels: [B], of one micro-batch of this process."""
+        # ---- the training step: attack and outer loss are in the model's forward --------------
+        with self.accelerator.accumulate(self.model):
+            out = self.model(x, labels)
+            self.accelerator.backward(out["loss"])
+            if self.settings.max_grad_norm is not None and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(
+                    self.model.parameters(), self.settings.max_grad_norm
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        # ----------------------------------------------------------------------------------------
+        return out
+
+    def epoch(self, epoch: int, last_step: int) -> None:
+        """Train from where the run stands to the epoch's end, or to ``last_step``."""
+        settings, progress = self.settings, self.progress
+        first_step = progress.step % self.batches.steps_per_epoch
+        averages = Averages()
+        self.metrics.start_clock()
+        self.model.train()
+        self.robust_model.attack = self._attack_in(epoch)
+        if settings.awp is not None:
+            self.robust_model.perturb_weights = epoch >= settings.awp.warmup_epochs
+        for x, labels in self.batches.epoch(epoch, first_step, self.accelerator.device):
+            if settings.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            out = self.step(x, labels)
+            averages.add(out, labels)
+            if not self.accelerator.sync_gradients:  # micro-batches of the step are to come
+                continue
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.update(self.robust_model.classifier)
+            progress.step += 1
+            self.metrics.advance()
+            if progress.step % settings.log_every == 0 or progress.step == last_step:
+                self._log(averages, x, labels)
+                averages = Averages()
+            if progress.step == last_step:
+                break
+            if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
+                self.metrics.stop_clock()
+                self.checkpoint.save()
+                self.metrics.start_clock()
+        self.metrics.stop_clock()
+
+    def _attack_in(self, epoch: int) -> Attack:
+        """The recipe's attack, weaker in its warm-up."""
+        attack: Any = self.attack
+        share = (epoch + 1) / max(1, self.settings.eps_warmup_epochs)
+        if share >= 1:
+            return attack
+        sizes = {key: getattr(attack, key, None) for key in ("eps", "step_size")}
+        return attack.model_copy(update={k: share * v for k, v in sizes.items() if v is not None})
+
+    def _log(self, averages: Averages, x: Tensor, labels: Tensor) -> None:
+        # the clean accuracy is the last batch's alone
+        clean = share_right(self.robust_model.predict(x), labels)
+        images = averages.count * len(labels) * self.accelerator.num_processes
+        self.metrics.log(averages, clean, images, self.optimizer.param_groups[0]["lr"])

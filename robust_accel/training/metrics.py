@@ -1,0 +1,154 @@
+"""What a run tells while it trains: averages, clocks, the meter's counts, lines, bar, trackers."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from robust_accel.comm import Meter
+from robust_accel.data import NO_LABEL
+from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.training.checkpoint import Progress
+
+
+class Metrics:
+    """Lines of ``metrics.jsonl``, the bar and the trackers; and the report's clocks.
+
+    Args:
+        progress: Gets the seconds and bytes.
+        trackers: Whether Accelerate has any.
+        quiet: Lines instead of a bar.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        progress: Progress,
+        meter: Meter,
+        *,
+        steps_per_epoch: int,
+        trackers: bool,
+        quiet: bool,
+    ) -> None:
+        self._folder, self._accelerator, self._progress = folder, accelerator, progress
+        self._meter, self._steps_per_epoch = meter, steps_per_epoch
+        self._trackers, self._quiet = trackers, quiet
+        self._bar: tqdm = tqdm(disable=True)
+
+    def bar(self, total_steps: int) -> tqdm:
+        """The progress bar, to be closed by the caller."""
+        self._bar = tqdm(
+            total=total_steps,
+            initial=self._progress.step,
+            desc=self._folder.path.name,
+            unit="step",
+            disable=self._quiet or not self._accelerator.is_main_process,
+        )
+        return self._bar
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self._bar.update()
+
+    def log(self, averages: "Averages", clean: Tensor, images: int, lr: float) -> None:
+        """Write a line on the steps since the last one; end the run at a loss that is no number.
+
+        Args:
+            clean: Accuracy on clean images, of this process.
+            images: That all processes have trained on since the last line.
+        """
+        means = averages.means() | {"clean_batch_accuracy": clean}
+        line = {name: reduce(value, "mean").item() for name, value in means.items()}
+        line |= {"images_per_second": images / averages.seconds(), **self._communication()}
+        line |= {"lr": lr}
+        self._bar.set_postfix(
+            loss=f"{line['loss']:.3f}",
+            clean=f"{100 * line['clean_batch_accuracy']:.1f}%",
+            robust=f"{100 * line['robust_batch_accuracy']:.1f}%",
+            images_s=f"{line['images_per_second']:.0f}",
+            sent=f"{line['bytes_sent'] / 2**20:.1f}MiB",
+            waited=f"{line['comm_exposed_seconds']:.0f}s",
+        )
+        self.write(line)
+        if not math.isfinite(line["loss"]):
+            raise FloatingPointError(
+                f"the loss is {line['loss']} at step {self._progress.step}; the last checkpoint is "
+                f"{[str(path) for path in self._folder.steps()[-1:]]}"
+            )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line to ``metrics.jsonl`` and to the trackers."""
+        step = self._progress.step
+        if self._accelerator.is_main_process:
+            where = {"step": step, "epoch": step / self._steps_per_epoch}
+            append_line(self._folder.metrics, where | line)
+            if self._quiet:
+                print(f"step {step} " + " ".join(f"{k}={v:.5g}" for k, v in line.items()))
+        if self._trackers:
+            self._accelerator.log(line, step=step)
+
+    def start_clock(self) -> None:
+        self._started = time.perf_counter()
+        self._at_start = self._counts()
+
+    def stop_clock(self) -> None:
+        """Add what has passed to the run's progress."""
+        self._progress.train_seconds += time.perf_counter() - self._started
+        for name, value in self._communication().items():
+            setattr(self._progress, name, value)
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            "bytes_sent": self._meter.bytes_sent,
+            "comm_seconds": self._meter.seconds,
+            "comm_exposed_seconds": self._meter.exposed_seconds,
+        }
+
+    def _communication(self) -> dict[str, float]:
+        """What training has cost this rank, earlier parts of a continued run included."""
+        return {
+            name: getattr(self._progress, name) + value - self._at_start[name]
+            for name, value in self._counts().items()
+        }
+
+
+class Averages:
+    """Means of the step's numbers since the last line, kept on the device."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._started = time.perf_counter()
+
+    def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
+        right = share_right(out["logits"].detach().argmax(dim=1), labels)
+        scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
+        for name, value in (scalars | {"robust_batch_accuracy": right}).items():
+            self._sums[name] = self._sums[name] + value if self.count else value
+        self.count += 1
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self.count for name, total in self._sums.items()}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def share_right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Accuracy on the images that have a label."""
+    labeled = labels != NO_LABEL
+    return (predictions == labels).sum() / labeled.sum().clamp(min=1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU, or of all memory without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
