@@ -1,4 +1,4 @@
-"""Recipes: YAML files, inherited by ``base:``, overridden on the command line, checked whole."""
+"""Recipes: each section built from plain values and checked, all faults said at once."""
 
 import copy
 import dataclasses
@@ -19,24 +19,16 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from robust_accel.attacks import ATTACKS, Attack
 from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
-from robust_accel.evaluation.settings import CertifySettings, EvaluateSettings
+from robust_accel.evaluation.certify_images import CertifySettings
+from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
+from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
 from robust_accel.robust_model import AttackMode
 from robust_accel.settings import Number, Settings
 
 Built = TypeVar("Built")
-
-RECIPES = next(
-    folder / "recipes"
-    for folder in (Path(__file__).parent, Path(__file__).parent.parent)  # wheel, repository
-    if (folder / "recipes").is_dir()
-)
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run: one line a fault, with file, key, what was found and allowed."""
 
 
 def _trackers_at_hand(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,7 +145,7 @@ class Recipe:
             return build()
         except ValueError as error:
             key, _, _ = str(error).partition(":")
-            origin = _origin(self.origins, f"{section}.{key}")
+            origin = origin_of(self.origins, f"{section}.{key}")
             raise RecipeError(f"{origin}: {section}.{error}") from error
 
     def save(self, path: Path) -> None:
@@ -173,106 +165,30 @@ def load_recipe(
     Raises:
         RecipeError: All faults at once, a line each.
     """
-    draft = _Draft()
-    path = find_recipe(source)
-    draft.read(path)
-    draft.override(overrides)
-    return draft.build(default_output=f"runs/{path.stem}", required=tuple(required))
+    values, path = RecipeValues(DEFAULTS), find_recipe(source)
+    values.read(path)
+    values.override(overrides)
+    return _Builder(values).build(default_output=f"runs/{path.stem}", required=tuple(required))
 
 
 def recipe_from_settings(
     settings: dict[str, Any], overrides: Sequence[str], source: str, *, required: Iterable[str]
 ) -> Recipe:
     """Build a recipe from settings that no file holds."""
-    draft = _Draft()
-    draft.merge(settings, source)
-    draft.override(overrides)
-    return draft.build(default_output=f"runs/{Path(source).name}", required=tuple(required))
+    values = RecipeValues(DEFAULTS)
+    values.merge(settings, source)
+    values.override(overrides)
+    return _Builder(values).build(
+        default_output=f"runs/{Path(source).name}", required=tuple(required)
+    )
 
 
-def find_recipe(source: str | Path) -> Path:
-    """Path of a recipe given as a path or as the name of a packaged one."""
-    for candidate in (Path(source), RECIPES / source, RECIPES / f"{source}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
-    names = [n for n in names if "/_" not in f"/{n}" and not n.startswith("accelerate/")]
-    raise RecipeError(f"{source}: no such file, nor a packaged recipe ({', '.join(names)})")
+class _Builder:
+    """Builds a recipe's sections one by one, and collects all faults."""
 
-
-def _origin(origins: dict[str, str], dotted: str) -> str:
-    """Where a key, or the nearest section above it, was set."""
-    parts = dotted.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((origins[p] for p in prefixes if p in origins), "recipe")
-
-
-class _Draft:
-    """A recipe while it is put together: plain values, and where each came from."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = copy.deepcopy(DEFAULTS)
-        self.origins: dict[str, str] = {}  # dotted key -> file, or "command line"
+    def __init__(self, recipe: RecipeValues) -> None:
+        self.values, self.origins = recipe.values, recipe.origins
         self.faults: list[str] = []
-
-    def read(self, path: Path, seen: tuple[Path, ...] = ()) -> None:
-        """Merge a file over its bases."""
-        if path.resolve() in seen:
-            raise RecipeError(f"{path}: base: the recipe inherits from itself")
-        try:
-            values = yaml.load(path.read_text(), _Loader)
-        except (FileNotFoundError, IsADirectoryError):
-            raise RecipeError(f"{seen[-1]}: base: no such file: {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of sections, got {values!r}")
-        base = values.pop("base", None)
-        if base is not None:
-            if not isinstance(base, str):
-                raise RecipeError(f"{path}: base: must be one file, got {base!r}")
-            self.read(path.parent / base, (*seen, path.resolve()))
-        self.merge(values, str(path))
-
-    def override(self, overrides: Sequence[str]) -> None:
-        """Merge ``key.subkey=value`` settings of the command line."""
-        tree: dict[str, Any] = {}
-        for text in overrides:
-            dotted, equals, value = text.partition("=")
-            keys = dotted.split(".")
-            if not equals or not all(keys):
-                raise RecipeError(f"command line: {text!r} is not of the form key.subkey=value")
-            node = tree
-            for key in keys[:-1]:
-                node = node.setdefault(key, {})
-                if not isinstance(node, dict):
-                    raise RecipeError(f"command line: {text!r}: {key} is set to {node!r} there too")
-            try:
-                node[keys[-1]] = yaml.load(value, _Loader)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"command line: {text!r} is not YAML: {error}") from None
-        self.merge(tree, "command line")
-
-    def merge(self, values: dict[str, Any], origin: str) -> None:
-        self.values = self._merged(self.values, values, origin, "")
-
-    def _merged(self, old: Any, new: dict[str, Any], origin: str, prefix: str) -> dict[str, Any]:
-        # another component by name starts its section afresh: its settings are its own
-        old = old if isinstance(old, dict) else {}
-        renamed = prefix and new.get("name", old.get("name")) != old.get("name")
-        if renamed:
-            stale = [key for key in self.origins if key.startswith(prefix)]
-            for key in stale:  # or a key missing now would be blamed on the file that had it
-                del self.origins[key]
-        merged = {} if renamed else dict(old)
-        for key, value in new.items():
-            dotted = f"{prefix}{key}"
-            self.origins[dotted] = origin
-            nested = isinstance(value, dict)
-            merged[key] = (
-                self._merged(merged.get(key), value, origin, f"{dotted}.") if nested else value
-            )
-        return merged
 
     def build(self, *, default_output: str, required: tuple[str, ...]) -> Recipe:
         """Check every section, and raise all faults at once."""
@@ -393,7 +309,7 @@ class _Draft:
             )
 
     def fault(self, dotted: str, message: str) -> None:
-        self.faults.append(f"{_origin(self.origins, dotted)}: {dotted}: {message}")
+        self.faults.append(f"{origin_of(self.origins, dotted)}: {dotted}: {message}")
 
     def fault_of(self, section: str, error: Exception) -> None:
         """A component's own complaint, which may begin with ``section.key``."""
@@ -436,12 +352,3 @@ def _close(name: object, known: Iterable[str]) -> str:
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number: YAML 1.1 asks for a dot, people don't."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)

@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from robust_accel import Smoothing
-from robust_accel.recipe import RECIPES, load_recipe
+from robust_accel.recipe import load_recipe
+from robust_accel.recipe_file import RECIPES
 from robust_accel.training.run import train
 
 LESS = (

@@ -9,7 +9,8 @@ import yaml
 from torch import Tensor
 
 from robust_accel.attacks import ATTACKS, FGSMRS, PGD, LossFn, NoAttack
-from robust_accel.recipe import RECIPES, Recipe, RecipeError, load_recipe
+from robust_accel.recipe import Recipe, RecipeError, load_recipe
+from robust_accel.recipe_file import RECIPES
 from robust_accel.settings import Number, Settings
 
 PACKAGED = sorted(

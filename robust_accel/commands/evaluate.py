@@ -1,16 +1,23 @@
 """The evaluate command: measure a run's own model, or any timm checkpoint."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from robust_accel.commands import say
 from robust_accel.data import load_test
 from robust_accel.evaluation import evaluate
 from robust_accel.provenance import versions
-from robust_accel.reporting.report import write_report
+from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder, append_line
 from robust_accel.trained_model import load_classifier, recipe_of
+
+
+def run(options: argparse.Namespace) -> int:
+    say(comparison_table([evaluate_model(options.model, options.settings).path]))
+    return 0
 
 
 def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
@@ -44,7 +51,6 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     if other is not None:
         other.to(accelerator.device).eval()
     classifier.to(accelerator.device).eval()
-    say = print if accelerator.is_main_process else lambda _: None
     result = {"model": model, "data": recipe.data.model_dump(mode="json")} | evaluate(
         classifier,
         images,

@@ -1,5 +1,6 @@
 """The pseudo-label command: a teacher labels images, for ``data.unlabeled`` to read."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,16 @@ import torch
 from accelerate import Accelerator
 from datasets.table import embed_table_storage
 
+from robust_accel.commands import say
 from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
 from robust_accel.evaluation import predictions
 from robust_accel.trained_model import load_classifier, recipe_of
+
+
+def run(options: argparse.Namespace) -> int:
+    found = pseudo_label(options.model, options.out, options.data, options.settings)
+    say(f"{options.out}: {found['n']} images, mean confidence {found['mean_confidence']:.3f}")
+    return 0
 
 
 def pseudo_label(

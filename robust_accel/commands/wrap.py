@@ -1,6 +1,6 @@
 """The ``wrap`` command: run a training script as it is, with its model made robust."""
 
-import os
+import argparse
 import runpy
 import sys
 import traceback
@@ -12,14 +12,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_accel.comm import AllReduce, compress_gradients
+from robust_accel.commands import is_setting, say
 from robust_accel.integrations.in_place import make_robust, robust_training
-from robust_accel.recipe import Recipe, RecipeError
+from robust_accel.recipe import Recipe, RecipeError, load_recipe
 
 _USED = ("attack", "objective", "communication")
 
 
 class NotWrapped(ValueError):
     """The script has no model that could be wrapped, or more than one."""
+
+
+def run(options: argparse.Namespace) -> int:
+    words = options.script
+    start = next((i for i, word in enumerate(words) if not is_setting(word)), len(words))
+    if start == len(words):
+        raise ValueError("wrap: no script given, only settings of the recipe")
+    recipe = load_recipe(options.recipe, words[:start], required=["attack"])
+    script, *arguments = words[start:]
+    return wrap_script(script, arguments, recipe, mean=options.mean, std=options.std)
 
 
 def wrap_script(
@@ -153,7 +164,7 @@ class _Wrapping:
             attack_mode="eval" if train is None else train.attack_mode,
             weight_perturbation=None if train is None else train.awp,
         )
-        self.say(self.summary())
+        say(f"robust-accel: {self.summary()}")
         return True
 
     def send(self, prepared: nn.Module) -> None:
@@ -196,12 +207,8 @@ class _Wrapping:
                 f"{type(self.model).__name__} of {self.script} was never called in training mode: "
                 "nothing was attacked"
             )
-        self.say(f"attacked {calls} batches a process")
+        say(f"robust-accel: attacked {calls} batches a process")
         return 0
-
-    def say(self, text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"robust-accel: {text}", flush=True)
 
 
 def _hint(model: nn.Module) -> str:

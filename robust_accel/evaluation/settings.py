@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Len, Lt
-from pydantic import model_validator
+from annotated_types import Ge, Gt
 
 from robust_accel.attacks import PGD
 from robust_accel.settings import Norm, Number, Settings
@@ -48,45 +47,6 @@ class SanitySettings(Settings):
 
     images: Annotated[int, Ge(1)] = 200
     transfer_from: str | None = None
-
-
-class CertifySettings(Settings):
-    """How radii are certified, see ``evaluation/certify.py``.
-
-    Args:
-        sigma: Standard deviation of the noise in pixel units, > 0; the training objective's when
-            not given.
-        method: ``cohen`` takes n samples an image; ``sequential`` stops as soon as ``radii`` are
-            decided, with the same guarantee.
-        radii: In pixel units: those of the table, and those that ``sequential`` decides.
-        n0, n: Samples that guess the class, and at most so many that bound its probability.
-        alpha: Probability with which a certificate may be wrong, in (0, 1).
-        images: Certify at most so many images; all when null.
-        skip: Certify every so many-th image (the field's logs take every 20th).
-        batch_size: Noisy copies that go through the model at a time.
-        precision: Of the model, for every sample alike.
-        seed: Of the noise.
-    """
-
-    sigma: Annotated[Number, Gt(0)] | None = None
-    method: Literal["cohen", "sequential"] = "cohen"
-    radii: Annotated[tuple[Annotated[Number, Gt(0)], ...], Len(1)] = (
-        0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
-    )  # fmt: skip
-    n0: Annotated[int, Ge(1)] = 100
-    n: Annotated[int, Ge(1)] = 100_000
-    alpha: Annotated[Number, Gt(0), Lt(1)] = 0.001
-    images: Annotated[int, Ge(1)] | None = None
-    skip: Annotated[int, Ge(1)] = 1
-    batch_size: Annotated[int, Ge(1)] = 1000
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Annotated[int, Ge(0)] = 0
-
-    @model_validator(mode="after")
-    def _enough(self) -> "CertifySettings":
-        if self.n < self.n0:
-            raise ValueError(f"n: {self.n} is fewer than n0: {self.n0}")
-        return self
 
 
 class EvaluateSettings(Settings):

@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from robust_accel.__main__ import main
-from robust_accel.commands.certify import COLUMNS, certify_model
+from robust_accel.commands.certify import certify_model
 from robust_accel.evaluation.certify import SmoothedClassifier
+from robust_accel.evaluation.certify_images import COLUMNS
 from robust_accel.recipe import load_recipe
 from robust_accel.training.run import train
 

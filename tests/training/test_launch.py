@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launching import SMALL, ZERO2, Forked, Launched, killed_and_resumed, quickstart_run, weights
 
-from robust_accel.recipe import RECIPES
+from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 
 pytestmark = pytest.mark.launch
