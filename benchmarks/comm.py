@@ -17,26 +17,22 @@ python benchmarks/comm.py --nodes 2 3 4 --rate 1gbit --what exchange
 """
 
 import argparse
-import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
+from _network import INTERFACE, SUBNET, enter, network, payload_sent, tool
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -58,11 +54,8 @@ GOALS = {
     ("1gbit", 4): {"8bit-2sided": 2.5, "4bit-2sided": 3.0},
     ("100mbit", 4): {"8bit-2sided": 3.5, "4bit-2sided": 6.0},
 }
-SHAPING = ("burst", "512kb", "latency", "100ms")
-HEADERS = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
-SUBNET, PORT, INTERFACE = "10.77.0", 29500, "eth0"
+PORT = 29500
 BATCH, IMAGE, EPS = 8, 32, 8 / 255
-CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -76,85 +69,6 @@ class Case:
     what: tuple[str, ...]
     repeats: int
     timeout: float
-
-
-# ---- the network -----------------------------------------------------------------------------
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if path is None or os.geteuid() != 0:
-        raise SystemExit("benchmarks/comm.py needs root, and `ip` and `tc` (package iproute2)")
-    return path
-
-
-def ip(*arguments: str, check: bool = True) -> None:
-    run = subprocess.run([tool("ip"), *arguments], capture_output=True, text=True)
-    if check and run.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {run.stderr.strip()}")
-
-
-@contextmanager
-def network(nodes: int, rate: str) -> Iterator[list[str]]:
-    """Namespaces of `nodes` nodes behind one switch, every link at `rate` both ways.
-
-    Args:
-        rate: as tc writes it (`1gbit`), or `none`.
-
-    Yields:
-        The nodes' namespaces. Node i is {SUBNET}.{i + 1}.
-    """
-    # with the pid: two benchmarks at once do not meet. Links die with their namespaces
-    switch, *names = [f"robust-{os.getpid()}-{i}" for i in ("switch", *range(nodes))]
-    try:
-        ip("netns", "add", switch)
-        ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        ip("-n", switch, "link", "set", "br0", "up")
-        for i, name in enumerate(names):
-            port, peer = f"port{i}", ("peer", "name", INTERFACE, "netns", name)
-            ip("netns", "add", name)
-            ip("-n", switch, "link", "add", port, "type", "veth", *peer)
-            ip("-n", switch, "link", "set", port, "master", "br0", "up")
-            ip("-n", name, "addr", "add", f"{SUBNET}.{i + 1}/24", "dev", INTERFACE)
-            ip("-n", name, "link", "set", INTERFACE, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            if rate != "none":
-                limit(switch, port, rate)
-                limit(name, INTERFACE, rate)
-        yield names
-    finally:
-        for name in (*names, switch):
-            ip("netns", "del", name, check=False)
-
-
-def limit(namespace: str, device: str, rate: str) -> None:
-    """Hold what `device` sends to `rate`."""
-    command = [tool("tc"), "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf"]
-    run = subprocess.run([*command, "rate", rate, *SHAPING], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"tc: {run.stderr.strip()} (rate {rate!r})")
-
-
-def enter(namespace: str) -> None:
-    """Move this process to a network namespace (os.setns is Python 3.12's)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/var/run/netns/{namespace}") as file:
-        if libc.setns(file.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {namespace}")
-
-
-def payload_sent() -> int:
-    """Bytes that this node's interface has sent, by the kernel's counter, less headers.
-
-    The counter takes a segment that the card would split (GSO) as one packet with one header, so
-    `HEADERS` a packet is exact but for TCP options; repeats and gloo's own headers stay in.
-    """
-    dist.barrier()
-    time.sleep(0.2)  # what was sent last may still wait in this node's queue
-    lines = Path("/proc/self/net/dev").read_text().splitlines()
-    fields = next(line for line in lines if line.strip().startswith(f"{INTERFACE}:")).split()
-    num_bytes, num_packets = int(fields[9]), int(fields[10])
-    return num_bytes - HEADERS * num_packets
 
 
 # ---- one node --------------------------------------------------------------------------------

@@ -1,70 +1,21 @@
-"""The quantiser's laws: unbiased, bounded, the paper's form, and bytes that come back exactly."""
-
-import logging
-from concurrent.futures import ThreadPoolExecutor
+"""The quantiser's laws: unbiased, bounded, the paper's form, and no input that breaks them."""
 
 import pytest
 import torch
+from roundtrips import (
+    ALL_BITS,
+    BOTH_NORMS,
+    block_norms,
+    key,
+    levels,
+    one_segment,
+    roundtrip,
+    sample,
+)
 from sklearn.datasets import load_digits
 
 from robust_accel.comm import kernels
-from robust_accel.comm import quantizer as q
-from robust_accel.comm.kernels import random_key
-from robust_accel.comm.quantizer import Quantizer, Segment, segment, split
-
-CPU = torch.device("cpu")
-ALL_BITS = [16, 8, 4, 2]
-BOTH_NORMS = ["max", "l2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def key(step=0, rank=0, seed=0):
-    return random_key(seed, rank, step, CPU)
-
-
-def one_segment(size):
-    return [Segment(size, 0, False)]
-
-
-def roundtrip(quantizer, x, segments=None, k=None):
-    segments = segments or one_segment(x.numel())
-    message = quantizer.encode(x, segments, key() if k is None else k)
-    assert message.dtype == torch.uint8
-    assert message.numel() == quantizer.num_bytes(segments)
-    return quantizer.decode(message, segments)
-
-
-def levels(bits, norm):
-    return 2**bits if norm == "l2" else 2 ** (bits - 1) - 1
-
-
-def block_norms(x, norm, block):
-    """[d] float64: the norm of each element's block, computed apart from the package."""
-    out = torch.empty_like(x, dtype=torch.float64)
-    for i in range(0, x.numel(), block):
-        b = x[i : i + block].double()
-        out[i : i + block] = b.abs().max() if norm == "max" else b.square().sum().sqrt()
-    return out
-
-
-def sample(name, d):
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(d, generator=g)
-    if name == "heavy":
-        x = x / torch.randn(d, generator=g)  # Cauchy
-    elif name == "spikes":  # one entry takes nearly all of its block's norm, either sign
-        x *= 0.02
-        x[5::128] = 1.0
-        x[5::256] = -1.0
-    return x
-
+from robust_accel.comm.quantizer import Quantizer, Segment, segment
 
 # ------------------------------------------------------------------------------ randomness
 
@@ -229,144 +180,6 @@ def test_more_bits_and_smaller_blocks_mean_less_error():
     assert error(8, "max", 256) < 1e-3 < error(8, "l2", None)
 
 
-# ------------------------------------------------------------------------------ bytes
-
-
-@pytest.mark.parametrize("norm", BOTH_NORMS)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_every_code_comes_back_at_every_size(bits, norm):
-    # values that lie on a level are sent exactly; max norm: every block must hold the largest
-    s = levels(bits, norm)
-    g = torch.Generator().manual_seed(0)
-    for n in [*range(1, 70), 300]:
-        if norm == "max":
-            x = torch.randint(-s, s + 1, (n,), generator=g).float()
-            x[::32] = s
-            y = roundtrip(Quantizer(bits, norm, 32), x)
-        else:  # few entries: their norm is a whole number
-            x = torch.zeros(n)
-            x[torch.randperm(n, generator=g)[:1]] = s * (-1.0) ** n
-            y = roundtrip(Quantizer(bits, norm, None), x)
-        # the encoder's hair (2^-22) may lift an entry of 16 bits by one level
-        assert ((y - x).abs() <= (1 if bits == 16 else 1e-4 * s)).all()
-        if bits < 16:
-            assert torch.equal(y.round(), x)
-
-
-def test_message_sizes():
-    # (A5)-(A6): 32 + d + bd bits; max norm: 32 a block, and b an element of whole blocks
-    assert Quantizer(8, "l2", None).num_bytes(one_segment(4096)) * 8 == 32 + 4096 + 8 * 4096
-    assert Quantizer(8).num_bytes(one_segment(1000)) == 4 * 4 + 1024
-    for bits in ALL_BITS:
-        for norm in BOTH_NORMS:
-            for block in (None, 1, 7, 128):
-                assert Quantizer(bits, norm, block).num_bytes(one_segment(777)) % 4 == 0
-
-
-def test_encode_and_decode_fill_what_they_are_given():
-    x, segments = sample("gauss", 1000), [Segment(900, 0, False), Segment(100, 900, True)]
-    quantizer = Quantizer(4, block_size=128)
-    n = quantizer.num_bytes(segments)
-    buffer = torch.zeros(n + 8, dtype=torch.uint8)
-    message = quantizer.encode(x, segments, key(), out=buffer[4:-4])
-    assert message.data_ptr() == buffer[4:].data_ptr()
-    assert torch.equal(message, quantizer.encode(x, segments, key()))
-    assert not buffer[:4].any() and not buffer[-4:].any()
-    flat = torch.zeros(1002)
-    quantizer.decode(message, segments, out=flat[1:-1])
-    assert torch.equal(flat[1:-1], quantizer.decode(message, segments))
-    assert flat[0] == 0 and flat[-1] == 0
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 11])
-@pytest.mark.parametrize("norm", BOTH_NORMS)
-def test_mean_is_the_sum_in_order_times_one_over_their_number(norm, count):
-    segments = [Segment(900, 0, False), Segment(100, 900, True), Segment(300, 1000, False)]
-    quantizer = Quantizer(4, norm, 128)
-    messages = torch.stack(
-        [quantizer.encode(sample("gauss", 1300) * i, segments, key(rank=i)) for i in range(count)]
-    )
-    total = quantizer.decode(messages[0], segments)
-    for message in messages[1:]:
-        total += quantizer.decode(message, segments)
-    assert torch.equal(quantizer.mean(messages, segments), total * (1 / count))
-
-
-@pytest.mark.parametrize("block", [None, 1, 7, 128, 256])
-@pytest.mark.parametrize("norm", BOTH_NORMS)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_blocks_never_straddle_tensors(bits, norm, block):
-    # each tensor has its own magnitude: an error above its own step would betray a shared norm
-    shapes = [(300, 2), (5,), (0, 3), (1, 1), (256, 1), (33, 31), (7,), (5000,), (16, 16)]
-    segments, values, position = [], [], 0
-    for i, shape in enumerate(shapes):
-        segments.append(segment(shape, position))
-        values.append(torch.randn(segments[-1].size, generator=torch.Generator().manual_seed(i)))
-        values[-1] *= 10.0 ** (3 * (i % 4) - 6)
-        position += segments[-1].size
-    decoded = roundtrip(Quantizer(bits, norm, block), torch.cat(values), segments)
-    for s, x, y in zip(segments, values, decoded.split([s.size for s in segments]), strict=True):
-        if s.raw:
-            assert torch.equal(x, y)
-        elif s.size:
-            step = block_norms(x, norm, block or s.size) / levels(bits, norm)
-            assert ((y.double() - x).abs() <= step * 1.001).all()
-
-
-def test_only_small_one_dimensional_tensors_stay_uncompressed():
-    assert segment((64,), 0).raw
-    assert segment((), 0).raw
-    assert not segment((1 << 20,), 0).raw
-    assert not segment((8, 8), 0).raw
-    bias = [segment((64,), 0)]
-    assert Quantizer(2).num_bytes(bias) == 4 * 64
-
-
-@pytest.mark.parametrize("norm", BOTH_NORMS)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_values_do_not_depend_on_how_tensors_are_bucketed(bits, norm):
-    # DDP rebuilds its buckets: a resumed run must still round as the uninterrupted one did
-    shapes = [(40, 30), (64,), (17, 9), (128, 4)]
-    segments, position = [], 0
-    for shape in shapes:
-        segments.append(segment(shape, position))
-        position += segments[-1].size
-    x = sample("gauss", position)
-    quantizer = Quantizer(bits, norm, 128)
-    together = roundtrip(quantizer, x, segments)
-    pieces = x.split([s.size for s in segments])
-    apart = [roundtrip(quantizer, p, [s]) for p, s in zip(pieces, segments, strict=True)]
-    assert torch.equal(together, torch.cat(apart))
-    for parts in (2, 3, 7):
-        chunks = split(segments, parts, 128)
-        cuts = x.split([sum(s.size for s in c) for c in chunks])
-        apart = [roundtrip(quantizer, p, c) if c else p for p, c in zip(cuts, chunks, strict=True)]
-        assert torch.equal(together, torch.cat(apart))
-
-
-@pytest.mark.parametrize("block", [None, 128])
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_split_covers_everything_in_balance(parts, block):
-    for sizes in ([], [0], [1], [2, 1], [1000], [128] * 9, [5000, 3, 0, 777]):
-        segments, position = [], 11
-        for i, size in enumerate(sizes):
-            segments.append(Segment(size, position, raw=i % 4 == 1))
-            position += size
-        chunks = split(segments, parts, block)
-        assert len(chunks) == parts
-        covered = [p for c in chunks for s in c for p in range(s.position, s.position + s.size)]
-        assert covered == list(range(11, position))
-        unit = block or max(-(-max(sizes, default=0) // parts), 1)
-        for c in chunks:
-            assert sum(s.size for s in c) <= sum(sizes) / parts + unit
-        for c in chunks:
-            for s in c:
-                owner = next(o for o in segments if o.position <= s.position < o.position + o.size)
-                assert s.raw == owner.raw
-                if block and not s.raw:
-                    assert (s.position - owner.position) % block == 0
-
-
 # ------------------------------------------------------------------------------ hard inputs
 
 
@@ -411,81 +224,3 @@ def test_empty_gradient():
             quantizer = Quantizer(bits, norm)
             assert quantizer.encode(torch.empty(0), [], key()).numel() == 0
             assert roundtrip(quantizer, torch.empty(0), one_segment(0)).numel() == 0
-
-
-# ------------------------------------------------------------------------------ compiled
-
-
-def same_bits(a, b):
-    """As integers: NaN differs from itself."""
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_compiled_bytes_equal_eager_bytes_without_recompiling(bits):
-    eager, fused = Quantizer(bits, compile=False), Quantizer(bits, compile=True)
-    if kernels.fused(bits, 256, CPU, torch.get_num_threads()) is None:
-        pytest.skip("no compiler here")
-    cases = [[3000], [70_000, 5121], [1], [150_001, 512, 200_000]]
-    for step, sizes in enumerate(cases):
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        segments = [Segment(n, i, raw=n == 512) for n, i in zip(sizes, starts, strict=True)]
-        x = sample("gauss", sum(sizes))
-        if len(x) > 1:
-            x[700], x[1500] = float("inf"), float("nan")
-        # not monkeypatch: it would take the option away from the tests that follow
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            a, b = (z.encode(x, segments, key(step=step)) for z in (eager, fused))
-            assert torch.equal(a, b)
-            x, y = (z.decode(a, segments) for z in (eager, fused))
-        assert same_bits(x, y)
-        assert int(y.isnan().sum()) == (512 if len(x) > 1 else 0)
-
-
-def test_compiled_mean_on_another_thread_equals_eager():
-    segments = one_segment(140_000)
-    eager, fused = Quantizer(8, compile=False), Quantizer(8, compile=True)
-    # more than one kernel adds up
-    ranks = range(kernels.MAX_UNROLL + 1)
-    messages = [eager.encode(sample("gauss", 140_000), segments, key(rank=r)) for r in ranks]
-    stacked = torch.stack(messages)
-    with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(
-            pool.submit(fused.encode, sample("gauss", 140_000), segments, key()).result(),
-            messages[0],
-        )
-        assert same_bits(
-            pool.submit(fused.mean, stacked, segments).result(), eager.mean(stacked, segments)
-        )
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_l2_ignores_compile(bits):
-    x = sample("gauss", 5000)
-    a, b = (
-        Quantizer(bits, "l2", 128, c).encode(x, one_segment(5000), key()) for c in (True, False)
-    )
-    assert torch.equal(a, b)
-
-
-def test_auto_fuses_large_gradients_only(monkeypatch):
-    asked = []
-    monkeypatch.setattr(q, "fused", lambda *args: asked.append(args))
-    for size, count in ((q.FUSE_LIMIT - 1, 0), (q.FUSE_LIMIT, 1)):
-        Quantizer(8).encode(torch.zeros(size), one_segment(size), key())
-        assert len(asked) == count
-
-
-def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
-    def broken(*args, **kwargs):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    kernels.fused.cache_clear()
-    x = sample("gauss", 1000)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            y = roundtrip(Quantizer(8, compile=True), x)
-    kernels.fused.cache_clear()
-    assert torch.equal(y, roundtrip(Quantizer(8, compile=False), x))
-    assert sum("eager" in r.getMessage() for r in caplog.records) == 1

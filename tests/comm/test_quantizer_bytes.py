@@ -1,0 +1,151 @@
+"""The quantiser's messages: their sizes, what lies where, and bytes that come back exactly."""
+
+import pytest
+import torch
+from roundtrips import (
+    ALL_BITS,
+    BOTH_NORMS,
+    block_norms,
+    key,
+    levels,
+    one_segment,
+    roundtrip,
+    sample,
+)
+
+from robust_accel.comm.quantizer import Quantizer, Segment, segment, split
+
+
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_every_code_comes_back_at_every_size(bits, norm):
+    # values that lie on a level are sent exactly; max norm: every block must hold the largest
+    s = levels(bits, norm)
+    g = torch.Generator().manual_seed(0)
+    for n in [*range(1, 70), 300]:
+        if norm == "max":
+            x = torch.randint(-s, s + 1, (n,), generator=g).float()
+            x[::32] = s
+            y = roundtrip(Quantizer(bits, norm, 32), x)
+        else:  # few entries: their norm is a whole number
+            x = torch.zeros(n)
+            x[torch.randperm(n, generator=g)[:1]] = s * (-1.0) ** n
+            y = roundtrip(Quantizer(bits, norm, None), x)
+        # the encoder's hair (2^-22) may lift an entry of 16 bits by one level
+        assert ((y - x).abs() <= (1 if bits == 16 else 1e-4 * s)).all()
+        if bits < 16:
+            assert torch.equal(y.round(), x)
+
+
+def test_message_sizes():
+    # (A5)-(A6): 32 + d + bd bits; max norm: 32 a block, and b an element of whole blocks
+    assert Quantizer(8, "l2", None).num_bytes(one_segment(4096)) * 8 == 32 + 4096 + 8 * 4096
+    assert Quantizer(8).num_bytes(one_segment(1000)) == 4 * 4 + 1024
+    for bits in ALL_BITS:
+        for norm in BOTH_NORMS:
+            for block in (None, 1, 7, 128):
+                assert Quantizer(bits, norm, block).num_bytes(one_segment(777)) % 4 == 0
+
+
+def test_encode_and_decode_fill_what_they_are_given():
+    x, segments = sample("gauss", 1000), [Segment(900, 0, False), Segment(100, 900, True)]
+    quantizer = Quantizer(4, block_size=128)
+    n = quantizer.num_bytes(segments)
+    buffer = torch.zeros(n + 8, dtype=torch.uint8)
+    message = quantizer.encode(x, segments, key(), out=buffer[4:-4])
+    assert message.data_ptr() == buffer[4:].data_ptr()
+    assert torch.equal(message, quantizer.encode(x, segments, key()))
+    assert not buffer[:4].any() and not buffer[-4:].any()
+    flat = torch.zeros(1002)
+    quantizer.decode(message, segments, out=flat[1:-1])
+    assert torch.equal(flat[1:-1], quantizer.decode(message, segments))
+    assert flat[0] == 0 and flat[-1] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 11])
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+def test_mean_is_the_sum_in_order_times_one_over_their_number(norm, count):
+    segments = [Segment(900, 0, False), Segment(100, 900, True), Segment(300, 1000, False)]
+    quantizer = Quantizer(4, norm, 128)
+    messages = torch.stack(
+        [quantizer.encode(sample("gauss", 1300) * i, segments, key(rank=i)) for i in range(count)]
+    )
+    total = quantizer.decode(messages[0], segments)
+    for message in messages[1:]:
+        total += quantizer.decode(message, segments)
+    assert torch.equal(quantizer.mean(messages, segments), total * (1 / count))
+
+
+@pytest.mark.parametrize("block", [None, 1, 7, 128, 256])
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_blocks_never_straddle_tensors(bits, norm, block):
+    # each tensor has its own magnitude: an error above its own step would betray a shared norm
+    shapes = [(300, 2), (5,), (0, 3), (1, 1), (256, 1), (33, 31), (7,), (5000,), (16, 16)]
+    segments, values, position = [], [], 0
+    for i, shape in enumerate(shapes):
+        segments.append(segment(shape, position))
+        values.append(torch.randn(segments[-1].size, generator=torch.Generator().manual_seed(i)))
+        values[-1] *= 10.0 ** (3 * (i % 4) - 6)
+        position += segments[-1].size
+    decoded = roundtrip(Quantizer(bits, norm, block), torch.cat(values), segments)
+    for s, x, y in zip(segments, values, decoded.split([s.size for s in segments]), strict=True):
+        if s.raw:
+            assert torch.equal(x, y)
+        elif s.size:
+            step = block_norms(x, norm, block or s.size) / levels(bits, norm)
+            assert ((y.double() - x).abs() <= step * 1.001).all()
+
+
+def test_only_small_one_dimensional_tensors_stay_uncompressed():
+    assert segment((64,), 0).raw
+    assert segment((), 0).raw
+    assert not segment((1 << 20,), 0).raw
+    assert not segment((8, 8), 0).raw
+    bias = [segment((64,), 0)]
+    assert Quantizer(2).num_bytes(bias) == 4 * 64
+
+
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_values_do_not_depend_on_how_tensors_are_bucketed(bits, norm):
+    # DDP rebuilds its buckets: a resumed run must still round as the uninterrupted one did
+    shapes = [(40, 30), (64,), (17, 9), (128, 4)]
+    segments, position = [], 0
+    for shape in shapes:
+        segments.append(segment(shape, position))
+        position += segments[-1].size
+    x = sample("gauss", position)
+    quantizer = Quantizer(bits, norm, 128)
+    together = roundtrip(quantizer, x, segments)
+    pieces = x.split([s.size for s in segments])
+    apart = [roundtrip(quantizer, p, [s]) for p, s in zip(pieces, segments, strict=True)]
+    assert torch.equal(together, torch.cat(apart))
+    for parts in (2, 3, 7):
+        chunks = split(segments, parts, 128)
+        cuts = x.split([sum(s.size for s in c) for c in chunks])
+        apart = [roundtrip(quantizer, p, c) if c else p for p, c in zip(cuts, chunks, strict=True)]
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_split_covers_everything_in_balance(parts, block):
+    for sizes in ([], [0], [1], [2, 1], [1000], [128] * 9, [5000, 3, 0, 777]):
+        segments, position = [], 11
+        for i, size in enumerate(sizes):
+            segments.append(Segment(size, position, raw=i % 4 == 1))
+            position += size
+        chunks = split(segments, parts, block)
+        assert len(chunks) == parts
+        covered = [p for c in chunks for s in c for p in range(s.position, s.position + s.size)]
+        assert covered == list(range(11, position))
+        unit = block or max(-(-max(sizes, default=0) // parts), 1)
+        for c in chunks:
+            assert sum(s.size for s in c) <= sum(sizes) / parts + unit
+        for c in chunks:
+            for s in c:
+                owner = next(o for o in segments if o.position <= s.position < o.position + o.size)
+                assert s.raw == owner.raw
+                if block and not s.raw:
+                    assert (s.position - owner.position) % block == 0

@@ -1,0 +1,87 @@
+"""The quantiser compiled: the same bytes, when it compiles, and what happens without a compiler."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from roundtrips import ALL_BITS, CPU, key, one_segment, roundtrip, sample
+
+from robust_accel.comm import kernels
+from robust_accel.comm import quantizer as q
+from robust_accel.comm.quantizer import Quantizer, Segment
+
+
+def same_bits(a, b):
+    """As integers: NaN differs from itself."""
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_compiled_bytes_equal_eager_bytes_without_recompiling(bits):
+    eager, fused = Quantizer(bits, compile=False), Quantizer(bits, compile=True)
+    if kernels.fused(bits, 256, CPU, torch.get_num_threads()) is None:
+        pytest.skip("no compiler here")
+    cases = [[3000], [70_000, 5121], [1], [150_001, 512, 200_000]]
+    for step, sizes in enumerate(cases):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        segments = [Segment(n, i, raw=n == 512) for n, i in zip(sizes, starts, strict=True)]
+        x = sample("gauss", sum(sizes))
+        if len(x) > 1:
+            x[700], x[1500] = float("inf"), float("nan")
+        # not monkeypatch: it would take the option away from the tests that follow
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            a, b = (z.encode(x, segments, key(step=step)) for z in (eager, fused))
+            assert torch.equal(a, b)
+            x, y = (z.decode(a, segments) for z in (eager, fused))
+        assert same_bits(x, y)
+        assert int(y.isnan().sum()) == (512 if len(x) > 1 else 0)
+
+
+def test_compiled_mean_on_another_thread_equals_eager():
+    segments = one_segment(140_000)
+    eager, fused = Quantizer(8, compile=False), Quantizer(8, compile=True)
+    # more than one kernel adds up
+    ranks = range(kernels.MAX_UNROLL + 1)
+    messages = [eager.encode(sample("gauss", 140_000), segments, key(rank=r)) for r in ranks]
+    stacked = torch.stack(messages)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(
+            pool.submit(fused.encode, sample("gauss", 140_000), segments, key()).result(),
+            messages[0],
+        )
+        assert same_bits(
+            pool.submit(fused.mean, stacked, segments).result(), eager.mean(stacked, segments)
+        )
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_l2_ignores_compile(bits):
+    x = sample("gauss", 5000)
+    a, b = (
+        Quantizer(bits, "l2", 128, c).encode(x, one_segment(5000), key()) for c in (True, False)
+    )
+    assert torch.equal(a, b)
+
+
+def test_auto_fuses_large_gradients_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(q, "fused", lambda *args: asked.append(args))
+    for size, count in ((q.FUSE_LIMIT - 1, 0), (q.FUSE_LIMIT, 1)):
+        Quantizer(8).encode(torch.zeros(size), one_segment(size), key())
+        assert len(asked) == count
+
+
+def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    kernels.fused.cache_clear()
+    x = sample("gauss", 1000)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            y = roundtrip(Quantizer(8, compile=True), x)
+    kernels.fused.cache_clear()
+    assert torch.equal(y, roundtrip(Quantizer(8, compile=False), x))
+    assert sum("eager" in r.getMessage() for r in caplog.records) == 1
