@@ -149,3 +149,14 @@ def test_no_import_goes_round():
         for names in below.values():
             names.difference_update(leaves)
     assert not below, f"imports that go round: {sorted(below)}"
+
+
+def test_no_file_is_too_long_to_be_read_in_one_sitting():
+    root = PACKAGE.parent
+    folders = ("robust_accel", "tests", "benchmarks", "examples", "recipes")
+    texts = [
+        p for f in folders for kind in ("py", "md", "yaml") for p in (root / f).rglob(f"*.{kind}")
+    ]
+    lengths = {str(p.relative_to(root)): len(p.read_text().splitlines()) for p in texts}
+    assert len(lengths) > 100
+    assert not {name: length for name, length in lengths.items() if length > 400}

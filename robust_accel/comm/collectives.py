@@ -12,9 +12,9 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from robust_accel.comm.base import Exchange, run_all
 from robust_accel.comm.kernels import BlockNorm, random_key
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.pipeline import Exchange, run_all
 from robust_accel.comm.quantizer import Quantizer, Segment, split
 from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings

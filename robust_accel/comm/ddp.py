@@ -14,9 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from robust_accel.comm.base import Collective, GradientCompression, averaged, averaging
+from robust_accel.comm.base import (
+    Collective,
+    Exchange,
+    GradientCompression,
+    Pipeline,
+    averaged,
+    averaging,
+)
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.pipeline import Exchange, Pipeline
 from robust_accel.comm.quantizer import Segment, segment
 from robust_accel.comm.workers import Workers
 

@@ -5,7 +5,7 @@ import os
 import processes
 import pytest
 import torch
-from test_ddp import PROTOCOLS, Recorder, batch, check_mean, get, make_model, params, wrap
+from ddp_training import PROTOCOLS, Recorder, batch, check_mean, get, make_model, params, wrap
 
 from robust_accel import LAMB
 from robust_accel.comm import compress_gradients
@@ -153,20 +153,8 @@ def refusals(rank, world_size):
 # ------------------------------------------------------------------------------ tests
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    scenarios = [trajectories, exchanges, uncompressed, accumulated, overflow, refusals]
-    return processes.run(scenarios, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    return processes.run([trajectories, exchanges], 3, tmp_path_factory.mktemp("three"))
-
-
-@pytest.fixture(params=[2, 3])
-def ranks(request):
-    return request.getfixturevalue({2: "two", 3: "three"}[request.param])
+TWO = [trajectories, exchanges, uncompressed, accumulated, overflow, refusals]
+THREE = [trajectories, exchanges]
 
 
 @pytest.mark.parametrize("name", LAMBS)

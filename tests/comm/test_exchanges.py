@@ -17,8 +17,8 @@ from robust_accel.comm import (
     collectives,
     compress_gradients,
 )
+from robust_accel.comm.base import run_all
 from robust_accel.comm.kernels import random_key
-from robust_accel.comm.pipeline import run_all
 from robust_accel.comm.quantizer import Segment, segment
 
 # ------------------------------------------------------------------------------ scenarios

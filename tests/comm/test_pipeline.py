@@ -1,6 +1,6 @@
 """Which exchange goes on when."""
 
-from robust_accel.comm.pipeline import Pipeline
+from robust_accel.comm.base import Pipeline
 
 
 class Work:

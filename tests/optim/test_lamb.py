@@ -3,7 +3,6 @@
 import io
 import math
 
-import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -12,29 +11,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from robust_accel.optim import LAMB
+from robust_accel.optim.lamb_reference import Moments, lamb_step
 
 
-def algorithm_a2(theta, grads, *, lr, beta1, beta2, zeta, decay, c_l, c_u):
-    """Algorithm A2 on one layer in numpy, with You et al.'s decay; returns theta and every tau."""
-    m, v, taus = np.zeros_like(theta), np.zeros_like(theta), []
-    for t, g in enumerate(grads, start=1):
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        u = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + zeta) + decay * theta
-        taus.append(min(max(np.sqrt((theta**2).sum()), c_l), c_u))
-        theta = theta - lr * taus[-1] / np.sqrt((u**2).sum()) * u
-    return theta, taus
-
-
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("form", ["plain", "foreach", "fused"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_algorithm_a2_by_hand_with_the_clamp_active_at_both_ends(foreach, decay):
-    generator = np.random.default_rng(0)
+def test_it_is_the_papers_algorithm_with_the_clamp_active_at_both_ends(form, decay):
+    dtype = torch.float32 if form == "fused" else torch.float64  # the kernel takes no other
+    generator = torch.Generator().manual_seed(0)
     scales = [0.01, 1.0, 100.0]  # norms far below c_l, between, far above c_u
-    start = [scale * generator.standard_normal((4, 3)) for scale in scales]
-    grads = generator.standard_normal((6, 3, 4, 3))
-    rule = {"lr": 0.05, "zeta": 1e-3, "decay": decay, "c_l": 0.5, "c_u": 10.0}
-    params = [nn.Parameter(torch.tensor(theta)) for theta in start]
+    start = [scale * torch.randn(4, 3, generator=generator, dtype=dtype) for scale in scales]
+    grads = torch.randn(6, 3, 4, 3, generator=generator, dtype=dtype)
+    params = [nn.Parameter(theta.clone()) for theta in start]
     optimizer = LAMB(
         params,
         lr=0.05,
@@ -42,22 +30,33 @@ def test_algorithm_a2_by_hand_with_the_clamp_active_at_both_ends(foreach, decay)
         eps=1e-3,
         weight_decay=decay,
         weight_norm_clamp=(0.5, 10.0),
-        foreach=foreach,
+        foreach={"plain": False, "foreach": True, "fused": None}[form],
     )
+    reference, taus = list(start), [[], [], []]
+    moments = [Moments.zeros_like(theta) for theta in start]
+    rule = {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "zeta": 1e-3, "c_l": 0.5, "c_u": 10.0}
     for step_grads in grads:
-        for param, grad in zip(params, step_grads, strict=True):
-            param.grad = torch.tensor(grad)
+        for i, (param, grad) in enumerate(zip(params, step_grads, strict=True)):
+            param.grad = grad
+            taus[i].append(reference[i].norm().clamp(0.5, 10.0).item())
+            reference[i], moments[i] = lamb_step(
+                reference[i], grad, moments[i], weight_decay=decay, **rule
+            )
         optimizer.step()
-
-    by_hand = [
-        algorithm_a2(theta, grads[:, i], beta1=0.8, beta2=0.95, **rule)
-        for i, theta in enumerate(start)
-    ]
-    assert_equal(params, [theta for theta, _ in by_hand], rtol=1e-12, atol=1e-12)
-    taus = [taus for _, taus in by_hand]
+    tolerance = 1e-5 if form == "fused" else 1e-12
+    assert_equal(params, reference, rtol=tolerance, atol=tolerance)
     assert taus[0][0] == 0.5
     assert all(0.5 < tau < 10 for tau in taus[1])
     assert set(taus[2]) == {10.0}
+
+
+def test_the_reference_moves_a_zero_tensor_and_divides_by_no_zero():
+    zero, grad = torch.zeros(3), torch.tensor([1.0, -2.0, 0.0])
+    moved, moments = lamb_step(zero, grad, Moments.zeros_like(zero), lr=0.1)
+    torch.testing.assert_close(moved, torch.tensor([-0.1, 0.1, 0.0]))  # Adam's first step
+    assert moments.t == 1
+    stays, _ = lamb_step(grad, zero, Moments.zeros_like(zero), lr=0.1)
+    assert stays.equal(grad)
 
 
 def test_each_step_is_lr_times_the_clamped_norm_long():
