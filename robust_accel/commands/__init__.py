@@ -5,9 +5,14 @@ import sys
 from typing import TextIO
 
 
+def is_main() -> bool:
+    """Whether this is the one of the launcher's processes that speaks, and has written last."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print from one of the processes that the launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print from that process."""
+    if is_main():
         print(text, file=file or sys.stdout, flush=True)
 
 

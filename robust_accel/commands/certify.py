@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import say
+from robust_accel.commands import is_main
 from robust_accel.data import load_test
 from robust_accel.evaluation.certify_images import CertifyLog, certify_images, summary
 from robust_accel.reporting.report import certified_table, write_report
@@ -16,7 +16,8 @@ from robust_accel.trained_model import load_classifier, recipe_of
 
 def run(options: argparse.Namespace) -> int:
     folder = certify_model(options.model, options.settings)
-    say("\n".join(certified_table(folder.read_report())))
+    if is_main():
+        print("\n".join(certified_table(folder.read_report())))
     return 0
 
 

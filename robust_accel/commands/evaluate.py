@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import say
+from robust_accel.commands import is_main, say
 from robust_accel.data import load_test
 from robust_accel.evaluation import evaluate
 from robust_accel.provenance import versions
@@ -16,7 +16,9 @@ from robust_accel.trained_model import load_classifier, recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
-    say(comparison_table([evaluate_model(options.model, options.settings).path]))
+    folder = evaluate_model(options.model, options.settings)
+    if is_main():
+        print(comparison_table([folder.path]))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 
-from robust_accel.commands import say
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
 
@@ -10,5 +9,5 @@ from robust_accel.run_folder import RunFolder
 def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
         write_report(RunFolder(folder))
-    say(comparison_table(options.runs))
+    print(comparison_table(options.runs))
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from robust_accel.commands import say
+from robust_accel.commands import is_main
 from robust_accel.recipe import load_recipe
 from robust_accel.reporting.report import comparison_table
 from robust_accel.training.run import train
@@ -11,5 +11,6 @@ from robust_accel.training.run import train
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.settings)
     train(recipe, resume=options.resume, quiet=options.quiet)
-    say(comparison_table([recipe.output]))
+    if is_main():
+        print(comparison_table([recipe.output]))
     return 0
