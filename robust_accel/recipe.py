@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, BaseModel, ValidationError
 
+from robust_accel.attack_context import AttackMode
 from robust_accel.attacks import ATTACKS, Attack
 from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
@@ -25,7 +26,6 @@ from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
 from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
-from robust_accel.robust_model import AttackMode
 from robust_accel.settings import Number, Settings
 
 Built = TypeVar("Built")
@@ -238,6 +238,8 @@ class _Builder:
         except ValidationError as error:
             by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
             for fault in error.errors():
+                if fault["type"] == "default_factory_not_called":  # of another key's fault
+                    continue
                 dotted, message = _explain(fault, spec)
                 by_key.setdefault(".".join((key, *dotted)), {})[message] = None
             for dotted_key, messages in by_key.items():

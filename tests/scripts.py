@@ -3,8 +3,10 @@
     python scripts.py outside FOLDER     images normalised and the loss computed outside the model
     python scripts.py batch FOLDER       transformers' way: model(**batch), its loss
     python scripts.py two FOLDER         a student and a teacher, both trained
-    python scripts.py nothing FOLDER     no Accelerator.prepare
-    python scripts.py untrained FOLDER   a model that only predicts
+    python scripts.py nothing FOLDER     it does nothing
+    python scripts.py unprepared FOLDER  no Accelerator.prepare
+    python scripts.py eval FOLDER        it forgets model.train()
+    python scripts.py parts FOLDER       it calls the layers one by one
     python scripts.py broken FOLDER      it fails
     python scripts.py fsdp2 FOLDER       "outside" by Accelerate's FSDP2, on CPUs
 
@@ -67,16 +69,21 @@ def main(kind: str, folder: str) -> None:
     loader = torch.utils.data.DataLoader(Batches(MEAN, STD), batch_size=64, shuffle=True)
     # plain SGD and one seed, so that weights can be compared
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if kind != "unprepared":
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if kind == "two":
         accelerator.prepare(network())
-    model.train(kind != "untrained")
+    model.train(kind != "eval")
     for _ in range(4):
         for batch in loader:
             if kind == "batch":
                 loss = model(**batch).loss
             else:
-                loss = cross_entropy(model(batch["pixel_values"]), batch["labels"])
+                x = batch["pixel_values"]
+                logits = model[1:](model[0](x)) if kind == "parts" else model(x)
+                loss = cross_entropy(logits, batch["labels"])
+            steps = Path(folder, "steps")
+            steps.write_text(steps.read_text() + "." if steps.exists() else ".")
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()

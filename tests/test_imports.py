@@ -8,9 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "robust_accel"
 # From the ground up: a file imports its own floor's room and what lies below, nothing above.
 FLOORS = (
-    {"settings", "statistics", "provenance", "run_folder", "recipe_file"},
+    {
+        "settings",
+        "statistics",
+        "provenance",
+        "run_folder",
+        "recipe_file",
+        "pixels",
+        "attack_context",
+    },
     {"attacks", "objectives", "comm", "optim"},
-    {"data"},
+    {"data", "min_max"},
     {"models"},
     {"robust_model"},
     {"evaluation"},
@@ -105,7 +113,14 @@ def test_a_family_imports_its_siblings_and_the_shared_settings(family):
 
 @each_file
 def test_torch_distributed_is_known_to_comm_and_where_evaluation_gathers_or_fsdp_is_met(path):
-    known = ("comm", "evaluation", "integrations", "robust_model.py")
+    known = (
+        "comm",
+        "evaluation",
+        "integrations",
+        "robust_model.py",
+        "attack_context.py",
+        "objectives",
+    )
     if path.relative_to(PACKAGE).parts[0] not in known:
         assert not uses_distributed(path)
 

@@ -16,8 +16,10 @@ from attacked_network import (
     buffers,
     network,
 )
+from sklearn.datasets import load_digits
+from timm.data.random_erasing import RandomErasing
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from transformers import BatchFeature
 
 from robust_accel import PGD, Adversarial, PixelClassifier, RobustModel
@@ -123,8 +125,8 @@ REFUSED = {
     "uint8": ((GOOD * 255).byte(), r"divide uint8 images by 255.*torch\.uint8"),
     "0 to 255": (GOOD * 255, r"\[0, 1\].*input_space='normalized'"),
     "normalised": (NORMALISED, r"\[0, 1\].*input_space='normalized'"),
-    "a little dark": (GOOD - GOOD.min() - 0.01, r"\[-0\.01"),
-    "a little bright": (GOOD - GOOD.max() + 1.01, r"1\.01\]"),
+    "too dark": (GOOD - 0.6, r"\[-0\.59.*58.*% of them outside"),
+    "too bright": (GOOD + 0.6, r"1\.\d+\]"),
     "nan": (torch.full_like(GOOD, float("nan")), "nan"),
     "one nan": (GOOD.where(torch.arange(384).view(2, 3, 8, 8) > 0, float("nan")), "nan"),
     "inf": (GOOD / 0, "inf"),
@@ -150,6 +152,43 @@ def test_rounding_at_the_borders_is_forgiven_and_clipped():
     spy = Spy(PGD_3)
     RobustModel(network(), spy)(x, torch.tensor([0, 1]))
     assert torch.equal(spy.x, x.clamp(0, 1))
+
+
+def patches_of_noise(x):
+    """timm's RandomErasing, by its own code, on images that are normalised as scripts do."""
+    erasing = RandomErasing(probability=1.0, mode="pixel", device="cpu")
+    return erasing(x.clone())
+
+
+def bicubic():
+    """Real images, enlarged: their edges overshoot."""
+    digits = torch.tensor(load_digits().images[:8] / 16, dtype=torch.float32)
+    return interpolate(digits[:, None].repeat(1, 3, 1, 1), (32, 32), mode="bicubic")
+
+
+STATISTICS = {
+    "input_space": "normalized", "input_mean": (0.485, 0.456, 0.406),
+    "input_std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("augment", [patches_of_noise, bicubic])
+def test_a_few_pixels_outside_are_clipped_and_it_is_said_once(augment, caplog):
+    model, spy = None, Spy(PGD_3)
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    if augment is patches_of_noise:
+        model = RobustModel(network(), spy, **STATISTICS)
+        mean, std = model.input_space.mean, model.input_space.std
+        given = augment((x - mean) / std)
+        expected = (given * std + mean).clamp(0, 1)
+    else:
+        model, given = RobustModel(network(), spy), augment()
+        expected = given.clamp(0, 1)
+    assert not torch.equal(given.clamp(0, 1), given)
+    for _ in range(2):
+        model(given, torch.arange(8) % CLASSES)
+    torch.testing.assert_close(spy.x, expected)
+    assert len([r for r in caplog.records if "lie outside [0, 1]" in r.message]) == 1
 
 
 def test_channels_last_are_refused_without_statistics_too():
@@ -241,7 +280,7 @@ def test_statistics_may_be_tensors():
         input_mean=statistics,
         input_std=statistics,
     )
-    assert torch.equal(model.input_mean, statistics.view(1, 3, 1, 1))
+    assert torch.equal(model.input_space.mean, statistics.view(1, 3, 1, 1))
 
 
 # Precision

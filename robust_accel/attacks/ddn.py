@@ -1,7 +1,7 @@
 """DDN: an L2 attack that looks for the shortest perturbation by steering its length."""
 
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -30,6 +30,8 @@ class DDN(Settings):
 
     Source: Rony et al. 2019 (arXiv 1811.09600), Algorithm 1; in training Salman et al. 2019.
     """
+
+    may_stay: ClassVar[bool] = True  # the shortest perturbation of a wrong image is none
 
     eps: Annotated[Number, Gt(0)]
     num_steps: Annotated[int, Ge(1)] = 10

@@ -50,6 +50,11 @@ class NFGSM(Settings):
     eps: Annotated[Number, Gt(0), Le(1)] = 8 / 255
     noise_scale: Annotated[Number, Gt(0)] = 2.0
 
+    @property
+    def reach(self) -> float:
+        """How far a pixel may be moved."""
+        return (1 + self.noise_scale) * self.eps
+
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, input_gradient
@@ -29,8 +29,9 @@ class PGD(Settings):
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius of the ball in pixel units, > 0 (``8/255`` is accepted); L-inf: at most 1.
-        step_size: Length of a step in pixel units, > 0.
         num_steps: Number of steps, >= 1.
+        step_size: Length of a step in pixel units, > 0; 2.5 eps / num_steps, at most eps, when not
+            given (Madry et al.'s rule; 2/255 for 10 steps in 8/255).
         random_start: Start uniformly in the ball (true), at x (false), or near x with the noise
             of TRADES (``gaussian``: standard deviation 0.001).
 
@@ -39,8 +40,10 @@ class PGD(Settings):
 
     norm: Norm = "linf"
     eps: Annotated[Number, Gt(0)] = 8 / 255
-    step_size: Annotated[Number, Gt(0)] = 2 / 255
     num_steps: Annotated[int, Ge(1)] = 10
+    step_size: Annotated[Number, Gt(0)] = Field(
+        default_factory=lambda known: min(2.5 / known.get("num_steps", 1), 1) * known.get("eps", 1)
+    )
     random_start: bool | Literal["gaussian"] = True
 
     @field_validator("eps")
@@ -49,6 +52,17 @@ class PGD(Settings):
         if info.data.get("norm") == "linf" and eps > 1:
             raise ValueError("in pixel units an L-inf eps is at most 1, like 8/255")
         return eps
+
+    @property
+    def doubt(self) -> str | None:
+        """Why these steps hardly search the ball; None where they do."""
+        way = self.num_steps * self.step_size
+        about = f"PGD with eps {self.eps:.4g}: {self.num_steps} steps of {self.step_size:.4g}"
+        if way < self.eps * (1 - 1e-6):
+            return f"{about} get no further than {way:.4g} and cannot reach the ball's edge"
+        if self.step_size > 2 * self.eps * (1 + 1e-6):
+            return f"{about} leap over the whole ball"
+        return None
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None

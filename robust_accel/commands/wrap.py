@@ -1,7 +1,9 @@
 """The ``wrap`` command: run a training script as it is, with its model made robust."""
 
 import argparse
+import json
 import runpy
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,13 +12,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from robust_accel.comm import AllReduce, compress_gradients
+from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
 from robust_accel.commands import is_setting, say
-from robust_accel.integrations.in_place import make_robust, robust_training
+from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
+from robust_accel.integrations.witness import NotAttacked, Witness
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
 
 _USED = ("attack", "objective", "communication")
+_STATE_FILE = "gradient_compression.json"  # beside what Accelerate saves
 
 
 class NotWrapped(ValueError):
@@ -78,12 +83,15 @@ def wrap_script(
 def _run(script: str | Path, arguments: Sequence[str], wrapping: "_Wrapping") -> int:
     """As ``python script arguments`` would, with Accelerate's prepare replaced."""
     prepare, prepare_model = Accelerator.prepare, Accelerator.prepare_model
-    before = sys.argv, sys.path[:]
+    before = sys.argv, sys.path[:], dict(sys.modules)
     patched: Any = Accelerator
     patched.prepare = wrapping.around(prepare)
     patched.prepare_model = wrapping.around(prepare_model)
+    hook = register_optimizer_step_pre_hook(wrapping.before_step)
+    folder = Path(script).resolve().parent
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
+    sys.path.insert(0, str(folder))
+    _make_way(folder)
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
@@ -91,13 +99,35 @@ def _run(script: str | Path, arguments: Sequence[str], wrapping: "_Wrapping") ->
             raise
     except NotWrapped:
         raise
+    except NotAttacked as error:
+        raise NotWrapped(f"{wrapping.script}: {error}") from error
     except Exception:
         traceback.print_exc()
         return 1
     finally:
+        hook.remove()
         patched.prepare, patched.prepare_model = prepare, prepare_model
-        sys.argv, sys.path[:] = before
+        sys.argv, sys.path[:] = before[:2]
+        sys.modules.update(before[2])
     return 0
+
+
+def _make_way(folder: Path) -> None:
+    """Forget imported modules whose names the script's folder has, as its own ``datasets.py``.
+
+    ``python script`` finds the folder's first, but for what Python itself has loaded by then.
+    """
+    own = {p.stem for p in folder.glob("*.py")}
+    own |= {p.parent.name for p in folder.glob("*/__init__.py")}
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    taken = (own & loaded) - {"__main__", "robust_accel"}
+    if not taken:
+        return
+    listing = "import sys; print(*sys.modules)"
+    bare = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True)
+    taken -= set(bare.stdout.split())
+    for name in [n for n in sys.modules if n.partition(".")[0] in taken]:
+        del sys.modules[name]
 
 
 class _Wrapping:
@@ -112,7 +142,7 @@ class _Wrapping:
     ) -> None:
         self.recipe, self.script, self.mean, self.std = recipe, script, mean, std
         self.model: nn.Module | None = None
-        self._busy = False
+        self._busy = self._stepped = False
 
     def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Accelerate's ``prepare`` or ``prepare_model``, which calls the other within."""
@@ -129,7 +159,8 @@ class _Wrapping:
                 self._busy = False
             if found:
                 each = prepared if isinstance(prepared, tuple) else (prepared,)
-                self.send(next(each[i] for i, a in enumerate(given) if a is self.model))
+                mine = next(each[i] for i, a in enumerate(given) if a is self.model)
+                self.send(accelerator, mine)
             return prepared
 
         return prepare
@@ -164,13 +195,28 @@ class _Wrapping:
             attack_mode="eval" if train is None else train.attack_mode,
             weight_perturbation=None if train is None else train.awp,
         )
+        for witness in Witness.of(self.model):
+            witness.strict = True
         say(f"robust-accel: {self.summary()}")
         return True
 
-    def send(self, prepared: nn.Module) -> None:
+    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Of every optimizer: its first step must come from attacked images.
+
+        Raises:
+            NotWrapped: They were not.
+        """
+        if self._stepped:
+            return
+        self.check()
+        self._stepped = True
+        say(f"robust-accel: {self.training.min_max.applied}")
+
+    def send(self, accelerator: Accelerator, prepared: nn.Module) -> None:
         """Gradients by the recipe's communication."""
         if self.recipe.communication != AllReduce():
-            compress_gradients(prepared, self.recipe.communication)
+            compression = compress_gradients(prepared, self.recipe.communication)
+            keep_with_checkpoints(accelerator, compression)
 
     def summary(self) -> str:
         """What was wrapped, by what, and what the recipe says in vain."""
@@ -189,26 +235,52 @@ class _Wrapping:
         lines.append(f"  the script's own, not the recipe's: {', '.join(unused) or 'all else'}")
         return "\n".join(lines)
 
-    def conclude(self) -> int:
-        """Say how often the model was attacked.
-
-        Raises:
-            NotWrapped: There was no model, or it was never attacked.
-        """
+    def check(self) -> None:
+        """Raise NotWrapped where there is no model, or where it was not attacked."""
         if self.model is None:
             raise NotWrapped(
                 f"{self.script} gave no module with parameters to train to Accelerator.prepare: "
                 "nothing was wrapped; call make_robust on the model in the script instead"
             )
-        training: Any = robust_training(self.model)
-        calls = training.classifier.model.calls
-        if calls == 0:
+        if self.training.min_max.calls == 0:
             raise NotWrapped(
                 f"{type(self.model).__name__} of {self.script} was never called in training mode: "
                 "nothing was attacked"
             )
-        say(f"robust-accel: attacked {calls} batches a process")
+
+    def conclude(self) -> int:
+        """Say how often the model was attacked.
+
+        Raises:
+            NotWrapped: See ``check``.
+        """
+        self.check()
+        say(f"robust-accel: attacked {self.training.min_max.calls} batches a process")
         return 0
+
+    @property
+    def training(self) -> RobustTraining:
+        training = None if self.model is None else robust_training(self.model)
+        assert training is not None
+        return training
+
+
+def keep_with_checkpoints(accelerator: Accelerator, compression: GradientCompression) -> None:
+    """Save and load the rounding's state with ``accelerator.save_state``, in a file of its own.
+
+    A checkpoint without it (of a run without compression) is loaded as it is.
+    """
+
+    def save(models: Any, weights: Any, folder: str) -> None:
+        if accelerator.is_main_process:
+            Path(folder, _STATE_FILE).write_text(json.dumps(compression.state_dict()))
+
+    def load(models: Any, folder: str) -> None:
+        if Path(folder, _STATE_FILE).exists():
+            compression.load_state_dict(json.loads(Path(folder, _STATE_FILE).read_text()))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def _hint(model: nn.Module) -> str:

@@ -1,7 +1,6 @@
 """Which test images a classifier gets right, clean or attacked: one flag an image."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from robust_accel.attack_context import attack_context
 from robust_accel.attacks import Attack
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.robust_model import attack_context
 
 Perturb = Callable[[PixelClassifier, Tensor, Tensor, int], Tensor]
 """classifier, x [B, C, H, W] in [0, 1], labels [B], seed of the unit -> images to classify."""
@@ -74,7 +73,7 @@ def correct_flags(
     """
     num_images = min(num_images or len(images), len(images))
     flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
-    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+    with attack_context(classifier, "eval"):
         for unit, indices, (x, labels) in _own_units(
             images, num_images, settings.batch_size, accelerator, title
         ):
@@ -122,19 +121,6 @@ def _own_units(
     )
     for unit, batch in progress:
         yield unit, units[unit].to(accelerator.device), batch
-
-
-@contextmanager
-def parameters_frozen(classifier: PixelClassifier) -> Iterator[None]:
-    """FAB calls ``backward``: without this it would fill, and spend time on, weight gradients."""
-    trained = [p for p in classifier.parameters() if p.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def accuracy(flags: Tensor) -> dict[str, float | int]:

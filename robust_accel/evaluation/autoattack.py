@@ -24,12 +24,12 @@ from pyautoattack import AutoAttack, checks
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from robust_accel.attack_context import attack_context
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import Perturb, parameters_frozen
+from robust_accel.evaluation.accuracy import Perturb
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of
-from robust_accel.robust_model import attack_context
 from robust_accel.run_folder import append_line, read_lines
 
 ATTACKS_OF = {
@@ -100,7 +100,7 @@ class AutoAttackEvaluation:
         """
         log = _Log(folder, self._identity(classifier, images, right), accelerator)
         flags = right.clone()
-        with attack_context(classifier, "eval"), parameters_frozen(classifier):
+        with attack_context(classifier, "eval"):
             for number, stage in enumerate(self.stages):
                 survivors = flags.nonzero().flatten()
                 # of one size, so that no process waits for a larger unit of another

@@ -4,11 +4,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from robust_accel.attack_context import attack_context
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import parameters_frozen, under_attack
+from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.robust_model import attack_context
 from robust_accel.run_folder import RunFolder
 
 NUMBER = 8
@@ -33,7 +33,7 @@ def keep_examples(
     pgd = settings.pgd or PGDSettings()
     attack = under_attack(settings.make_pgd(pgd.num_steps, pgd.step_size))
     ((x, labels),) = images.batches([indices], accelerator.device)
-    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+    with attack_context(classifier, "eval"):
         x_adv = attack(classifier, x, labels, settings.seed)
         with torch.no_grad():
             clean, adversarial = (classifier(z).argmax(dim=1) for z in (x, x_adv))

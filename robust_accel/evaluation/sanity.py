@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import Perturb, correct_flags, parameters_frozen, under_attack
+from robust_accel.evaluation.accuracy import Perturb, correct_flags, under_attack
 from robust_accel.evaluation.autoattack import square_perturb
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.robust_model import attack_context
 
 Status = Literal["pass", "warn", "fail", "not run"]
 
@@ -238,7 +238,7 @@ def _random_noise(settings: EvaluateSettings) -> Perturb:
 
 def _transferred(other: PixelClassifier, perturb: Perturb) -> Perturb:
     def from_other(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
-        with attack_context(other, "eval"), parameters_frozen(other):
+        with attack_context(other, "eval"):
             return perturb(other, x, labels, seed)
 
     return from_other
@@ -260,7 +260,7 @@ def gradient_alignment(
     generator = torch.Generator(accelerator.device).manual_seed(settings.seed)
     cosines = []
     indices = torch.arange(number).split(settings.batch_size)
-    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+    with attack_context(classifier, "eval"):
         for x, labels in images.batches(indices, accelerator.device):
 
             def loss_fn(z: Tensor, own: Tensor = labels) -> Tensor:
@@ -294,7 +294,7 @@ def loss_surface(
     def loss_fn(z: Tensor) -> Tensor:
         return cross_entropy(classifier(z), labels, reduction="none")
 
-    with attack_context(classifier, "eval"), parameters_frozen(classifier):
+    with attack_context(classifier, "eval"):
         ascent = ascent_direction(input_gradient(loss_fn, x), settings.norm)
         aside = ascent_direction(random_start(x, 1.0, settings.norm, generator), settings.norm)
         with torch.no_grad():

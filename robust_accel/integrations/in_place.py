@@ -3,20 +3,31 @@
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import disable
 from torch.distributed.fsdp import FSDPModule
+from torch.utils import _pytree
 
+from robust_accel.attack_context import AttackMode
 from robust_accel.attacks import Attack
-from robust_accel.objectives import AWP, Adversarial, Objective
-from robust_accel.robust_model import AttackMode, RobustModel
+from robust_accel.integrations.witness import Witness
+from robust_accel.min_max import MinMax
+from robust_accel.models import PixelClassifier, logits_of
+from robust_accel.objectives import AWP, Objective
+from robust_accel.pixels import InputSpace
+from robust_accel.robust_model import RobustModel
 
 _KEY = "_robust_training"
 _WRAPPERS = ("torch.nn.parallel", "deepspeed.")  # modules of their classes
 _MULTI = ("regression", "multi_label_classification")  # of transformers' problem_type
+_LABELS = ("labels", "label", "targets", "target", "y")
+# the models that are being attacked in this thread: DataParallel's replicas have one each
+_inside: ContextVar[tuple[int, ...]] = ContextVar("inside", default=())
 
 
 def make_robust(
@@ -39,11 +50,18 @@ def make_robust(
       to its own loss. Labels being unknown, the attack leads away from the model's own predictions
       (no label leaks into it).
     - ``model(images, labels=labels)``, where the model's ``forward`` has a parameter named so (as
-      transformers' have), returns the objective's ``loss`` and ``logits``, as attributes and keys.
+      transformers' have), returns the objective's ``loss`` and ``logits``, as attributes and keys
+      (as a tuple where the call says ``return_dict=False``).
+
+    No module is kept: what is called is what is attacked, so that copies, DataParallel's replicas,
+    pickled and spawned models attack with their own weights. ``torch.save(model)`` of the whole
+    object keeps that too, and loading it needs this package; a state dict and ``save_pretrained``
+    are plain. A script that trains the model past its forward (``forward_features``, a submodule, a
+    scripted twin) or in eval mode is told so at the first backward, see ``Witness``.
 
     Args:
-        model: Any module from images [B, C, H, W] to logits [B, K] or to an output with
-            ``.logits``, before ``accelerator.prepare``, DDP, FSDP2 or DeepSpeed gets it.
+        model: Any module from images [B, C, H, W] to logits [B, K] or to an output or mapping with
+            ``logits``, before ``accelerator.prepare``, DDP, FSDP2 or DeepSpeed gets it.
         attack, objective, attack_mode, weight_perturbation: See ``RobustModel``. Another objective
             than plain adversarial training needs a model that is given labels.
         mean, std: By which the script normalises its images, one number or one a channel, so that
@@ -57,11 +75,10 @@ def make_robust(
             both given; at the first batch: images are not as was said.
     """
     given, model = model, getattr(model, "_orig_mod", model)  # inside of torch.compile(model)
-    cls: Any = type(model)
-    name = cls.__name__
-    if _KEY in model.__dict__ or isinstance(model, RobustModel):
+    name = type(model).__name__
+    if robust_training(model) is not None or isinstance(model, RobustModel):
         raise ValueError(f"{name} attacks its images already: call make_robust once")
-    if "forward" in model.__dict__ or cls.__module__.startswith(_WRAPPERS):
+    if "forward" in model.__dict__ or type(model).__module__.startswith(_WRAPPERS):
         raise ValueError(
             f"{name} is wrapped or prepared already: call make_robust on the model itself, before "
             "accelerator.prepare, DistributedDataParallel or DeepSpeed"
@@ -69,79 +86,156 @@ def make_robust(
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in _MULTI:
         raise ValueError(f"{name} is no single-label classifier: {problem}")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together, got {mean} and {std}")
-    normalised: dict[str, Any] = {}
-    if mean is not None:
-        numbers = {"input_mean": _numbers(mean), "input_std": _numbers(std)}
-        normalised = {"input_space": "normalized", **numbers}
-    robust = RobustModel(
-        _Plain(model, cls.forward),
-        attack,
-        objective,
-        attack_mode=attack_mode,
-        weight_perturbation=weight_perturbation,
-        **normalised,
+    min_max = MinMax(
+        attack, objective, attack_mode=attack_mode, weight_perturbation=weight_perturbation
     )
-    model.__dict__[_KEY] = robust  # not a submodule: the model's keys stay its own
-    namespace = {"forward": _attacking(cls.forward), "__module__": cls.__module__}
-    model.__class__ = type(name, (_Robust, cls), namespace | {"__qualname__": cls.__qualname__})
+    training = RobustTraining(model, min_max, InputSpace(_numbers(mean), _numbers(std)))
+    Witness.place(model, training)
+    _attach(model, training)
     return given
 
 
-def robust_training(model: nn.Module) -> RobustModel | None:
-    """What ``make_robust`` has given to the model; its ``attack`` may be replaced at any time."""
-    return getattr(model, "_orig_mod", model).__dict__.get(_KEY)
+def robust_training(model: nn.Module) -> "RobustTraining | None":
+    """What ``make_robust`` has given to the model, in whatever wraps it."""
+    while "_orig_mod" in model.__dict__.get("_modules", {}):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model.__dict__.get(_KEY)
 
 
-class Output(dict[str, Tensor]):
+class Output(dict[str, Any]):
     """``loss``, ``logits`` and the objective's parts, as keys and as attributes."""
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f"no {name!r} here, only {', '.join(self)}") from None
 
 
-class _Plain(nn.Module):
-    """The model as it was: what attack and objective call, with the call's other arguments."""
+# DDP looks for tensors in what a forward returns by this: one that it does not find it ignores
+_pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, keys: Output(zip(keys, values, strict=True)),
+    serialized_type_name="robust_accel.Output",
+)
 
-    def __init__(self, model: nn.Module, forward: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.arguments: dict[str, Any] = {}
-        self.calls = 0
-        self._forward = forward
-        self._signature = inspect.signature(forward)
-        names = [
-            key
-            for key, parameter in list(self._signature.parameters.items())[1:]
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
+
+class RobustTraining:
+    """How calls of one model's forward are attacked; it holds no module.
+
+    Attributes:
+        min_max: Attack and objective, which may be replaced at any time, and what they did.
+        image_name, label_name: Parameters of the forward; empty where it has none.
+    """
+
+    def __init__(self, model: nn.Module, min_max: MinMax, space: InputSpace) -> None:
+        self.min_max, self.space = min_max, space
+        # PEFT's models pass on whatever they get to the one inside
+        base = getattr(model, "get_base_model", None)
+        forward = (base() if callable(base) else model).forward
+        parameters = inspect.signature(forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         if not names:
             raise ValueError(f"{type(model).__name__}.forward names no argument that takes images")
         self.image_name = "pixel_values" if "pixel_values" in names else names[0]
-        self.label_name = next((key for key in names if "label" in key or "target" in key), "")
+        self.label_name = next((name for name in _LABELS if name in names), "")
 
-    def split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Images and labels of a call; the rest is kept for the calls that follow."""
-        self.calls += 1
-        bound = self._signature.bind(self.model, *args, **kwargs)
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is in an attacked forward."""
+        return id(self) in _inside.get()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        token = _inside.set((*_inside.get(), id(self)))
+        try:
+            yield
+        finally:
+            _inside.reset(token)
+
+    def split(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "_Call":
+        """A call's images, labels and other arguments."""
+        signature = inspect.signature(_plain_class(model).forward)
+        bound = signature.bind(model, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
-        for key, parameter in self._signature.parameters.items():
+        for key, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(key, {})
-            elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(key, ()):
-                raise ValueError(f"{type(self.model).__name__}: only images and labels by position")
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                more = arguments.pop(key, ())
+                if len(more) > 1 or (more and self.image_name in arguments):
+                    raise ValueError(f"{type(model).__name__}: only images and labels by position")
+                arguments |= dict.fromkeys([self.image_name], more[0]) if more else {}
         images, labels = arguments.pop(self.image_name, None), arguments.pop(self.label_name, None)
-        self.arguments = arguments
-        return images, labels
+        return _Call(images, labels, arguments)
 
-    def forward(self, x: Tensor) -> Any:
+    def classifier(self, model: nn.Module, **arguments: Any) -> PixelClassifier:
+        """The model as it was, on pixels in [0, 1]: what an attack looks at."""
+        mean, std = self.space.mean.flatten(), self.space.std.flatten()
+        return PixelClassifier(_Plain(model, self.image_name, arguments), mean=mean, std=std)
+
+    def forward(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """An attacked call in training mode."""
+        # of transformers' Trainer, which then wants the sum over the batch divided by this
+        num_items = kwargs.pop("num_items_in_batch", None)
+        call = self.split(model, args, kwargs)
+        others = {key: value for key, value in call.arguments.items() if key != "return_dict"}
+        if isinstance(call.images, Tensor):
+            self.space.on(call.images.device)
+        classifier = self.classifier(model, **others)
+        x = self.space.pixels(call.images)
+        if call.labels is None:
+            x_adv = self.min_max.adversarial(classifier, x, self._how_to_pass_labels(model))
+            given = self.space.script_images(x_adv, call.images.dtype)
+            return _called(model, self.image_name, given, call.arguments)
+        output = Output(self.min_max.loss(classifier, x, call.labels))
+        if num_items is not None:
+            output["loss"] = output["loss"] * (len(call.labels) / num_items)
+        if call.arguments.get("return_dict") is False:
+            return output["loss"], output["logits"]
+        return output
+
+    def _how_to_pass_labels(self, model: nn.Module) -> str:
+        name = type(model).__name__
+        if not self.label_name:
+            return (
+                f"{name}.forward takes none: give it a parameter named labels, or train "
+                f"RobustModel({name}, ...)(images, labels) by its loss"
+            )
+        return (
+            f"call the model with {self.label_name} (transformers' Trainer takes them away for its "
+            "label_smoothing_factor: say Adversarial(label_smoothing=...) instead)"
+        )
+
+
+class _Call:
+    """What one call of the forward was given."""
+
+    def __init__(self, images: Any, labels: Any, arguments: dict[str, Any]) -> None:
+        self.images, self.labels, self.arguments = images, labels, arguments
+
+
+class _Plain(nn.Module):
+    """Images to logits by the model as it was, with one call's other arguments."""
+
+    def __init__(self, model: nn.Module, image_name: str, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._image_name, self._arguments = image_name, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.model, FSDPModule):
             self.model.unshard()  # the backward of each step of the attack has sharded it again
-        return self._forward(self.model, **{self.image_name: x}, **self.arguments)
+        output = _called(self.model, self._image_name, x, self._arguments)
+        return logits_of(output, type(self.model).__name__)
+
+
+def _called(model: nn.Module, image_name: str, x: Tensor, arguments: dict[str, Any]) -> Any:
+    return _plain_class(model).forward(model, **{image_name: x}, **arguments)
+
+
+# ---------------------------------------------------------------------------- the class before
 
 
 class _Robust:
@@ -150,15 +244,64 @@ class _Robust:
     __dict__: dict[str, Any]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        with _as_it_was(self):
+            twin = copy.deepcopy(self, memo)
+        return _attach(twin, copy.deepcopy(self.__dict__.get(_KEY), memo))
+
+    def __copy__(self) -> Any:
+        with _as_it_was(self):
+            twin = copy.copy(self)
+        return _attach(twin, self.__dict__.get(_KEY))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """``torch.save(model)`` writes the plain model: this class is known nowhere else."""
-        state = {key: value for key, value in self.__dict__.items() if key != _KEY}
-        classes = type(self).__mro__
-        return object.__new__, (classes[classes.index(_Robust) + 1],), state
+        with _as_it_was(self):
+            make, args, *state = self.__reduce_ex__(protocol)
+        return (_made_again, (make, args, self.__dict__.get(_KEY)), *state)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Of ``torch.jit.script``: a twin as the model was."""
+        model: Any = self
+        if model.training:
+            raise RuntimeError(
+                "torch.jit.script: what is scripted attacks nothing: train the model itself, and "
+                "script it in eval mode afterwards"
+            )
+        twin = copy.deepcopy(model)
+        twin.__class__ = _plain_class(twin)
+        Witness.remove(twin)
+        del twin.__dict__[_KEY]
+        return twin
+
+
+def _attach(model: Any, training: RobustTraining | None) -> Any:
+    """Put ``_Robust`` before the model's class, unless it is no robust model (but a slice of one)."""
+    if training is None:
+        return model
+    model.__dict__[_KEY] = training
+    cls = type(model)
+    namespace = {"forward": _attacking(cls.forward), "__module__": cls.__module__}
+    namespace |= {"__qualname__": cls.__qualname__, "_class_before": cls}
+    model.__class__ = type(cls.__name__, (_Robust, cls), namespace)
+    return model
+
+
+def _plain_class(model: Any) -> Any:
+    return type(model)._class_before
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """The model's own class for a moment, for its own ways to be copied."""
+    robust = type(model)
+    model.__class__ = robust._class_before
+    try:
+        yield
+    finally:
+        model.__class__ = robust
+
+
+def _made_again(make: Any, args: tuple, training: RobustTraining | None) -> Any:
+    return _attach(make(*args), training)
 
 
 def _attacking(forward: Any) -> Any:
@@ -166,30 +309,19 @@ def _attacking(forward: Any) -> Any:
 
     # torch.compile works on the model's own forward inside; an attack is no graph
     @disable(recursive=False)
+    def attacked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        training: RobustTraining = self.__dict__[_KEY]
+        if training.inside:  # the model calls itself
+            return forward(self, *args, **kwargs)
+        with training.entered():
+            return training.forward(self, args, kwargs)
+
     @functools.wraps(forward)
     def attacking_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        # a slice of an nn.Sequential is of its class, and no model that was made robust
+        if not self.training or _KEY not in self.__dict__:
             return forward(self, *args, **kwargs)
-        robust: Any = self.__dict__[_KEY]
-        plain: _Plain = robust.classifier.model
-        # of transformers' Trainer, which then wants the sum over the batch divided by this
-        num_items = kwargs.pop("num_items_in_batch", None)
-        images, labels = plain.split(args, kwargs)
-        if isinstance(images, Tensor) and images.device != robust.input_mean.device:
-            robust.to(images.device)
-        if labels is None:
-            if robust.objective != Adversarial():
-                raise ValueError(
-                    f"the objective {robust.objective!r} computes the loss, and needs labels: call "
-                    f"the model with {plain.label_name or 'labels (its forward takes none)'}, or "
-                    "keep the script's own loss with objective Adversarial()"
-                )
-            x_adv = robust.adversarial(images)
-            return plain(x_adv)
-        output = Output(robust(images, labels))
-        if num_items is not None:
-            output["loss"] = output["loss"] * (len(labels) / num_items)
-        return output
+        return attacked(self, *args, **kwargs)
 
     return attacking_forward
 

@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 
+from robust_accel.attack_context import attack_context
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective, GradientCompression, compress_gradients
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.integrations.in_place import robust_training
 from robust_accel.objectives.base import cross_entropy_of
-from robust_accel.robust_model import attack_context
 
 
 class RobustAccuracy(TrainerCallback):
@@ -47,10 +47,10 @@ class RobustAccuracy(TrainerCallback):
         if training is None:
             raise ValueError("RobustAccuracy: call make_robust on the model, before Trainer(...)")
         if attack is None:
-            known = EvaluateSettings().with_threat_model_of(training.attack)
+            known = EvaluateSettings().with_threat_model_of(training.min_max.attack)
             if known.eps is None:
                 raise ValueError(
-                    f"RobustAccuracy: attack is missing: {training.attack!r} has no eps"
+                    f"RobustAccuracy: attack is missing: {training.min_max.attack!r} has no eps"
                 )
             attack = known.make_pgd(num_steps=20)
         self.trainer, self.training, self.attack = trainer, training, attack
@@ -79,10 +79,10 @@ class RobustAccuracy(TrainerCallback):
         counts = torch.zeros(3, device=accelerator.device)
         generator = torch.Generator(accelerator.device)
         generator.manual_seed(self.seed + accelerator.process_index)
-        classifier = self.training.classifier
+        classifier = self.training.classifier(accelerator.unwrap_model(self.trainer.model))
         with attack_context(classifier, "eval"):
             for batch in batches:
-                x = self.training.pixels(batch["pixel_values"].to(accelerator.device))
+                x = self.training.space.pixels(batch["pixel_values"].to(accelerator.device))
                 labels = batch["labels"].to(accelerator.device)
                 x_adv = self.attack(cross_entropy_of(classifier, labels), x, generator=generator)
                 with torch.no_grad():

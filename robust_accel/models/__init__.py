@@ -6,8 +6,8 @@ from robust_accel.models.classifier import (
     PixelClassifier,
     check_fits,
     create_classifier,
+    logits_of,
     model_folder,
-    per_channel,
     save_model,
 )
 
@@ -16,7 +16,7 @@ __all__ = [
     "PixelClassifier",
     "check_fits",
     "create_classifier",
+    "logits_of",
     "model_folder",
-    "per_channel",
     "save_model",
 ]

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robust_accel.data import ImageSet
+from robust_accel.pixels import per_channel
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import Number, Settings
 
@@ -40,8 +41,8 @@ class PixelClassifier(nn.Module):
         self,
         model: nn.Module,
         *,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
+        mean: float | Sequence[float] | Tensor | None = None,
+        std: float | Sequence[float] | Tensor | None = None,
         size: int | tuple[int, int] | None = None,
         freeze_backbone: bool = False,
     ) -> None:
@@ -62,6 +63,11 @@ class PixelClassifier(nn.Module):
             trained = {id(p) for module in self._heads() for p in module.parameters()}
             for param in model.parameters():
                 param.requires_grad_(id(param) in trained)
+
+    @property
+    def channels(self) -> int:
+        """C, where mean or std tells it, else 1."""
+        return max(self.mean.numel(), self.std.numel())
 
     def train(self, mode: bool = True) -> "PixelClassifier":
         super().train(mode)
@@ -90,17 +96,36 @@ class PixelClassifier(nn.Module):
             x = interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
         x = (x - self.mean) / self.std
         weight = next(self.model.parameters(), x)
-        output = self.model(x.to(weight.dtype))
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits_of(self.model(x.to(weight.dtype)), type(self.model).__name__)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def per_channel(value: float | Sequence[float], name: str) -> Tensor:
-    """One number, or one a channel, as a tensor [1, 1 or C, 1, 1]."""
-    tensor = torch.as_tensor(value, dtype=torch.float32)
-    if tensor.ndim > 1:
-        raise ValueError(f"{name} must be one number or one a channel, got {value}")
-    return tensor.reshape(1, -1, 1, 1)
+def logits_of(output: object, name: str) -> Tensor:
+    """The logits [B, K] in what a classifier returns.
+
+    A tensor, an output or mapping with ``logits``, or the two tensors of timm's distilled models in
+    training, whose mean is what they return otherwise.
+
+    Raises:
+        TypeError: It is anything else.
+    """
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list) and len(output) == 2:
+        first, second = output
+        pair = isinstance(first, Tensor) and isinstance(second, Tensor)
+        logits = (first + second) / 2 if pair and first.shape == second.shape else None
+    else:
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim == 2:
+        return logits
+    found = type(output).__name__ if logits is None else f"logits of shape {list(logits.shape)}"
+    if isinstance(output, tuple | list):
+        found += f" of {', '.join(type(part).__name__ for part in output)}"
+    raise TypeError(
+        f"{name} is no classifier that is known here: it returned {found}; wanted are logits "
+        "[B, K], or an output or mapping with logits"
+    )
 
 
 class ModelSettings(Settings):

@@ -17,7 +17,8 @@ class Objective(Protocol):
     A class with a method ``for_batch(x) -> Objective`` is asked for the objective of each batch:
     what attack and update must share, such as noise, is drawn there.
 
-    A class with ``takes_unlabeled = True`` also takes images without a label, whose label is -1.
+    A class with ``takes_unlabeled = True`` also takes images without a label, whose label is -1,
+    and its ``loss`` has an option ``num_labeled`` (see ``labeled_cross_entropy``).
     """
 
     def inner_loss(
@@ -51,14 +52,21 @@ def logits_of_both(
     return clean, adversarial
 
 
-def labeled_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean over the images that have a label (-1 is none), 0 if none has. A scalar.
+def labeled_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float, num_labeled: float | None = None
+) -> Tensor:
+    """Sum over the images that have a label (-1 is none), divided by their number. A scalar.
 
-    labels: [B] class indices, or [B, K] probabilities, which all images then have.
+    Args:
+        labels: [B] class indices, or [B, K] probabilities, which all images then have.
+        num_labeled: Divide by this instead: the mean number of them in the parts of a batch that
+            are averaged (processes, micro-batches), each of which would else weigh the same,
+            however few it holds.
     """
     if labels.is_floating_point():
         return cross_entropy(logits, labels, label_smoothing=label_smoothing)
     total = cross_entropy(
         logits, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
     )
-    return total / (labels != -1).sum().clamp(min=1)
+    own = (labels != -1).sum().clamp(min=1)
+    return total / (own if num_labeled is None else num_labeled)

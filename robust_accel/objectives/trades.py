@@ -60,10 +60,16 @@ class Trades(Settings):
         return lambda x_adv: kl_divergence(clean, log_softmax(classifier(x_adv), dim=1))
 
     def loss(
-        self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        x_adv: Tensor,
+        labels: Tensor,
+        *,
+        num_labeled: float | None = None,
     ) -> dict[str, Tensor]:
         clean, logits = logits_of_both(classifier, x, x_adv, self.batchnorm)
-        clean_loss = labeled_cross_entropy(clean, labels, self.label_smoothing)
+        clean_loss = labeled_cross_entropy(clean, labels, self.label_smoothing, num_labeled)
         target = log_softmax(clean.detach() if self.online_targets else clean, dim=1)
         divergence = kl_divergence(target, log_softmax(logits, dim=1)).mean()
         return {

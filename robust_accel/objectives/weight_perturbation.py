@@ -1,6 +1,6 @@
 """Adversarial weight perturbation: the outer loss is taken at attacked weights, too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -28,9 +28,7 @@ class AWP(Settings):
     gamma: Annotated[Number, Gt(0)] = 0.005
     warmup_epochs: Annotated[int, Ge(0)] = 0
 
-    def __call__(
-        self, classifier: nn.Module, loss_fn: Callable[[], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    def __call__(self, classifier: nn.Module, loss_fn: Callable[[], Tensor]) -> "Perturbed":
         """The classifier at the moved weights.
 
         Args:
@@ -40,20 +38,45 @@ class AWP(Settings):
 
         Returns:
             x -> logits, differentiable in the classifier's own parameters.
+
+        Raises:
+            RuntimeError: The loss gives no weight a gradient.
         """
         weights = {
             name: param
             for name, param in classifier.named_parameters()
             if param.requires_grad and param.ndim > 1
         }
-        grads = torch.autograd.grad(loss_fn(), list(weights.values()), allow_unused=True)
+        grads: Sequence[Tensor | None] = ()
+        if weights:
+            grads = torch.autograd.grad(loss_fn(), list(weights.values()), allow_unused=True)
         moved = {
             name: weight + self._step(weight.detach(), grad)
             for (name, weight), grad in zip(weights.items(), grads, strict=True)
             if grad is not None
         }
-        return lambda x: functional_call(classifier, moved, (x,))
+        if not moved:
+            raise RuntimeError(
+                f"adversarial weight perturbation: none of the {len(weights)} weights with two "
+                "dimensions or more that are trained gets a gradient: there is nothing to move"
+            )
+        return Perturbed(classifier, moved)
 
     def _step(self, weight: Tensor, grad: Tensor) -> Tensor:
         norm = grad.norm()
         return grad * torch.where(norm > 0, self.gamma * weight.norm() / norm, 0.0)
+
+
+class Perturbed(nn.Module):
+    """A classifier whose forward uses other weights in place of some of its own.
+
+    Attributes:
+        moved: These, by name.
+    """
+
+    def __init__(self, classifier: nn.Module, moved: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.classifier, self.moved = classifier, moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.classifier, self.moved, (x,))

@@ -61,9 +61,9 @@ class Loop:
         averages = Averages()
         self.metrics.start_clock()
         self.model.train()
-        self.robust_model.attack = self._attack_in(epoch)
+        self.robust_model.min_max.attack = self._attack_in(epoch)
         if settings.awp is not None:
-            self.robust_model.perturb_weights = epoch >= settings.awp.warmup_epochs
+            self.robust_model.min_max.perturb_weights = epoch >= settings.awp.warmup_epochs
         for x, labels in self.batches.epoch(epoch, first_step, self.accelerator.device):
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)

@@ -32,7 +32,8 @@ def test_pgd_linf(problem, random_start):
     torch.manual_seed(3)
     expected = theirs(x, labels)
     torch.manual_seed(3)
-    agree(PGD(num_steps=5, random_start=random_start)(loss_fn, x), expected, x)
+    ours = PGD(step_size=2 / 255, num_steps=5, random_start=random_start)
+    agree(ours(loss_fn, x), expected, x)
 
 
 def test_pgd_l2(problem):

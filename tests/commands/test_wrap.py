@@ -1,5 +1,6 @@
 """Scripts that know nothing of attacks train robust models; what cannot be wrapped is refused."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_a_script_that_computes_its_loss(
     assert "wrapped Sequential (20,810 parameters to train) of scripts.py" in output
     assert "attack: PGD(norm='linf', eps=0.15" in output
     assert "the script's own, not the recipe's: model, data, optimizer, schedule" in output
+    assert "attacked 64 of 64 images, linf perturbation of eps 0.15: median 0.15" in output
     assert "attacked 116 batches a process" in output  # 4 epochs of 29
 
 
@@ -88,17 +90,90 @@ def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
 
 REFUSED = {
     "nothing": "gave no module with parameters to train to Accelerator.prepare",
+    "unprepared": "gave no module with parameters to train to Accelerator.prepare",
     "two": "scripts.py prepares several models to train, Sequential and Sequential",
-    "untrained": "Sequential of scripts.py was never called in training mode",
+    "eval": "scripts.py: Sequential is trained in eval mode, in which it attacks nothing",
+    "parts": "scripts.py: Sequential is trained past its forward",
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_wrapped_is_refused(
+def test_what_cannot_be_wrapped_is_refused_at_its_first_step(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert wrap(kind, tmp_path) == 2
     assert REFUSED[kind] in capsys.readouterr().err
+    steps = tmp_path / "steps"
+    assert not steps.exists() or steps.read_text() == "."
+
+
+OWN = """
+import datasets, queue, statistics, sys
+from pathlib import Path
+
+import scripts
+
+assert [m.whose for m in (datasets, queue, statistics)] == ["mine"] * 3
+scripts.main("outside", sys.argv[1])
+"""
+
+
+def test_a_script_sees_its_own_modules_whatever_is_loaded(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(OWN)
+    for name in ("datasets", "statistics", "queue"):
+        (tmp_path / f"{name}.py").write_text("whose = 'mine'\nfrom _queue import *\n")
+    shutil.copy(SCRIPT, tmp_path)
+    before = dict(sys.modules)
+    recipe, *settings = RECIPE
+    command = ["wrap", "--recipe", recipe, *NORMALISED, *settings, str(script), str(tmp_path)]
+    assert main(command) == 0
+    assert {name: sys.modules[name] for name in before} == before
+
+
+RESUMED = """
+import sys
+import torch
+from pathlib import Path
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+import scripts
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+model = scripts.network()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+model, optimizer = accelerator.prepare(model, optimizer)
+data = scripts.Batches(scripts.MEAN, scripts.STD)
+folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if first:
+    accelerator.load_state(folder / str(first))
+for step in range(first, last):
+    torch.manual_seed(step)
+    rows = slice(64 * step, 64 * step + 64)
+    accelerator.backward(cross_entropy(model(data.images[rows]), data.labels[rows]))
+    optimizer.step()
+    optimizer.zero_grad()
+    if step == 1:
+        accelerator.save_state(folder / "2")
+if accelerator.is_main_process:
+    torch.save(accelerator.unwrap_model(model).state_dict(), folder / f"{first}-{last}.pt")
+accelerator.end_training()
+"""
+
+
+@pytest.mark.launch
+def test_rounding_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RESUMED)
+    recipe, *settings = RECIPE
+    settings += ["communication.name=qsgd", "communication.bits=4"]
+    for first, last in ((0, 4), (2, 4)):
+        command = ("wrap", "--recipe", recipe, *NORMALISED, *settings, script, tmp_path)
+        code, output = Forked(*command, first, last).wait()
+        assert code == 0, output
+    whole, resumed = (torch.load(tmp_path / f"{first}-4.pt") for first in (0, 2))
+    assert all(whole[key].equal(resumed[key]) for key in whole)
 
 
 def test_a_scripts_own_errors_keep_their_traceback(

@@ -124,7 +124,10 @@ def test_other_objectives_and_awp_train_the_model_itself(objective):
 
 def test_an_objective_that_needs_labels_says_so_where_forward_takes_none():
     model = make_robust(small(), ATTACK, Trades())
-    with pytest.raises(ValueError, match=r"its forward takes none.*Adversarial\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"forward takes none: give it .* named labels, or train RobustModel.*Adversarial\(\)",
+    ):
         model(images())
 
 
@@ -135,7 +138,7 @@ def test_what_transformers_gives_back_comes_back():
     assert out.logits.shape == (6, 10)
 
 
-def test_saved_models_are_the_plain_ones(tmp_path):
+def test_what_is_pushed_is_the_plain_model_and_a_saved_object_the_robust_one(tmp_path):
     model = make_robust(ViTForImageClassification(VIT), ATTACK)
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -144,7 +147,9 @@ def test_saved_models_are_the_plain_ones(tmp_path):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    assert type(torch.load(file, weights_only=False)) is ViTForImageClassification
+    seen = recorded(twin := torch.load(file, weights_only=False))
+    twin.train()(images())
+    assert len(seen) == 5
 
 
 def test_a_copy_attacks_with_its_own_weights():
@@ -153,7 +158,7 @@ def test_a_copy_attacks_with_its_own_weights():
     twin = copy.deepcopy(model)
     training = robust_training(twin)
     assert training is not robust_training(model)
-    assert training.classifier.model.model is twin
+    assert training.classifier(twin).model.model is twin
     ema.update(model)
     assert not ema.module.training
     assert ema.module(images()).equal(model.eval()(images()))
@@ -203,7 +208,7 @@ def test_mixed_precision_of_accelerate_computes_the_network_and_not_the_ball():
 def test_the_attack_may_be_replaced_while_training():
     model = make_robust(small(), ATTACK)
     seen = recorded(model)
-    robust_training(model).attack = ATTACK.model_copy(update={"num_steps": 1})
+    robust_training(model).min_max.attack = ATTACK.model_copy(update={"num_steps": 1})
     model(images())
     assert len(seen) == 3
 

@@ -73,7 +73,7 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
 
     # it is the accuracy of the first images, clean and under attack
     measure = RobustAccuracy(trainer, ATTACK, images=150)
-    measure.training.objective = Trades()  # which attacks another loss
+    measure.training.min_max.objective = Trades()  # which attacks another loss
     found = measure.measure(trainer.get_eval_dataloader())
     rows = [trainer.eval_dataset[i] for i in range(150)]
     x, labels = (torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels"))

@@ -138,7 +138,7 @@ def test_mart_by_hand(linear):
 def test_the_gaussian_start_leaves_where_the_divergence_is_flat():
     model = RobustModel(
         nn.Sequential(nn.Flatten(), nn.Linear(12, 5)),
-        PGD(num_steps=1, random_start="gaussian"),
+        PGD(step_size=2 / 255, num_steps=1, random_start="gaussian"),
         Trades(),
     )
     x, labels = torch.rand(4, 3, 2, 2) * 0.8 + 0.1, torch.tensor([0, 1, 2, 3])

@@ -52,7 +52,7 @@ def test_batchnorm_counts_one_batch_and_off_means_off():
     assert norm.num_batches_tracked == 1
     assert all(module.training for module in robust.modules())
     on = robust(X, LABELS)["loss"]
-    robust.perturb_weights = False
+    robust.min_max.perturb_weights = False
     off = robust(X, LABELS)["loss"]
     plain = RobustModel(robust.classifier, NoAttack()).train()
     assert torch.equal(off, plain(X, LABELS)["loss"])

@@ -1,0 +1,53 @@
+"""What an attack may not change: modes, buffers and parameters of the model that it looks at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+AttackMode = Literal["eval", "train"]
+
+
+@contextmanager
+def attack_context(module: nn.Module, mode: AttackMode, *, freeze: bool = True) -> Iterator[None]:
+    """Put each submodule in the mode, and leave everything behind as it was.
+
+    Flags are set one by one: an ``eval()``/``train()`` round trip would unfreeze the BatchNorm
+    layers that a user froze. Buffers that have moved (BatchNorm's statistics, InstanceNorm's,
+    spectral norm's vectors) are put back.
+
+    Args:
+        mode: ``eval``, or ``train``: each submodule keeps its own mode.
+        freeze: Parameters require no gradient meanwhile: AOTAutograd (``torch.compile``)
+            differentiates in every input that does, and some attacks call ``backward``. Sharded
+            parameters are left alone, whose engines look at that flag themselves.
+    """
+    training = [(m, m.training) for m in module.modules()]
+    buffers = list(module.buffers())
+    values = [b.clone() for b in buffers]
+    trained = [p for p in module.parameters() if freeze and p.requires_grad and is_whole(p)]
+    try:
+        if mode == "eval":
+            for m, _ in training:
+                m.training = False
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m, flag in training:
+            m.training = flag
+        for p in trained:
+            p.requires_grad_(True)
+        # as BatchNorm does it: an earlier graph that has saved a buffer need not know
+        torch._foreach_copy_([b.data for b in buffers], values)
+        # casts that autocast has kept: they belong to weights as the attack saw them
+        torch.clear_autocast_cache()
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Whether it is no piece of FSDP's (1 or 2) or of ZeRO 3's."""
+    marks = ("ds_id", "_is_flat_param", "_fsdp_flattened")
+    return not isinstance(parameter, DTensor) and not any(hasattr(parameter, m) for m in marks)

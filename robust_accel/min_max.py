@@ -1,0 +1,202 @@
+"""Min-max problem (2) of DAT for whichever classifier is handed in: attack, then the outer loss."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_accel.attack_context import AttackMode, attack_context, is_whole
+from robust_accel.attacks import Attack
+from robust_accel.objectives import AWP, Adversarial, Classifier, Objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What the first attacked batch of a process went through, measured.
+
+    Attributes:
+        images, moved: How many there were, and how many the attack has moved.
+        norm, eps: The attack's ball, if it declares one.
+        largest, median: Over the images, of their perturbation in that norm (L-inf if none).
+        weights_moved: Tensors that weight perturbation has moved; None without it.
+    """
+
+    images: int
+    moved: int
+    norm: str
+    eps: float | None
+    largest: float
+    median: float
+    weights_moved: int | None = None
+
+    @classmethod
+    def of(cls, attack: Any, x: Tensor, x_adv: Tensor) -> "Applied":
+        """Measure a perturbation, x and x_adv: [B, C, H, W].
+
+        Raises:
+            RuntimeError: The attack should have moved the images and did not, or further than it
+                promises.
+        """
+        norm, eps = getattr(attack, "norm", "linf"), getattr(attack, "eps", None)
+        lengths = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
+        largest, median = lengths.max().item(), lengths.median().item()
+        found = cls(len(x), int((lengths > 0).sum()), norm, eps, largest, median)
+        if eps is not None and not found.moved and not getattr(attack, "may_stay", False):
+            raise RuntimeError(
+                f"{attack!r} moved none of {len(x)} images: the gradient of the loss in the pixels "
+                "is zero everywhere; a model that rounds, detaches or saturates has none"
+            )
+        reach = getattr(attack, "reach", eps)
+        if reach is not None and largest > reach * 1.001 + 1e-6:
+            raise RuntimeError(
+                f"{attack!r} moved an image by {largest:.4g} ({norm}), but promises {reach:.4g}"
+            )
+        return found
+
+    def __str__(self) -> str:
+        ball = "" if self.eps is None else f" of eps {self.eps:.4g}"
+        text = (
+            f"attacked {self.moved} of {self.images} images, {self.norm} perturbation{ball}: "
+            f"median {self.median:.4g}, largest {self.largest:.4g}"
+        )
+        moved = self.weights_moved
+        return text if moved is None else f"{text}; {moved} weight tensors perturbed"
+
+
+class MinMax:
+    """The two levels of the problem; the classifier, pixels to logits, is each call's own.
+
+    Args:
+        attack: The inner maximisation (A1).
+        objective: The outer loss; adversarial training (1) when not given.
+        attack_mode: Mode of the classifier during the attack, see ``attack_context``.
+        weight_perturbation: Take the outer loss at adversarial weights, too.
+
+    Attributes:
+        perturb_weights: Whether ``weight_perturbation`` is at work; a loop may start it later.
+        calls: Batches attacked so far.
+        applied: What happened to the first of them.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        objective: Objective | None = None,
+        *,
+        attack_mode: AttackMode = "eval",
+        weight_perturbation: AWP | None = None,
+    ) -> None:
+        if attack_mode not in ("eval", "train"):
+            raise ValueError(f"attack_mode must be eval or train, got {attack_mode!r}")
+        self.attack = attack
+        self.objective: Objective = Adversarial() if objective is None else objective
+        self.attack_mode: AttackMode = attack_mode
+        self.weight_perturbation = weight_perturbation
+        self.perturb_weights = weight_perturbation is not None
+        self.calls = 0
+        self.applied: Applied | None = None
+        doubt = getattr(attack, "doubt", None)
+        if doubt is not None:
+            logger.warning("%s", doubt)
+
+    def loss(
+        self,
+        classifier: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        num_labeled: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Attack, then ``loss``, ``logits`` [B, K] at x_adv and the objective's named parts.
+
+        Args:
+            x: [B, C, H, W] in [0, 1].
+            labels: [B] class indices, or [B, K] probabilities.
+            num_labeled: Images with a label that a term over these is divided by, where the loss is
+                averaged with others' (processes, micro-batches): their mean number. Those of
+                ``labels`` when not given.
+        """
+        objective = self._of_batch(x)
+        x_adv = self._perturb(classifier, objective, x, labels)
+        options: dict[str, Any] = {}
+        if num_labeled is not None and getattr(objective, "takes_unlabeled", False):
+            options["num_labeled"] = num_labeled
+        weights_moved, perturbed = None, classifier
+        if self.weight_perturbation is not None and self.perturb_weights:
+            if not all(map(is_whole, classifier.parameters())):
+                raise ValueError(
+                    "adversarial weight perturbation needs whole weights, got shards (FSDP or "
+                    "ZeRO 3): train by DDP or ZeRO 0 to 2, or without it"
+                )
+            with attack_context(classifier, "train", freeze=False):
+                perturbed = self.weight_perturbation(
+                    classifier,
+                    lambda: objective.loss(classifier, x, x_adv, labels, **options)["loss"],
+                )
+            weights_moved = len(perturbed.moved)
+        out = objective.loss(perturbed, x, x_adv, labels, **options)
+        self._note(x, x_adv, weights_moved)
+        return out
+
+    def adversarial(self, classifier: nn.Module, x: Tensor, how: str) -> Tensor:
+        """x_adv for a script that computes its loss itself: away from the own predictions.
+
+        Raises:
+            ValueError: The objective, or weight perturbation, is more than an attack; ``how`` tells
+                how to pass labels.
+        """
+        asked = [] if self.objective == Adversarial() else [f"the objective {self.objective!r}"]
+        asked += [] if self.weight_perturbation is None else [repr(self.weight_perturbation)]
+        if asked:
+            raise ValueError(
+                f"{' and '.join(asked)} computes the loss, and needs labels: {how}; or keep the "
+                "script's own loss with objective Adversarial() alone"
+            )
+        x_adv = self.perturb(classifier, x, self.predict(classifier, x))
+        self._note(x, x_adv, None)
+        return x_adv
+
+    def perturb(
+        self,
+        classifier: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Solve (A1): x [B, C, H, W] in [0, 1] -> x_adv of the same shape, detached."""
+        return self._perturb(classifier, self._of_batch(x), x, labels, generator)
+
+    @torch.no_grad()
+    def predict(self, classifier: Classifier, x: Tensor) -> Tensor:
+        """Predicted classes [B] of clean images, in the attack's mode."""
+        assert isinstance(classifier, nn.Module)
+        with attack_context(classifier, self.attack_mode):
+            return classifier(x).argmax(dim=1)
+
+    def _perturb(
+        self,
+        classifier: nn.Module,
+        objective: Objective,
+        x: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        with attack_context(classifier, self.attack_mode):
+            loss_fn = objective.inner_loss(classifier, x, labels)
+            return self.attack(loss_fn, x, generator=generator)
+
+    def _of_batch(self, x: Tensor) -> Objective:
+        """The objective, with what it draws for this batch."""
+        for_batch = getattr(self.objective, "for_batch", None)
+        return self.objective if for_batch is None else for_batch(x)
+
+    def _note(self, x: Tensor, x_adv: Tensor, weights_moved: int | None) -> None:
+        self.calls += 1
+        if self.applied is None:
+            found = Applied.of(self.attack, x, x_adv)
+            self.applied = Applied(**{**vars(found), "weights_moved": weights_moved})
+            logger.info("%s", self.applied)
