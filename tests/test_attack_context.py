@@ -157,6 +157,71 @@ def test_train_mode_leaves_a_frozen_instancenorm_its_running_statistics():
     assert torch.equal(inner[0].running_mean, torch.full((3,), 0.3))
 
 
+def instance_norm() -> nn.Module:
+    return nn.InstanceNorm2d(3, track_running_stats=True)
+
+
+def spectral_norm() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3))
+
+
+class Counting(nn.Module):
+    """A module of a user's, that counts its calls in whatever mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+@MODES
+@pytest.mark.parametrize("layer", [instance_norm, spectral_norm, Counting])
+def test_no_buffer_of_any_layer_is_moved(mode, layer):
+    x, y = batch()
+    inner = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(CLASSES))
+    inner(x)
+    model = RobustModel(inner, FROM_X, attack_mode=mode)
+    before = buffers(model)
+    model.perturb(x, y)
+    model.predict(x)
+    assert_same(buffers(model), before)
+    model(x, y)["loss"].backward()
+    assert not all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+@MODES
+def test_graphs_that_are_there_already_can_still_be_run_backward(mode):
+    # as when a script adds up several forwards: BatchNorm has saved its buffers for each
+    x, y = batch()
+    model = RobustModel(network(frozen=True), FROM_X, attack_mode=mode)
+    losses = [model(x, y)["loss"] for _ in range(2)]
+    sum(losses).backward()
+
+
+@MODES
+def test_parameters_require_no_gradient_during_the_attack_and_their_own_after_it(mode):
+    x, y = batch()
+    inner = network()
+    inner[0].weight.requires_grad_(False)
+    seen = []
+
+    def spy(loss_fn, x, *, generator=None):
+        seen.extend(p.requires_grad for p in inner.parameters())
+        return FROM_X(loss_fn, x, generator=generator)
+
+    model = RobustModel(inner, spy, attack_mode=mode)
+    model(x, y)["loss"].backward()
+    assert seen and not any(seen)
+    assert [p.requires_grad for p in inner.parameters()] == [False] + [True] * 9
+    model.min_max.attack = Broken()
+    with pytest.raises(RuntimeError):
+        model(x, y)
+    assert [p.requires_grad for p in inner.parameters()] == [False] + [True] * 9
+
+
 def test_train_mode_with_a_batchnorm_that_never_tracks():
     x, y = batch()
     untracked = nn.Sequential(

@@ -91,8 +91,8 @@ class GradientCompression:
 
     Attributes:
         meter: bytes and seconds so far, of this rank.
-        steps: synchronised backward passes so far (DeepSpeed: exchanges); seeds the rounding,
-            hence part of a checkpoint.
+        steps: synchronised backward passes so far; seeds the rounding, hence part of a checkpoint.
+            (DeepSpeed: of the last exchange, from the engine's own step, which its checkpoint has.)
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.comm.base import Collective, GradientCompression
@@ -48,8 +49,19 @@ def compress_gradients(
         if num_processes > 1:
             return DeepSpeedCompression(model, collective)
     elif isinstance(model, DistributedDataParallel):
+        if getattr(model, "_comm_hooks", None):
+            name = getattr(model._comm_hooks[0][0], "__name__", "one")
+            raise ValueError(
+                f"the model's gradients have a communication hook already ({name}): call "
+                "compress_gradients once, and leave Accelerate's comm_hook out"
+            )
         if dist.get_world_size(model.process_group) > 1:
             return DDPCompression(model, collective, group)
+    elif isinstance(model, FSDPModule):
+        raise ValueError(
+            "compress_gradients does not support FSDP2, which reduces gradients in shards: leave "
+            "it out there, or train by DDP or DeepSpeed"
+        )
     elif num_processes > 1:
         raise ValueError(
             f"on {num_processes} processes compress_gradients needs a DistributedDataParallel "

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from robust_accel.comm.base import (
     Collective,
@@ -65,9 +66,28 @@ class DDPCompression(GradientCompression):
             group, parent=model.process_group, replies=self._worker is not None
         )
         model.register_comm_hook(self, _hook)
+        self._own = {id(p) for p in model.module.parameters()}
+        self._without_sync = False
+        model.register_forward_pre_hook(self._before_forward)
+        self._before_step = register_optimizer_step_pre_hook(self._before_update)
+
+    def _before_forward(self, model: DistributedDataParallel, _: object) -> None:
+        self._without_sync = torch.is_grad_enabled() and not model.require_backward_grad_sync
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Of every optimizer in this process: accumulating ends with a backward that is sent."""
+        if self._without_sync and any(
+            id(p) in self._own for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise RuntimeError(
+                "an optimizer step was to be made whose gradients were not exchanged: its forward "
+                "ran in no_sync(), as under Accelerate's LocalSGD, with which compress_gradients "
+                "cannot be used"
+            )
 
     def close(self) -> None:
         """Stop the worker thread. The model cannot run a synchronised backward afterwards."""
+        self._before_step.remove()
         if self._worker is not None:
             self._worker.close()
 

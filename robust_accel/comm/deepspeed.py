@@ -57,6 +57,12 @@ def tell_layers(engine: Any) -> None:
     zero = engine.optimizer
     if engine.zero_optimization_stage() not in (1, 2) or not hasattr(zero.optimizer, "shard"):
         return
+    if not hasattr(zero, "single_partition_of_fp32_groups"):
+        raise ValueError(
+            f"LAMB does not know which layers lie in the shards of DeepSpeed's "
+            f"{type(zero).__name__} (ZeRO 1 in bf16 with gradients accumulated in fp32): use ZeRO "
+            "2, or torch_autocast instead of bf16"
+        )
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         group = zero.real_dp_process_group[i]
         rank = dist.get_rank(group)
@@ -130,7 +136,8 @@ class DeepSpeedCompression(GradientCompression):
     def __init__(self, engine: Any, collective: Collective) -> None:
         super().__init__()
         _check_supported(engine)
-        self._collective = collective
+        self._engine, self._collective = engine, collective
+        self._exchanges = (-1, 0)  # the engine's step, and how many there were in it
         group = engine.data_parallel_group
         self._workers = Workers.of(group or dist.group.WORLD, parent=group)
         self._bucket: list[_Span] = []  # while ZeRO reduces one
@@ -192,8 +199,12 @@ class DeepSpeedCompression(GradientCompression):
         return segments
 
     def _averaged(self, flat: Tensor, segments: list[Segment]) -> Tensor:
-        step = self.steps
-        self.steps += 1  # each exchange has its own random numbers
+        # each exchange has its own random numbers, which go on where the engine does
+        at, number = int(self._engine.global_steps), 0
+        if self._exchanges[0] == at:
+            number = self._exchanges[1]
+        self._exchanges = (at, number + 1)
+        step = self.steps = (at << 20) + number
         with torch.no_grad(), self._timed(flat.device):
             return averaged(self._collective, flat, segments, step, self._workers, self.meter)
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robust_accel.data.images import Batch, ImageSet, seeded_generator
+from robust_accel.data.images import NO_LABEL, Batch, ImageSet, seeded_generator
 from robust_accel.data.loading import Data
 
 
@@ -53,22 +53,32 @@ class Sampler:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Tensor]:
         """This process's micro-batches of indices, from a step on."""
-        order = self._own(epoch)[: self.steps_per_epoch * self._num_micro * self._micro_size]
-        micro_batches = order.split(self._micro_size)
+        micro_batches = self._own(epoch, self._rank).split(self._micro_size)
         return itertools.islice(iter(micro_batches), first_step * self._num_micro, None)
 
-    def _own(self, epoch: int) -> Tensor:
-        """This process's images in the epoch's order."""
+    def count(self, flags: Tensor, epoch: int) -> Tensor:
+        """How many images with a flag each step of the epoch has, over all processes: [steps].
+
+        flags: [N], bool.
+        """
+        of_rank = [flags[self._own(epoch, rank)] for rank in range(self._world_size)]
+        return torch.stack([f.view(self.steps_per_epoch, -1).sum(dim=1) for f in of_rank]).sum(
+            dim=0
+        )
+
+    def _own(self, epoch: int, rank: int) -> Tensor:
+        """A process's images in the epoch's order."""
         if self._sharding == "fixed":
             dealt = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 2))
-            own = dealt[self._rank :: self._world_size]
-            generator = seeded_generator(self._seed, 3, epoch, self._rank)
-            return own[torch.randperm(len(own), generator=generator)]
+            own = dealt[rank :: self._world_size]
+            generator = seeded_generator(self._seed, 3, epoch, rank)
+            order = torch.randperm(len(own), generator=generator)
+            return own[order[: self.steps_per_epoch * self._num_micro * self._micro_size]]
         order = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 4, epoch))
         used = order[: self.steps_per_epoch * self._micro_size * self._num_micro * self._world_size]
         # [steps, processes, images of a process]: a step's images do not depend on their number
         by_step = used.view(self.steps_per_epoch, self._world_size, -1)
-        return by_step[:, self._rank].flatten()
+        return by_step[:, rank].flatten()
 
 
 class TrainingBatches:
@@ -100,13 +110,14 @@ class TrainingBatches:
         sharding: Literal["global", "fixed"],
     ) -> None:
         about = {"num_micro": num_micro, "rank": rank, "world_size": world_size}
+        self._num_parts = num_micro * world_size
+        self._counts: dict[int, tuple[int, Tensor]] = {}  # of the epoch at hand, by set
         num_unlabeled = 0
         self._unlabeled: tuple[ImageSet, Sampler] | None = None
         if data.unlabeled is not None:
             assert fraction is not None
             num_unlabeled = round(fraction * batch_size)
-            parts = num_micro * world_size
-            if not 0 < num_unlabeled < batch_size or num_unlabeled % parts:
+            if not 0 < num_unlabeled < batch_size or num_unlabeled % self._num_parts:
                 raise ValueError(
                     f"batch_size: {batch_size} x data.unlabeled.fraction {fraction:g} makes "
                     f"{num_unlabeled} unlabelled images a step, which must be more than 0, fewer "
@@ -122,6 +133,10 @@ class TrainingBatches:
             len(data.train), batch_size - num_unlabeled, seed=seed, sharding=sharding, **about
         )
         self.steps_per_epoch = self._sampler.steps_per_epoch
+        sets = [(self._labeled, self._sampler)]
+        sets += [] if self._unlabeled is None else [self._unlabeled]
+        self._labeled_flags = [(images.labels != NO_LABEL, sampler) for images, sampler in sets]
+        self._vary = any(bool(f.any()) and not bool(f.all()) for f, _ in self._labeled_flags)
 
     def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[Batch]:
         """The micro-batches of an epoch from a step on: labelled images first, then the others."""
@@ -132,6 +147,21 @@ class TrainingBatches:
         others = self._unlabeled_from(epoch * self.steps_per_epoch + first_step, device)
         for (x, labels), (other_x, other_labels) in zip(batches, others, strict=False):
             yield torch.cat([x, other_x]), torch.cat([labels, other_labels])
+
+    def num_labeled(self, step: int) -> float | None:
+        """Labelled images in a step's micro-batches, the mean over all of all processes.
+
+        None where each has as many as the others.
+        """
+        if not self._vary:
+            return None
+        total = 0
+        for i, (flags, sampler) in enumerate(self._labeled_flags):
+            epoch, own_step = divmod(step, sampler.steps_per_epoch)
+            if self._counts.get(i, (-1,))[0] != epoch:
+                self._counts[i] = (epoch, sampler.count(flags, epoch))
+            total += int(self._counts[i][1][own_step])
+        return max(total, 1) / self._num_parts
 
     def _unlabeled_from(self, step: int, device: torch.device) -> Iterator[Batch]:
         """Without end: epoch after epoch of the unlabelled images, from a step of training on."""

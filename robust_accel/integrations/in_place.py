@@ -274,7 +274,7 @@ class _Robust:
 
 
 def _attach(model: Any, training: RobustTraining | None) -> Any:
-    """Put ``_Robust`` before the model's class, unless it is no robust model (but a slice of one)."""
+    """Put ``_Robust`` before the model's class, but for a slice of one, which has no training."""
     if training is None:
         return model
     model.__dict__[_KEY] = training

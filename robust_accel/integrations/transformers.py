@@ -22,7 +22,7 @@ class RobustAccuracy(TrainerCallback):
     """Measures accuracy under attack whenever the trainer evaluates.
 
     It adds ``eval_robust_accuracy``, and ``eval_clean_accuracy`` of the same images, to the metrics
-    and the log, so that ``metric_for_best_model="robust_accuracy"`` and trackers see them (held-out
+    and the log (with the prefix of the other metrics, where there are several sets), so that ``metric_for_best_model="robust_accuracy"`` and trackers see them (held-out
     images of the training set are the ones to choose by, not the test set).
 
     Args:
@@ -58,11 +58,14 @@ class RobustAccuracy(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loader: DataLoader = kwargs["eval_dataloader"]
-        found = self.measure(loader)
-        kwargs["metrics"].update(found)
+        metrics = kwargs["metrics"]
+        # one of several sets has a name of its own: eval_NAME, or what evaluate was called with
+        names = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
+        found = self.measure(loader, names[0] if names else "eval")
+        metrics.update(found)
         self.trainer.log(dict(found))
 
-    def measure(self, loader: DataLoader) -> dict[str, float]:
+    def measure(self, loader: DataLoader, prefix: str = "eval") -> dict[str, float]:
         """Accuracies of the first images of a loader's data set, each image once."""
         accelerator = self.trainer.accelerator
         dataset: Any = loader.dataset
@@ -89,7 +92,8 @@ class RobustAccuracy(TrainerCallback):
                     right = [(classifier(z).argmax(dim=1) == labels).sum() for z in (x, x_adv)]
                 counts += torch.stack([*right, labels.new_tensor(len(labels))])
         clean, robust, total = accelerator.reduce(counts, "sum").tolist()
-        return {"eval_robust_accuracy": robust / total, "eval_clean_accuracy": clean / total}
+        shares = {"robust_accuracy": robust / total, "clean_accuracy": clean / total}
+        return {f"{prefix}_{name}": share for name, share in shares.items()}
 
 
 class QuantizedGradients(TrainerCallback):
@@ -109,3 +113,5 @@ class QuantizedGradients(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compression = compress_gradients(self.trainer.model_wrapped, self.collective)
+        # a resumed run rounds as it would have: one exchange an optimizer step
+        self.compression.load_state_dict({"steps": state.global_step})

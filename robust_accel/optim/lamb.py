@@ -61,7 +61,8 @@ class LAMB(Optimizer):
             None: unless foreach is given.
 
     Raises:
-        ValueError: An option is out of range, a parameter is complex, or a gradient is sparse.
+        ValueError: An option is out of range, a parameter is complex or FSDP1's, or a gradient is
+            sparse.
 
     Source: Algorithm A2 and equation (3) of Zhang et al., "Distributed Adversarial Training to
     Robustify Deep Neural Networks at Scale"; You et al. 2019 (arXiv 1904.00962). Both bias
@@ -99,6 +100,11 @@ class LAMB(Optimizer):
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
+            if any(getattr(param, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened")):
+                raise ValueError(
+                    "LAMB does not support FSDP1, whose parameters are pieces of layers laid end "
+                    "to end: use FSDP2 (fully_shard; Accelerate: fsdp_version: 2)"
+                )
             if param.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {param.dtype}")
             self._shapes.add(param.shape)

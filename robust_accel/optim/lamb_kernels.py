@@ -181,14 +181,16 @@ _DIRECTIONS = {
 
 def _rates(batch: Batch) -> list[Any]:
     """lr tau(||theta||) / ||u|| for each tensor, equation (3); or lr, as Adam. Fused: numbers."""
+    lr = batch.group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # of one element: a parameter may have no dimension
     if not batch.adapt:
-        lr = batch.group["lr"]
         return [float(lr) if batch.form == "fused" else lr] * len(batch.params)
     c_l, c_u = batch.group["weight_norm_clamp"]
     tau = batch.weight_norms.clamp(c_l, c_u)
     # 1 where either is zero: see the class; a NaN equals nothing, and passes
     ratio = torch.where((tau == 0) | (batch.update_norms == 0), 1.0, tau / batch.update_norms)
-    rates = ratio * batch.group["lr"]
+    rates = ratio * lr
     # on a CPU a number is at hand, and spares a pass; elsewhere reading it would wait for the GPU
     return rates.tolist() if batch.form == "fused" else list(rates.unbind())
 

@@ -7,12 +7,15 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from robust_accel.attacks import Attack
+from robust_accel.comm import Collective, GradientCompression
 from robust_accel.data import TrainingBatches
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.checkpoint import Checkpoint, Progress
+from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.metrics import Averages, Metrics, share_right
 
 
@@ -24,6 +27,7 @@ class Loop:
         robust_model: What ``model`` wraps: Accelerate's prepared form of it.
         attack: The recipe's, as it is after its warm-up.
         progress: Where the run stands; a resumed one begins there.
+        applied: What the first step of this process did, once it is done.
     """
 
     accelerator: Accelerator
@@ -38,12 +42,15 @@ class Loop:
     progress: Progress
     metrics: Metrics
     checkpoint: Checkpoint
+    compression: GradientCompression
+    collective: Collective
+    applied: dict[str, Any] | None = None
 
-    def step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """x: [B, C, H, W] in [0, 1], labels: [B], of one micro-batch of this process."""
+    def step(self, x: Tensor, labels: Tensor, num_labeled: float | None) -> dict[str, Tensor]:
+        """x: [B, C, H, W] in [0, 1], labels: [B], of one micro-batch; the last: ``MinMax.loss``."""
         # ---- the training step: attack and outer loss are in the model's forward --------------
         with self.accelerator.accumulate(self.model):
-            out = self.model(x, labels)
+            out = self.model(x, labels, num_labeled)
             self.accelerator.backward(out["loss"])
             if self.settings.max_grad_norm is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(
@@ -67,14 +74,16 @@ class Loop:
         for x, labels in self.batches.epoch(epoch, first_step, self.accelerator.device):
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            out = self.step(x, labels)
+            out = self.step(x, labels, self.batches.num_labeled(progress.step))
             averages.add(out, labels)
             if not self.accelerator.sync_gradients:  # micro-batches of the step are to come
                 continue
             self.schedule.step()
-            if self.ema is not None:
-                self.ema.update(self.robust_model.classifier)
             progress.step += 1
+            if self.ema is not None:
+                self.ema.update(self.robust_model.classifier, step=progress.step)
+            if self.applied is None:
+                self._check_first_step()
             self.metrics.advance()
             if progress.step % settings.log_every == 0 or progress.step == last_step:
                 self._log(averages, x, labels)
@@ -86,6 +95,15 @@ class Loop:
                 self.checkpoint.save()
                 self.metrics.start_clock()
         self.metrics.stop_clock()
+
+    def _check_first_step(self) -> None:
+        """Measure what it did, and say so; raise where it was not what was asked for."""
+        decay = None if self.ema is None else self.ema.get_decay(self.progress.step)
+        self.applied = check_first_step(
+            self.robust_model, self.accelerator, self.collective, self.compression, decay
+        )
+        if self.accelerator.is_main_process:
+            tqdm.write(in_words(self.robust_model, self.applied))
 
     def _attack_in(self, epoch: int) -> Attack:
         """The recipe's attack, weaker in its warm-up."""

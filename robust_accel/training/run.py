@@ -137,6 +137,8 @@ class _Run:
             progress=self.progress,
             metrics=self.metrics,
             checkpoint=self.checkpoint,
+            compression=compression,
+            collective=recipe.communication,
         )
 
     def open(self, continued: bool) -> None:
@@ -264,6 +266,7 @@ class _Run:
                 "std": self.classifier.std.flatten().tolist(),
             },
             "ema_decay": self.settings.ema_decay,
+            "applied": self.loop.applied,
             "parameters_digest": digest,
             "parameters_equal_on_all_processes": equal,
             "train_seconds_per_epoch": progress.train_seconds / epochs,

@@ -1,10 +1,13 @@
 """PGD against optima known in closed form."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
-from robust_accel.attacks import PGD
+from robust_accel import RobustModel
+from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD
 
 X = torch.full((4, 3, 5, 5), 0.5)
 
@@ -75,3 +78,57 @@ def test_more_steps_reach_a_higher_loss():
         for n in (1, 4, 16)
     ]
     assert means[0] < means[1] < means[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "step_size"),
+    [
+        ({}, 2 / 255),
+        ({"eps": 0.3}, 0.3 / 4),
+        ({"norm": "l2", "eps": 1.0}, 0.25),
+        ({"eps": 0.1, "num_steps": 20}, 0.1 / 8),
+        ({"eps": 0.1, "num_steps": 1}, 0.1),
+        ({"eps": 0.1, "num_steps": 2}, 0.1),
+        ({"eps": 0.1, "step_size": 0.07}, 0.07),
+    ],
+)
+def test_steps_follow_from_radius_and_number_where_not_given(options, step_size):
+    attack = PGD(**options)
+    assert attack.step_size == pytest.approx(step_size)
+    assert attack.doubt is None
+
+
+@pytest.mark.parametrize(
+    ("options", "doubt"),
+    [
+        ({"eps": 0.3, "step_size": 2 / 255}, r"10 steps of 0\.007843 get no further than 0\.07843"),
+        ({"norm": "l2", "eps": 1.0, "step_size": 0.01}, "cannot reach the ball's edge"),
+        ({"eps": 0.01, "step_size": 0.1}, "leap over the whole ball"),
+    ],
+)
+def test_steps_that_hardly_search_the_ball_are_told_where_they_train(options, doubt, caplog):
+    attack = PGD(**options)
+    assert re.search(doubt, attack.doubt)
+    RobustModel(torch.nn.Linear(2, 2), attack)
+    assert re.search(doubt, caplog.text)
+
+
+def test_a_larger_ball_is_searched_as_far():
+    weight = torch.tensor([[1.0, -1.0]])
+
+    def loss_fn(x):
+        return (x.flatten(1) * weight).sum(dim=1)
+
+    x = torch.full((1, 1, 1, 2), 0.5)
+    for eps in (0.1, 0.3, 0.45):
+        x_adv = PGD(eps=eps)(loss_fn, x)
+        torch.testing.assert_close(x_adv - x, eps * weight.view(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize("attack", [PGD(), FGSMRS(), NFGSM(), DDN(eps=1.0)])
+def test_a_loss_that_is_not_one_number_an_image_is_refused(attack):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    x = torch.rand(4, 3, 2, 2)
+    for loss_fn, found in ((net, r"\[4, 3\]"), (lambda x: net(x).sum(), r"\[\]")):
+        with pytest.raises(ValueError, match=f"one loss an image, .4., got {found}"):
+            attack(loss_fn, x)

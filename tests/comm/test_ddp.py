@@ -17,6 +17,7 @@ from ddp_training import (
     wrap,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from robust_accel.comm import QSGD, AllReduce, compress_gradients
 
@@ -141,6 +142,36 @@ def overflow(rank, world_size):
     return results
 
 
+def never_synchronised(rank, world_size):
+    """As under Accelerate's LocalSGD."""
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    elsewhere = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    said = None
+    try:
+        with model.no_sync():
+            model(batch(rank, 0)).square().mean().backward()
+        elsewhere.step()  # another model's optimizer
+        optimizer.step()
+    except RuntimeError as error:
+        said = str(error)
+    # accumulated micro-batches end with one that is sent
+    model(batch(rank, 1)).square().mean().backward()
+    optimizer.step()
+    compression.close()
+    return said
+
+
+def hooked_already(rank, world_size):
+    model = wrap(make_model())
+    model.register_comm_hook(None, fp16_compress_hook)
+    try:
+        compress_gradients(model, QSGD())
+    except ValueError as error:
+        return str(error)
+
+
 def not_ddp(rank, world_size):
     try:
         compress_gradients(make_model(), QSGD())
@@ -196,6 +227,8 @@ TWO = [
     accumulation,
     unused_parameters,
     overflow,
+    never_synchronised,
+    hooked_already,
     not_ddp,
     raising_everywhere,
     raising_on_one_rank,
@@ -283,6 +316,16 @@ def test_meter_adds_up(ranks):
             assert r["seconds"] > 0
             assert r["steps"] == 3
         assert run["2bit-2side"]["bytes"] < run["8bit-2side"]["bytes"] < run["fp32"]["bytes"]
+
+
+def test_a_step_on_gradients_that_were_not_sent_is_refused(two):
+    for said in get(two, never_synchronised):
+        assert "its forward ran in no_sync(), as under Accelerate's LocalSGD" in said
+
+
+def test_a_second_hook_is_refused(two):
+    for said in get(two, hooked_already):
+        assert "have a communication hook already (fp16_compress_hook)" in said
 
 
 def test_model_that_is_not_ddp_is_refused(two):

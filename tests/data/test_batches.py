@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robust_accel.data import Sampler
+from robust_accel.data import NO_LABEL, Data, Sampler, TrainingBatches
+from robust_accel.evaluation.measure import TensorImages
 
 
 def deal(
@@ -88,3 +89,38 @@ def test_batch_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^batch_size: 104 exceeds the 103"):
         Sampler(103, 104)
     assert Sampler(103, 103).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("sharding", ["global", "fixed"])
+@pytest.mark.parametrize(("world_size", "num_micro"), [(1, 1), (2, 1), (2, 3), (4, 1)])
+def test_every_process_knows_how_many_labels_a_step_has(sharding, world_size, num_micro):
+    labels = torch.arange(60) % 4
+    labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]] = NO_LABEL
+    images = TensorImages(torch.rand(60, 1, 2, 2), labels)
+    data = Data(images, images, images, 4)
+    ranks = [
+        TrainingBatches(
+            data, fraction=None, batch_size=12, num_micro=num_micro, rank=rank,
+            world_size=world_size, seed=1, sharding=sharding,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    for epoch in range(2):
+        steps = [list(r.epoch(epoch, 0, torch.device("cpu"))) for r in ranks]
+        for step in range(5):
+            mine = slice(step * num_micro, (step + 1) * num_micro)
+            counted = sum(int((y != NO_LABEL).sum()) for own in steps for _, y in own[mine])
+            for r in ranks:
+                found = r.num_labeled(5 * epoch + step)
+                assert found == pytest.approx(max(counted, 1) / (world_size * num_micro))
+
+
+def test_where_each_part_has_as_many_labels_nothing_need_be_counted():
+    images = TensorImages(torch.rand(20, 1, 2, 2), torch.arange(20) % 4)
+    unlabeled = TensorImages(torch.rand(20, 1, 2, 2), torch.full((20,), NO_LABEL))
+    for other in (None, images, unlabeled):
+        batches = TrainingBatches(
+            Data(images, images, images, 4, other), fraction=0.5, batch_size=4, num_micro=1,
+            rank=0, world_size=2, seed=0, sharding="global",
+        )  # fmt: skip
+        assert batches.num_labeled(3) is None

@@ -104,6 +104,20 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     assert best > accuracy[key] + 0.1
 
 
+def test_each_of_several_sets_has_its_own_numbers(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1)
+    rows = torch.utils.data.Subset(trainer.eval_dataset, range(40))
+    others = torch.utils.data.Subset(trainer.eval_dataset, range(40, 80))
+    trainer.eval_dataset = {"first": rows, "second": others}
+    trainer.add_callback(RobustAccuracy(trainer, images=40))
+    metrics = trainer.evaluate()
+    names = ("robust_accuracy", "clean_accuracy", "loss")
+    assert {f"eval_{s}_{n}" for s in ("first", "second") for n in names} <= set(metrics)
+    assert "eval_robust_accuracy" not in metrics
+    other = trainer.evaluate(rows, metric_key_prefix="held_out")
+    assert other["held_out_robust_accuracy"] == metrics["eval_first_robust_accuracy"]
+
+
 def test_it_resumes_from_a_checkpoint_exactly(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     trainer_of(whole, gradient_accumulation_steps=2).train()

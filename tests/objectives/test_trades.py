@@ -98,6 +98,25 @@ def test_images_without_a_label_take_part_in_the_divergence_only(linear):
     torch.testing.assert_close(none["loss"].detach(), 2.0 * none["divergence"])
 
 
+def test_an_image_weighs_the_same_however_the_batch_is_cut():
+    """Of 8 images one process or micro-batch holds a single labelled one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    x = torch.rand(8, 3, 2, 2)
+    labels = torch.tensor([0, 1, 2, 3, 4, -1, -1, -1])
+    attack = PGD(num_steps=2, random_start=False)
+
+    def gradient(*parts: slice, num_labeled: float | None) -> torch.Tensor:
+        robust = RobustModel(model, attack, Trades())
+        loss = sum(robust(x[p], labels[p], num_labeled)["loss"] for p in parts) / len(parts)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    whole = gradient(slice(0, 8), num_labeled=None)
+    cut = (slice(0, 4), slice(4, 8))
+    torch.testing.assert_close(gradient(*cut, num_labeled=5 / 2), whole, rtol=1e-4, atol=1e-6)
+    assert (gradient(*cut, num_labeled=None) - whole).norm() > 0.1 * whole.norm()
+
+
 def test_probabilities_are_labels_too(linear):
     model, x, x_adv, labels = linear
     soft = one_hot(labels, NUM_CLASSES).double()

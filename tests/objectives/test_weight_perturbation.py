@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robust_accel import RobustModel
+from robust_accel import PGD, RobustModel, Smoothing
 from robust_accel.attacks import NoAttack
 from robust_accel.objectives import AWP
 
@@ -67,6 +67,42 @@ def test_a_weight_without_gradient_stays():
     out["loss"].backward()
     assert torch.isfinite(out["loss"])
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_what_it_moved_is_counted():
+    robust = RobustModel(small_model(), PGD(num_steps=1), weight_perturbation=AWP())
+    robust(X, LABELS)
+    assert robust.min_max.applied.weights_moved == 2
+
+
+def test_weights_that_get_no_gradient_are_an_error():
+    model = small_model().requires_grad_(False)
+    model[1].requires_grad_(True)
+    robust = RobustModel(model, NoAttack(), weight_perturbation=AWP())
+    with pytest.raises(RuntimeError, match="none of the 0 weights with two dimensions"):
+        robust(X, LABELS)
+
+
+def test_without_labels_it_is_refused():
+    with pytest.raises(ValueError, match=r"AWP\(gamma=0\.005.*needs labels"):
+        RobustModel(small_model(), NoAttack(), weight_perturbation=AWP())(X)
+
+
+def test_weights_of_zero_3_are_refused():
+    model = small_model()
+    model[0].weight.ds_id = 0  # DeepSpeed's mark
+    with pytest.raises(ValueError, match="needs whole weights, got shards"):
+        RobustModel(model, NoAttack(), weight_perturbation=AWP())(X, LABELS)
+
+
+def test_batchnorm_counts_copies_that_are_computed_twice_once():
+    smoothing = Smoothing(sigma=0.1, num_noise=4, copies_at_a_time=2)
+    counts = []
+    for awp in (None, AWP()):
+        robust = RobustModel(small_model(), NoAttack(), smoothing, weight_perturbation=awp)
+        robust(X, LABELS)["loss"].backward()
+        counts.append(robust.classifier.model[1].num_batches_tracked.item())
+    assert counts == [2, 2]
 
 
 @pytest.mark.parametrize("settings", [{"gamma": 0}, {"warmup_epochs": -1}])

@@ -252,3 +252,26 @@ def test_complex_and_sparse_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense gradients"):
         LAMB(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("exclude_1d", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_a_rate_of_one_element_moves_parameters_without_dimensions(foreach, exclude_1d):
+    results = []
+    for lr in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
+        params = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3, 2))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        LAMB(params, lr=lr, exclude_1d=exclude_1d, foreach=foreach).step()
+        results.append(params)
+    for other in results[1:]:
+        assert_equal(other, results[0])
+    assert results[0][0].shape == ()
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+def test_parameters_of_fsdp1_are_refused_by_name(mark):
+    parameter = nn.Parameter(torch.ones(7))
+    setattr(parameter, mark, True)
+    with pytest.raises(ValueError, match=r"does not support FSDP1.*fsdp_version: 2"):
+        LAMB([parameter])

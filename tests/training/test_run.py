@@ -174,6 +174,20 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, dict]) -> None:
     assert same(weights(finished[0]), before)
 
 
+def test_a_moving_average_follows_a_short_run(finished: tuple[Path, dict], tmp_path: Path) -> None:
+    report = run(tmp_path / "run", "train.ema_decay=0.999")
+    assert report["clean_accuracy"]["accuracy"] > finished[1]["clean_accuracy"]["accuracy"] - 0.1
+    assert report["applied"]["ema_decay"] == 0.0  # of the first step: the average is the weights
+
+
+def test_the_report_says_what_the_first_step_did(finished: tuple[Path, dict]) -> None:
+    attack = finished[1]["applied"]["attack"]
+    assert attack["images"] == attack["moved"] == 64
+    assert attack["norm"] == "linf"
+    assert attack["median"] == pytest.approx(attack["eps"], rel=1e-4)
+    assert attack["weights_moved"] is None
+
+
 def test_trackers_are_told(tmp_path: Path) -> None:
     run(tmp_path / "run", "train.log_with=[tensorboard]", "train.epochs=1")
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")

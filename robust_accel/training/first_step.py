@@ -1,0 +1,58 @@
+"""Applied or refused: what the first step of a run did, measured, told and checked."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from robust_accel.comm import AllReduce, Collective, GradientCompression
+from robust_accel.provenance import digest_of_parameters
+from robust_accel.robust_model import RobustModel
+
+
+def check_first_step(
+    robust_model: RobustModel,
+    accelerator: Accelerator,
+    collective: Collective,
+    compression: GradientCompression,
+    ema_decay: float | None,
+) -> dict[str, Any]:
+    """What the report says of it, under ``applied``.
+
+    Attack and weight perturbation have measured themselves (``MinMax.applied``), and have raised
+    already where they did nothing.
+
+    Args:
+        ema_decay: With which the moving average was updated; None without one.
+
+    Raises:
+        RuntimeError: Nothing was attacked, the processes' parameters are not the same any more, or
+            a protocol other than the plain all-reduce sent nothing.
+    """
+    attack, num_processes = robust_model.min_max.applied, accelerator.num_processes
+    _, equal = digest_of_parameters(robust_model.classifier, accelerator)
+    sent = compression.meter.bytes_sent
+    faults = [] if attack else ["no batch was attacked"]
+    if not equal:
+        faults.append(f"the parameters of {num_processes} processes are not the same any more")
+    if num_processes > 1 and sent == 0 and collective != AllReduce():
+        faults.append(f"{collective!r} sent nothing")
+    if faults:
+        raise RuntimeError(f"the first step was not what the recipe says: {'; '.join(faults)}")
+    found: dict[str, Any] = {"attack": vars(attack)}
+    if num_processes > 1:
+        found["processes_with_equal_parameters"] = num_processes
+        found["bytes_sent"] = sent
+    if ema_decay is not None:
+        found["ema_decay"] = ema_decay
+    return found
+
+
+def in_words(robust_model: RobustModel, found: dict[str, Any]) -> str:
+    """The same as one line of the run's log."""
+    parts = [f"first step: {robust_model.min_max.applied}"]
+    if "bytes_sent" in found:
+        number = found["processes_with_equal_parameters"]
+        parts.append(f"{found['bytes_sent']} bytes sent, parameters equal on {number} processes")
+    if "ema_decay" in found:
+        parts.append(f"averaged with decay {found['ema_decay']:.3g}")
+    return "; ".join(parts)
