@@ -18,7 +18,8 @@ import timm
 import torch
 
 from robust_accel.comm.kernels import random_key
-from robust_accel.comm.quantizer import Quantizer, Segment, segment
+from robust_accel.comm.layout import Segment, segment
+from robust_accel.comm.quantizer import Quantizer
 
 
 def gradient() -> tuple[torch.Tensor, list[Segment]]:

@@ -2,16 +2,34 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import torch.distributed as dist
 from torch import Tensor
 
+from robust_accel.comm.layout import Segment
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.quantizer import Segment
 from robust_accel.comm.workers import Workers
 
-Exchange: TypeAlias = Iterator[dist.Work]  # computes, and yields whatever it then waits for
+
+class Waited(Protocol):
+    """Something that was sent."""
+
+    def wait(self) -> Any: ...
+
+
+class All:
+    """Several messages that are sent at once, and waited for together."""
+
+    def __init__(self, works: Iterable[Waited]) -> None:
+        self._works = list(works)
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+# computes, and yields whatever it then waits for; all of one protocol pause equally often
+Exchange: TypeAlias = Iterator[Waited]
 
 
 class Collective(Protocol):
@@ -46,7 +64,7 @@ class Pipeline:
 
     def __init__(self, depth: int = 4) -> None:
         self._depth = depth
-        self._under_way: deque[tuple[Exchange, dist.Work]] = deque()
+        self._under_way: deque[tuple[Exchange, Waited]] = deque()
 
     def __len__(self) -> int:
         return len(self._under_way)

@@ -5,6 +5,7 @@ in the same order, so that parameters stay bit-identical across ranks.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,10 +13,11 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from robust_accel.comm.base import Exchange, run_all
+from robust_accel.comm.base import All, Exchange, run_all
 from robust_accel.comm.kernels import BlockNorm, random_key
+from robust_accel.comm.layout import Segment, split
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.quantizer import Quantizer, Segment, split
+from robust_accel.comm.quantizer import Message, Quantizer
 from robust_accel.comm.workers import Workers
 from robust_accel.settings import Settings
 
@@ -81,8 +83,9 @@ class QSGD(Settings):
     seed: int = Field(default=0, ge=0)
     compile: bool | Literal["auto"] = "auto"
 
-    @property
+    @cached_property
     def quantizer(self) -> Quantizer:
+        """It keeps the layouts of the gradients that it has met."""
         block_size = self.block_size
         if block_size == "auto":
             block_size = 256 if self.bits >= 8 else 128
@@ -153,32 +156,27 @@ class QSGD(Settings):
     ) -> Exchange:
         """Each worker takes the mean of its chunk of every gradient, and sends it to all."""
         quantizer, num_workers = self.quantizer, _size(route.there)
-        rank = dist.get_rank(route.there)
-        chunks = split(segments, num_workers, quantizer.block_size)  # chunk i is served by rank i
-        values = flat.split([sum(s.size for s in chunk) for chunk in chunks])
-        num_bytes = [quantizer.num_bytes(chunk) for chunk in chunks]
-        # Step 7: each server gets its chunk of every worker's gradient
-        message = flat.new_empty(sum(num_bytes), dtype=torch.uint8)
-        for value, chunk, out in zip(values, chunks, message.split(num_bytes), strict=True):
-            quantizer.encode(value, chunk, keys[0], out=out)
-        messages = message.new_empty(num_workers, num_bytes[rank])
-        yield _all_to_all(messages, message, num_bytes, route.there, route.meter)
-        own = quantizer.mean(messages, chunks[rank], out=values[rank])
-
+        rank = dist.get_rank(route.there)  # it serves part `rank`
+        # Step 7: each server gets its part of every worker's gradient
+        message = quantizer.encode_parts(flat, segments, keys[0], num_workers)
+        received = Message(*map(torch.empty_like, message))
+        yield All(
+            _all_to_all(rows, sent, route.there, route.meter)
+            for rows, sent in zip(received, message, strict=True)
+        )
+        own = quantizer.mean_of_part(received, segments)
         if self.sides == 1:  # the means go back in full
-            replies = [value.nbytes for value in values]
-            reply = own.view(torch.uint8)
+            reply = quantizer.part_in_full(own)
         else:  # Step 10: it quantises the mean
-            replies = num_bytes
-            reply = quantizer.encode(own, chunks[rank], keys[1])
-        rows = reply.new_empty(num_workers, max(replies))
-        yield _all_gather(rows, _padded(reply, max(replies)), route.back, route.meter)
+            reply = quantizer.encode_part(own, segments, keys[1], rank, num_workers)
+        replies = Message(*(t.new_empty(num_workers, t.shape[1]) for t in reply))
+        yield All(
+            _all_gather(rows, sent[0], route.back, route.meter)
+            for rows, sent in zip(replies, reply, strict=True)
+        )
         # a server's own reply is decoded like everyone's, or ranks drift
-        for row, size, chunk, out in zip(rows, replies, chunks, values, strict=True):
-            if self.sides == 1:
-                out.copy_(row[:size].view(torch.float32))
-            else:
-                quantizer.decode(row[:size], chunk, out=out)
+        take = quantizer.place_parts if self.sides == 1 else quantizer.decode_parts
+        take(replies, segments, out=flat)
 
     def _serving_is_cheaper(self, full_bytes: int, message_bytes: int, num_workers: int) -> bool:
         """Bytes that a worker sends: (M - 1) m to all, or (M - 1) / M (m + 4 d) through servers.
@@ -201,16 +199,16 @@ class _Shares:
         """This worker's share, averaged: [sizes[rank]]."""
         num_workers, own = _size(group), self.sizes[dist.get_rank(group)]
         received = self.flat.new_empty(num_workers, own)
-        num_bytes = [4 * size for size in self.sizes]
-        flat = self.flat.view(torch.uint8)
-        _all_to_all(received.view(torch.uint8), flat, num_bytes, group, meter, inside=True).wait()
+        meter.sent(self.flat.nbytes - 4 * own, inside_machine=True)
+        sizes = [own] * num_workers
+        dist.all_to_all_single(received.view(-1), self.flat, sizes, self.sizes, group=group)
         return received.sum(dim=0).mul_(1.0 / num_workers)
 
     def gather(self, share: Tensor, group: dist.ProcessGroup | None, meter: Meter) -> None:
         """Put everyone's averaged share back in its place."""
         rows = share.new_empty(len(self.sizes), max(self.sizes))
-        own = _padded(share, max(self.sizes)).view(torch.uint8)
-        _all_gather(rows.view(torch.uint8), own, group, meter, inside=True).wait()
+        own = _padded(share, max(self.sizes))
+        _all_gather(rows, own, group, meter, inside=True).wait()
         for row, size, out in zip(rows, self.sizes, self.flat.split(self.sizes), strict=True):
             out.copy_(row[:size])
 
@@ -241,28 +239,20 @@ def _all_gather(
     *,
     inside: bool = False,
 ) -> dist.Work:
-    """message: [bytes] of one size on every rank -> rows: [M, bytes]."""
-    meter.sent((len(rows) - 1) * message.numel(), inside_machine=inside)
-    return _sent(_all_gather_tensor(rows.view(-1), message, group=group, async_op=True))
+    """message: [n], of one size on every rank -> rows: [M, n]."""
+    meter.sent((len(rows) - 1) * message.nbytes, inside_machine=inside)
+    flat = rows.view(-1).view(torch.uint8)
+    work = _all_gather_tensor(flat, message.view(torch.uint8), group=group, async_op=True)
+    return _sent(work)
 
 
 def _all_to_all(
-    rows: Tensor,
-    message: Tensor,
-    num_bytes: list[int],
-    group: dist.ProcessGroup | None,
-    meter: Meter,
-    *,
-    inside: bool = False,
+    rows: Tensor, message: Tensor, group: dist.ProcessGroup | None, meter: Meter
 ) -> dist.Work:
-    """message: [sum(num_bytes)], part i for rank i -> rows: [M, num_bytes[rank]]."""
-    own = num_bytes[dist.get_rank(group)]
-    meter.sent(sum(num_bytes) - own, inside_machine=inside)
-    return _sent(
-        dist.all_to_all_single(
-            rows.view(-1), message, [own] * len(rows), num_bytes, group=group, async_op=True
-        )
-    )
+    """message: [M, n], row i for rank i -> rows: [M, n], row i from rank i."""
+    meter.sent((len(rows) - 1) * message[0].nbytes)
+    there, here = (t.view(-1).view(torch.uint8) for t in (message, rows))
+    return _sent(dist.all_to_all_single(here, there, group=group, async_op=True))
 
 
 def _sent(work: dist.Work | None) -> dist.Work:

@@ -23,8 +23,8 @@ from robust_accel.comm.base import (
     averaged,
     averaging,
 )
+from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.quantizer import Segment, segment
 from robust_accel.comm.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,11 @@ class DDPCompression(GradientCompression):
             )
 
     def close(self) -> None:
-        """Stop the worker thread. The model cannot run a synchronised backward afterwards."""
+        """Release the thread and the groups; a synchronised backward raises afterwards."""
         self._before_step.remove()
         if self._worker is not None:
             self._worker.close()
+        self._workers.close()
 
     def _launch(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()  # [d]
@@ -167,6 +168,7 @@ class _Worker:
     def submit(self, begin: Callable[[], _Parts]) -> torch.futures.Future[torch.Tensor]:
         if self._closed:
             raise RuntimeError("gradient compression was closed: its model cannot train any more")
+        self._meter.arrived()
         future: torch.futures.Future = torch.futures.Future()
         result = future.then(_result_or_raise)
         self._jobs.put((begin, future))
@@ -217,8 +219,7 @@ class _Worker:
     def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         """Work on exchanges; then, when all is counted, tell whoever waits for those that ended."""
         try:
-            with self._meter.timed():
-                work(*arguments)
+            work(*arguments)
         except BaseException as error:
             if self._error is None:
                 logger.exception("gradient communication failed")
@@ -228,6 +229,7 @@ class _Worker:
             for future in list(self._begun):
                 self._end(future, error)
         for future, outcome in self._ended:
+            self._meter.left()
             future.set_result(outcome)
         self._ended.clear()
 

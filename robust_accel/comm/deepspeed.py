@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robust_accel.comm.base import Collective, GradientCompression, averaged
-from robust_accel.comm.quantizer import Segment, segment
+from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.workers import Workers
 
 _ENGINE_METHODS = {"allreduce_bucket": ("bucket", "dp_group", "dp_world_size")}
@@ -150,6 +150,10 @@ class DeepSpeedCompression(GradientCompression):
         zero.allreduce_bucket = self._zero_bucket
         zero.gradient_reduction_w_predivide = self._zero_tensor
         zero.average_tensor = self._with_layout(zero, zero.average_tensor)
+
+    def close(self) -> None:
+        """Release the groups; an exchange raises afterwards."""
+        self._workers.close()
 
     def _engine_bucket(self, bucket: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
         """Stands for the engine's allreduce_bucket: tensors to one flat mean."""

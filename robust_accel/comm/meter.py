@@ -1,5 +1,6 @@
 """What communication cost: bytes sent by this rank, and the seconds spent on it."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,17 +23,20 @@ class Meter:
         self.bytes_inside_machine = 0
         self._seconds = 0.0
         self._exposed_seconds = 0.0
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._busy_since = 0.0
         self._pending: deque[tuple[Any, Any, Any]] = deque()  # CUDA events not yet read
 
     @property
     def seconds(self) -> float:
-        """Time in communication: quantising, sending, waiting for the slowest rank, decoding."""
+        """Wall time in which a gradient was under way: encoded, sent, waited for, decoded."""
         self._collect(wait=True)
         return self._seconds
 
     @property
     def exposed_seconds(self) -> float:
-        """Wall time that backward did not hide: from the last bucket's arrival to its end."""
+        """The part of it that backward did not hide: from the last bucket's arrival to its end."""
         self._collect(wait=True)
         return self._exposed_seconds
 
@@ -41,16 +45,30 @@ class Meter:
         self.bytes_sent += round(num_bytes)
         self.bytes_inside_machine += round(num_bytes) * inside_machine
 
+    def arrived(self) -> None:
+        """A gradient is under way from now on."""
+        with self._lock:
+            if self._under_way == 0:
+                self._busy_since = time.perf_counter()
+            self._under_way += 1
+
+    def left(self) -> None:
+        """One of them has come to its end."""
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._seconds += time.perf_counter() - self._busy_since
+
     @contextmanager
     def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:
-        """Count the time of the block; `exposed_since` is a `time.perf_counter()` reading."""
-        start = time.perf_counter()
+        """A gradient is under way in the block; `exposed_since` is a `time.perf_counter()`."""
+        self.arrived()
         try:
             yield
         finally:
-            self._seconds += time.perf_counter() - start
             if exposed_since is not None:
                 self.exposed(exposed_since)
+            self.left()
 
     def exposed(self, since: float) -> None:
         """Count what has passed since a `time.perf_counter()` reading as not hidden."""

@@ -4,7 +4,6 @@ import os
 import socket
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 
@@ -19,12 +18,20 @@ class Workers:
         node: those on this machine, where every machine holds the same number, at least two, and
             there are several machines; None otherwise.
         peers: then, the worker at this one's place on each machine.
+        made: those of these groups that `of` has made.
     """
 
     group: dist.ProcessGroup | None = None
     node: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
     replies: dist.ProcessGroup | None = None
+    made: tuple[dist.ProcessGroup, ...] = ()
+
+    def close(self) -> None:
+        """Give up the groups that were made, with their threads and sockets."""
+        for group in self.made:
+            if group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
 
     @property
     def size(self) -> int:
@@ -48,15 +55,18 @@ class Workers:
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         nodes: list[str] = [""] * len(ranks)
         dist.all_gather_object(nodes, _machine(), group=parent)
-        group = group or _like(parent, ranks)
+        made = [] if group is not None else [_like(parent, ranks)]
+        group = group or made[0]
         members = [[r for r, n in zip(ranks, nodes, strict=True) if n == node] for node in nodes]
         sizes = {len(member) for member in members}
         if len(sizes) > 1 or sizes & {1, len(ranks)}:
-            return cls(group, replies=_like(parent, ranks) if replies else None)
+            back = _like(parent, ranks) if replies else None
+            return cls(group, replies=back, made=(*made, *([] if back is None else [back])))
         mine = members[ranks.index(dist.get_rank())]
         place = mine.index(dist.get_rank())
         peers = sorted({member[place] for member in members})
-        return cls(group, _like(parent, mine), _like(parent, peers))
+        inside, across = _like(parent, mine), _like(parent, peers)
+        return cls(group, inside, across, made=(*made, inside, across))
 
 
 def _machine() -> str:
@@ -65,15 +75,16 @@ def _machine() -> str:
 
 
 def _like(parent: dist.ProcessGroup | None, ranks: list[int]) -> dist.ProcessGroup:
-    """A group of these ranks with the parent's backend and time limit."""
-    backend = dist.get_backend(parent)
-    options = None
-    parent = parent or dist.group.WORLD
-    if backend == "gloo" and parent is not None:
-        options = getattr(parent._get_backend(torch.device("cpu")), "options", None)
-    timeout = getattr(options, "_timeout", None)
+    """A group of these ranks with the parent's backends and time limit."""
+    whole = parent or dist.group.WORLD
+    assert whole is not None
+    # a group may have a backend for each kind of device: the shortest limit is the one that holds
+    backends = [whole._get_backend(device) for device in whole._device_types]
+    limits = [getattr(getattr(b, "options", None), "_timeout", None) for b in backends]
+    timeout = min((limit for limit in limits if limit is not None), default=None)
     # only its members take part in making a smaller group
     subset = len(ranks) < dist.get_world_size()
+    backend = dist.get_backend_config(whole)
     group = dist.new_group(ranks, timeout, backend, use_local_synchronization=subset)
     assert isinstance(group, dist.ProcessGroup)
     return group

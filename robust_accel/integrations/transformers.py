@@ -22,8 +22,9 @@ class RobustAccuracy(TrainerCallback):
     """Measures accuracy under attack whenever the trainer evaluates.
 
     It adds ``eval_robust_accuracy``, and ``eval_clean_accuracy`` of the same images, to the metrics
-    and the log (with the prefix of the other metrics, where there are several sets), so that ``metric_for_best_model="robust_accuracy"`` and trackers see them (held-out
-    images of the training set are the ones to choose by, not the test set).
+    and the log, with the prefix of the other metrics where there are several sets, so that
+    ``metric_for_best_model="robust_accuracy"`` and trackers see them (held-out images of the
+    training set are the ones to choose by, not the test set).
 
     Args:
         trainer: Of a model that ``make_robust`` has changed, with an ``eval_dataset`` of

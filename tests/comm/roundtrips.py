@@ -3,7 +3,7 @@
 import torch
 
 from robust_accel.comm.kernels import random_key
-from robust_accel.comm.quantizer import Segment
+from robust_accel.comm.layout import Segment
 
 CPU = torch.device("cpu")
 ALL_BITS = [16, 8, 4, 2]

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 
+import psutil
 import pytest
 import torch
 from ddp_training import (
@@ -142,6 +143,27 @@ def overflow(rank, world_size):
     return results
 
 
+def closed(rank, world_size):
+    """Threads and file descriptors before and after ten models that were compressed and closed."""
+    process, counts = psutil.Process(), []
+    for i in range(11):
+        model = wrap(make_model())
+        compression = compress_gradients(model, QSGD())
+        model(batch(rank, i)).square().mean().backward()
+        compression.close()
+        del model, compression
+        counts.append((process.num_threads(), process.num_fds()))
+    return counts
+
+
+def seconds_by_parts(rank, world_size):
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    train(model, range(6), rank, delay=True)
+    compression.close()
+    return compression.meter.seconds, compression.meter.exposed_seconds
+
+
 def never_synchronised(rank, world_size):
     """As under Accelerate's LocalSGD."""
     model = wrap(make_model())
@@ -227,6 +249,8 @@ TWO = [
     accumulation,
     unused_parameters,
     overflow,
+    closed,
+    seconds_by_parts,
     never_synchronised,
     hooked_already,
     not_ddp,
@@ -316,6 +340,18 @@ def test_meter_adds_up(ranks):
             assert r["seconds"] > 0
             assert r["steps"] == 3
         assert run["2bit-2side"]["bytes"] < run["8bit-2side"]["bytes"] < run["fp32"]["bytes"]
+
+
+def test_closing_releases_threads_and_descriptors(two):
+    for counts in get(two, closed):
+        (first_threads, first_files), (threads, files) = counts[0], counts[-1]
+        assert threads <= first_threads + 1
+        assert files <= first_files + 2
+
+
+def test_exposed_seconds_are_a_part_of_all(two):
+    for seconds, exposed in get(two, seconds_by_parts):
+        assert 0 < exposed <= seconds
 
 
 def test_a_step_on_gradients_that_were_not_sent_is_refused(two):

@@ -1,6 +1,7 @@
 """Protocols and LAMB in the real DeepSpeed engine, in real processes."""
 
 import os
+import tempfile
 
 import processes
 import pytest
@@ -8,7 +9,7 @@ import torch
 from ddp_training import PROTOCOLS, Recorder, batch, check_mean, get, make_model, params, wrap
 
 from robust_accel import LAMB
-from robust_accel.comm import compress_gradients
+from robust_accel.comm import QSGD, compress_gradients
 from robust_accel.training.accelerator import deepspeed_without_gpu
 
 STEPS = 4
@@ -105,6 +106,26 @@ def uncompressed(rank, world_size):
     return results
 
 
+def resumed(rank, world_size):
+    """Two engines with 4 bits: one runs through, one is saved after two steps and loaded anew."""
+    results = []
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder)
+        for steps, saved in ((range(4), None), (range(2), "save"), (range(2, 4), "load")):
+            engine = make_engine(rank, world_size, 2)
+            compression = compress_gradients(engine, QSGD(bits=4))
+            if saved == "load":
+                engine.load_checkpoint(folder[0])
+            train_engine(engine, rank, steps)
+            if saved == "save":
+                engine.save_checkpoint(folder[0])
+            results.append(params(engine.module))
+            compression.close()
+        torch.distributed.barrier()
+    return results
+
+
 def accumulated(rank, world_size):
     results = {}
     for stage in (0, 1, 2):
@@ -153,7 +174,7 @@ def refusals(rank, world_size):
 # ------------------------------------------------------------------------------ tests
 
 
-TWO = [trajectories, exchanges, uncompressed, accumulated, overflow, refusals]
+TWO = [trajectories, exchanges, uncompressed, resumed, accumulated, overflow, refusals]
 THREE = [trajectories, exchanges]
 
 
@@ -180,7 +201,15 @@ def test_every_mean_is_right_and_the_same_on_every_rank(ranks):
             assert sum(c["in"].numel() for c in run["calls"]) == STEPS * size, variant
             assert run["bytes"] == sum(c["bytes"] for c in run["calls"]) > 0
             assert run["seconds"] > 0
-            assert [c["step"] for c in run["calls"]] == list(range(run["steps"]))
+            # each exchange has a number of its own, which follows from the engine's step
+            steps = [divmod(c["step"], 1 << 20) for c in run["calls"]]
+            in_one = len(steps) // STEPS
+            assert steps == [(step, k) for step in range(STEPS) for k in range(in_one)]
+
+
+def test_a_resumed_engine_rounds_as_one_that_was_never_stopped(two):
+    for through, _, again in get(two, resumed):
+        assert again.equal(through)
 
 
 def test_small_tensors_stay_uncompressed(two):

@@ -19,7 +19,7 @@ from robust_accel.comm import (
 )
 from robust_accel.comm.base import run_all
 from robust_accel.comm.kernels import random_key
-from robust_accel.comm.quantizer import Segment, segment
+from robust_accel.comm.layout import Segment, segment
 
 # ------------------------------------------------------------------------------ scenarios
 # Each runs on every rank and returns plain data, which the tests below compare.

@@ -15,7 +15,8 @@ from roundtrips import (
 from sklearn.datasets import load_digits
 
 from robust_accel.comm import kernels
-from robust_accel.comm.quantizer import Quantizer, Segment, segment
+from robust_accel.comm.layout import Segment, segment
+from robust_accel.comm.quantizer import Quantizer
 from robust_accel.comm.quantizer_reference import dequantize, quantize
 
 # ------------------------------------------------------------------------------ randomness
@@ -55,6 +56,16 @@ def test_draws_are_uniform_and_independent():
         # beyond correlation: how often both are small
         both = ((u < 1 / 16) & (v < 1 / 16)).double().mean()
         assert abs(both * 256 - 1) < 5 * (255 / n) ** 0.5, name
+
+
+def test_a_long_vectors_draws_are_fine_enough_for_its_small_entries():
+    seeds = kernels.row_seeds(torch.arange(0, 1 << 24, 1 << 12, dtype=torch.int32), key())
+    u = kernels.uniform(seeds, 1 << 12)
+    assert u.min() > 0 and u.max() <= 1
+    assert u.double().mean() == pytest.approx(0.5, abs=1e-3)
+    for k in (17, 20):  # 128 and 16 are expected
+        expected = 2 ** (24 - k)
+        assert abs(int((u < 2.0**-k).sum()) - expected) < 6 * expected**0.5
 
 
 def test_same_key_same_bytes_and_each_part_of_the_key_matters():
@@ -137,10 +148,14 @@ def test_it_is_the_papers_quantiser_given_the_same_draws(bits, norm, name):
     x = sample(name, block * num_blocks)
     y = roundtrip(Quantizer(bits, norm, block), x)
     own = draws(num_blocks, block, bits).view(num_blocks, block)
+    if norm == "l2":
+        seeds = kernels.row_seeds(torch.arange(0, len(x), block, dtype=torch.int32), key())
+        own = kernels.uniform(seeds, block)
     norms = block_norms(x, norm, block).float()
     for i, (part, draw) in enumerate(zip(x.split(block), own, strict=True)):
-        # the fast one takes the floor of a signed value, which rounds up where 1 - draw is small
-        draw = torch.where(part >= 0, 1 - draw, draw)
+        if norm == "max":
+            # it takes the floor of a signed value, which rounds up where 1 - draw is small
+            draw = torch.where(part >= 0, 1 - draw, draw)
         scale = norms[i * block]
         expected = dequantize(quantize(part, s, draw, scale), s)
         error = (y[i * block : (i + 1) * block] - expected).abs() / (scale / s)

@@ -13,7 +13,8 @@ from roundtrips import (
     sample,
 )
 
-from robust_accel.comm.quantizer import Quantizer, Segment, segment, split
+from robust_accel.comm.layout import Segment, segment, split
+from robust_accel.comm.quantizer import Message, Quantizer
 
 
 @pytest.mark.parametrize("norm", BOTH_NORMS)
@@ -149,3 +150,85 @@ def test_split_covers_everything_in_balance(parts, block):
                 assert s.raw == owner.raw
                 if block and not s.raw:
                     assert (s.position - owner.position) % block == 0
+
+
+def model_of(shapes):
+    segments, position = [], 0
+    for shape in shapes:
+        segments.append(segment(shape, position))
+        position += segments[-1].size
+    return segments, position
+
+
+def served(quantizer, gradients, segments, *, in_full):
+    """All workers and servers in this process: what each worker ends with."""
+    num = len(gradients)
+    messages = [
+        quantizer.encode_parts(x, segments, key(rank=m), num) for m, x in enumerate(gradients)
+    ]
+    replies = []
+    for rank in range(num):
+        of_all = (
+            torch.stack([plane[rank] for plane in planes]) for planes in zip(*messages, strict=True)
+        )
+        own = quantizer.mean_of_part(Message(*of_all), segments)
+        replies.append(
+            quantizer.part_in_full(own)
+            if in_full
+            else quantizer.encode_part(own, segments, key(rank=-1), rank, num)
+        )
+    gathered = Message(*(torch.cat(planes) for planes in zip(*replies, strict=True)))
+    take = quantizer.place_parts if in_full else quantizer.decode_parts
+    return take(gathered, segments, torch.empty_like(gradients[0]))
+
+
+SHAPES = [(300,), (40, 30), (7,), (1 << 18,), (9, 9), (5000,), (), (64, 64, 3, 3)]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("block", [256, 100])
+@pytest.mark.parametrize("bits", [8, 2])
+def test_servers_give_the_mean_of_whole_messages(bits, block, num):
+    segments, size = model_of(SHAPES)
+    gradients = [sample("gauss", size) * (m + 1) for m in range(num)]
+    q = Quantizer(bits, "max", block)
+    messages = [q.encode(x, segments, key(rank=m)) for m, x in enumerate(gradients)]
+    expected = q.mean(torch.stack(messages), segments)
+    assert served(q, gradients, segments, in_full=True).equal(expected)
+    # and rounding that mean once more is what the second side does
+    again = q.decode(q.encode(expected, segments, key(rank=-1)), segments)
+    assert served(q, gradients, segments, in_full=False).equal(again)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+def test_servers_of_whole_tensors_as_blocks_stay_within_their_steps(norm, num):
+    segments, size = model_of(SHAPES)
+    gradients = [sample("gauss", size) for _ in range(num)]
+    out = served(Quantizer(8, norm, None), gradients, segments, in_full=False)
+    sizes = [s.size for s in segments]
+    mean = gradients[0].split(sizes)
+    for s, x, y in zip(segments, mean, out.split(sizes), strict=True):
+        if s.raw:
+            torch.testing.assert_close(y, x)
+        elif s.size:
+            largest = x.norm(float("inf") if norm == "max" else 2)
+            assert (y - x).abs().max() <= 2.1 * largest / levels(8, norm)
+
+
+@pytest.mark.parametrize("shapes", [[(300,)], [(3, 3)], [(0,)], [(5,), (1000, 2)]])
+def test_servers_of_small_gradients(shapes):
+    segments, size = model_of(shapes)
+    x = sample("gauss", size)
+    for q in (Quantizer(8), Quantizer(8, "l2", None)):
+        out = served(q, [x] * 5, segments, in_full=False)
+        assert (out - x).abs().max() < 0.1 if size else out.equal(x)
+
+
+def test_layouts_go_with_their_owner():
+    q, other = Quantizer(), Quantizer()
+    x = sample("gauss", 3000)
+    for _ in range(3):
+        roundtrip(q, x)
+    assert len(q._layouts) == 1 and not other._layouts
+    assert q == other

@@ -9,12 +9,21 @@ from roundtrips import ALL_BITS, CPU, key, one_segment, roundtrip, sample
 
 from robust_accel.comm import kernels
 from robust_accel.comm import quantizer as q
-from robust_accel.comm.quantizer import Quantizer, Segment
+from robust_accel.comm.layout import Segment
+from robust_accel.comm.quantizer import Quantizer
 
 
 def same_bits(a, b):
     """As integers: NaN differs from itself."""
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("block", [12, 64, 96, 100, 200, 256])
+def test_whatever_the_compiler_makes_of_a_block_size_the_values_are_right(block):
+    # torch 2.14 miscompiles some of these: they are found out, and stay eager
+    x = sample("gauss", 5000)
+    quantizer = Quantizer(8, block_size=block, compile=True)
+    assert roundtrip(quantizer, x).equal(roundtrip(Quantizer(8, block_size=block), x))
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -85,3 +94,12 @@ def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
     kernels.fused.cache_clear()
     assert torch.equal(y, roundtrip(Quantizer(8, compile=False), x))
     assert sum("eager" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_whole_tensors_as_blocks_stay_eager(monkeypatch, block):
+    """Fused, each would be a kernel of its own, compiled on a thousand copies of the tensor."""
+    asked = []
+    monkeypatch.setattr(q, "fused", lambda *format: asked.append(format))
+    roundtrip(Quantizer(block_size=block, compile=True), torch.randn(1 << 17))
+    assert bool(asked) == (block is not None)
