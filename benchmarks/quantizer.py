@@ -1,12 +1,17 @@
 """How fast is the quantiser beside a copy of the same gradient? Prints a table.
 
     python benchmarks/quantizer.py [--repeats 30] [--threads 1 2] [--bits 8 4]
+    python benchmarks/quantizer.py --workers 2 4 8 16 64 256 [--eager]
 
 The gradient is 11.7 M floats laid out as timm's ResNet-18 in the order of DDP's buckets (last
 parameter first). Speeds are GB/s of fp32 gradient: the median over repetitions in which clone,
 copy, encode and decode take turns, so that other work on the machine slows all of them. `clone`
 allocates its result as encode and decode do, hence pays for page faults; `copy` writes to memory
 that exists. With `warm`, encode and decode do too (`out=`). Compile time is that of the first call.
+
+With `--workers`, the work of one of so many workers instead: what it encodes for all servers, what
+it averages as a server and encodes again, and what it decodes of all servers' replies, without the
+network. Each is about the same for any number of workers, or a larger cluster computes more.
 """
 
 import argparse
@@ -17,9 +22,10 @@ from statistics import median
 import timm
 import torch
 
+from robust_accel.comm.collectives import _slices
 from robust_accel.comm.kernels import random_key
 from robust_accel.comm.layout import Segment, segment
-from robust_accel.comm.quantizer import Quantizer
+from robust_accel.comm.quantizer import Message, Quantizer
 
 
 def gradient() -> tuple[torch.Tensor, list[Segment]]:
@@ -37,6 +43,49 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def worker_seconds(q: Quantizer, num: int, repeats: int) -> dict[str, float]:
+    """Median seconds of each stage, for one of `num` workers; a slice is a gradient of 2 M."""
+    flat, segments = gradient()
+    key = random_key(0, 0, 0, flat.device)
+    slices = _slices(segments, q.block_size)
+    values = flat.split([sum(s.size for s in members) for members in slices])
+    times: dict[str, list[float]] = {"encode": [], "serve": [], "decode": []}
+    for _ in range(repeats):
+        spent = dict.fromkeys(times, 0.0)
+        for x, members in zip(values, slices, strict=True):
+            start = time.perf_counter()
+            message = q.encode_parts(x, members, key, num)
+            spent["encode"] += time.perf_counter() - start
+            # its own part of every worker's message: here of one worker, so many times
+            received = Message(*(plane[:1].expand(num, -1).contiguous() for plane in message))
+            start = time.perf_counter()
+            reply = q.encode_part(q.mean_of_part(received, members, x), members, key, 0, num)
+            spent["serve"] += time.perf_counter() - start
+            replies = Message(*(plane.expand(num, -1).contiguous() for plane in reply))
+            start = time.perf_counter()
+            q.decode_parts(replies, members, x)
+            spent["decode"] += time.perf_counter() - start
+        for name, seconds_of in spent.items():
+            times[name].append(seconds_of)
+    return {name: median(t[1:]) for name, t in times.items()}  # the first is a warm-up
+
+
+def by_workers(numbers: list[int], repeats: int, compiled: bool) -> None:
+    """Print a table: milliseconds of each stage, and relative to the first number of workers."""
+    torch.set_num_threads(1)
+    q = Quantizer(8, compile=compiled)
+    print(f"8 bits, one thread, {'compiled' if compiled else 'eager'}; milliseconds")
+    print("| workers | encode | serve | decode | all | of the first |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    first = None
+    for num in numbers:
+        found = worker_seconds(q, num, repeats)
+        total = sum(found.values())
+        first = first or total
+        cells = [f"{1e3 * t:.1f}" for t in (*found.values(), total)]
+        print(f"| {num} | {' | '.join(cells)} | {total / first:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,7 +93,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--workers", type=int, nargs="+", help="the work of one of so many")
+    parser.add_argument("--eager", action="store_true", help="with --workers: not compiled")
     args = parser.parse_args()
+    if args.workers:
+        by_workers(args.workers, args.repeats, not args.eager)
+        return
 
     flat, segments = gradient()
     key = random_key(0, 0, 0, flat.device)

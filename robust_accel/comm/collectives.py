@@ -164,7 +164,7 @@ class QSGD(Settings):
             _all_to_all(rows, sent, route.there, route.meter)
             for rows, sent in zip(received, message, strict=True)
         )
-        own = quantizer.mean_of_part(received, segments)
+        own = quantizer.mean_of_part(received, segments, memory=flat)
         if self.sides == 1:  # the means go back in full
             reply = quantizer.part_in_full(own)
         else:  # Step 10: it quantises the mean

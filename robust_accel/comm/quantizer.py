@@ -139,15 +139,23 @@ class Quantizer:
         return message
 
     @torch.no_grad()
-    def mean_of_part(self, received: Message, segments: Sequence[Segment]) -> Part:
-        """What a server makes of its part of every worker's message: row m is worker m's."""
+    def mean_of_part(
+        self, received: Message, segments: Sequence[Segment], memory: Tensor | None = None
+    ) -> Part:
+        """What a server makes of its part of every worker's message: row m is worker m's.
+
+        memory: [d] fp32 that may be overwritten, and hold the values then: new memory is dear.
+        """
         layout = self._layout(segments, len(received.floats), received.floats.device)
         raw = _mean(received.floats[:, : layout.raw_of_part].unbind())
         workers = zip(received.floats.split(1), received.words.split(1), strict=True)
         one = [Message(floats, words) for floats, words in workers]
         blocks = []
         for group, sources in self._by_group(layout, one):
-            y = raw.new_empty(group.rows_of_part, group.width)
+            size = group.rows_of_part * group.width
+            if memory is None or len(memory) < size:
+                memory = raw.new_empty(size)
+            y, memory = memory[:size].view(-1, group.width), memory[size:]
             kernels, row = self._kernels(layout, group.width, y.device), 0
             for slab in y.split(max(1, kernels.slab // group.width)):
                 self._average(kernels, sources, slice(row, row + len(slab)), slab)

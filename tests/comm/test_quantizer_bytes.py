@@ -171,7 +171,7 @@ def served(quantizer, gradients, segments, *, in_full):
         of_all = (
             torch.stack([plane[rank] for plane in planes]) for planes in zip(*messages, strict=True)
         )
-        own = quantizer.mean_of_part(Message(*of_all), segments)
+        own = quantizer.mean_of_part(Message(*of_all), segments, gradients[0].clone())
         replies.append(
             quantizer.part_in_full(own)
             if in_full
