@@ -225,13 +225,14 @@ class _Plain(nn.Module):
         self._image_name, self._arguments = image_name, arguments
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.model, FSDPModule):
-            self.model.unshard()  # the backward of each step of the attack has sharded it again
         output = _called(self.model, self._image_name, x, self._arguments)
         return logits_of(output, type(self.model).__name__)
 
 
 def _called(model: nn.Module, image_name: str, x: Tensor, arguments: dict[str, Any]) -> Any:
+    """What the model as it was returns."""
+    if isinstance(model, FSDPModule):
+        model.unshard()  # the backward of each step of the attack has sharded it again
     return _plain_class(model).forward(model, **{image_name: x}, **arguments)
 
 

@@ -40,13 +40,16 @@ class AWP(Settings):
             x -> logits, differentiable in the classifier's own parameters.
 
         Raises:
+            ValueError: There are no parameters, as in a replica of ``torch.nn.DataParallel``.
             RuntimeError: The loss gives no weight a gradient.
         """
-        weights = {
-            name: param
-            for name, param in classifier.named_parameters()
-            if param.requires_grad and param.ndim > 1
-        }
+        parameters = dict(classifier.named_parameters())
+        if not parameters:
+            raise ValueError(
+                "adversarial weight perturbation does not support torch.nn.DataParallel, whose "
+                "replicas have no parameters: use DistributedDataParallel"
+            )
+        weights = {n: p for n, p in parameters.items() if p.requires_grad and p.ndim > 1}
         grads: Sequence[Tensor | None] = ()
         if weights:
             grads = torch.autograd.grad(loss_fn(), list(weights.values()), allow_unused=True)
