@@ -23,7 +23,7 @@ import timm
 import torch
 
 from robust_accel.comm.collectives import _slices
-from robust_accel.comm.kernels import random_key
+from robust_accel.comm.draws import random_key
 from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.quantizer import Message, Quantizer
 

@@ -14,7 +14,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from robust_accel.comm.base import All, Exchange, run_all
-from robust_accel.comm.kernels import BlockNorm, random_key
+from robust_accel.comm.draws import random_key
+from robust_accel.comm.kernels import BlockNorm
 from robust_accel.comm.layout import Segment, split
 from robust_accel.comm.meter import Meter
 from robust_accel.comm.quantizer import Message, Quantizer

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -67,7 +68,8 @@ class DDPCompression(GradientCompression):
         )
         model.register_comm_hook(self, _hook)
         self._own = {id(p) for p in model.module.parameters()}
-        self._without_sync = False
+        self._without_sync = self._told = False
+        self._model = weakref.ref(model)
         model.register_forward_pre_hook(self._before_forward)
         self._before_step = register_optimizer_step_pre_hook(self._before_update)
 
@@ -75,15 +77,46 @@ class DDPCompression(GradientCompression):
         self._without_sync = torch.is_grad_enabled() and not model.require_backward_grad_sync
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Of every optimizer in this process: accumulating ends with a backward that is sent."""
-        if self._without_sync and any(
-            id(p) in self._own for group in optimizer.param_groups for p in group["params"]
-        ):
+        """Of every optimizer in this process: what it steps on must have been exchanged."""
+        if not any(id(p) in self._own for g in optimizer.param_groups for p in g["params"]):
+            return
+        if self._without_sync:  # accumulating ends with a backward that is sent
             raise RuntimeError(
                 "an optimizer step was to be made whose gradients were not exchanged: its forward "
                 "ran in no_sync(), as under Accelerate's LocalSGD, with which compress_gradients "
                 "cannot be used"
             )
+        if self.steps and not self._told:
+            self._told = True
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say what the first exchange did.
+
+        Raises:
+            RuntimeError: The gradients are not the same on every rank.
+        """
+        model = self._model()
+        assert model is not None
+        grads = [p.grad for p in model.module.parameters() if p.grad is not None]
+        # of the bits: a NaN that all ranks have is the same
+        sums = [g.contiguous().view(torch.uint8).long().sum() for g in grads]
+        own = torch.stack(sums)
+        largest, smallest = own.clone(), own.clone()
+        group = self._workers.group
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+        if not torch.equal(largest, smallest):
+            raise RuntimeError(
+                f"after the first exchange by {self._collective!r} gradients differ between ranks"
+            )
+        logger.info(
+            "gradients of %d tensors exchanged by %r, equal on %d ranks; %d bytes sent",
+            len(grads),
+            self._collective,
+            self._workers.size,
+            self.meter.bytes_sent,
+        )
 
     def close(self) -> None:
         """Release the thread and the groups; a synchronised backward raises afterwards."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from robust_accel.comm.kernels import random_key
+from robust_accel.comm.draws import random_key
 from robust_accel.comm.layout import Segment
 
 CPU = torch.device("cpu")

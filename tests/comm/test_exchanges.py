@@ -18,7 +18,7 @@ from robust_accel.comm import (
     compress_gradients,
 )
 from robust_accel.comm.base import run_all
-from robust_accel.comm.kernels import random_key
+from robust_accel.comm.draws import random_key
 from robust_accel.comm.layout import Segment, segment
 
 # ------------------------------------------------------------------------------ scenarios

@@ -14,7 +14,7 @@ from roundtrips import (
 )
 from sklearn.datasets import load_digits
 
-from robust_accel.comm import kernels
+from robust_accel.comm import draws
 from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.quantizer import Quantizer
 from robust_accel.comm.quantizer_reference import dequantize, quantize
@@ -22,20 +22,16 @@ from robust_accel.comm.quantizer_reference import dequantize, quantize
 # ------------------------------------------------------------------------------ randomness
 
 
-def draws(rows=1024, width=256, bits=8, **kwargs):
+def all_draws(rows=1024, width=256, bits=8, **kwargs):
     """All draws of consecutive blocks, in the order of the elements. [rows * width] float64."""
-    seeds = kernels.row_seeds(
-        torch.arange(0, rows * width, width, dtype=torch.int32), key(**kwargs)
-    )
+    seeds = draws.row_seeds(torch.arange(0, rows * width, width, dtype=torch.int32), key(**kwargs))
     size = width * bits // 32  # elements of a block that share the bits of a word
-    parts = [
-        u for i in range(0, 32 // bits, 2) for u in kernels.uniform_pair(seeds, i * size, size)
-    ]
+    parts = [u for i in range(0, 32 // bits, 2) for u in draws.uniform_pair(seeds, i * size, size)]
     return torch.stack(parts, dim=1).view(-1).double()
 
 
 def test_draws_are_uniform_and_independent():
-    u = draws()
+    u = all_draws()
     n = u.numel()
     assert u.min() > 0
     assert u.max() < 1
@@ -44,11 +40,11 @@ def test_draws_are_uniform_and_independent():
     assert abs(chi2 - 255) < 6 * (2 * 255) ** 0.5
     others = {
         **{f"lag {lag}": torch.roll(u, lag) for lag in (1, 2, 64, 128, 192, 255, 256, 257, 4096)},
-        "step": draws(step=1),
-        "rank": draws(rank=1),
-        "server": draws(rank=-1),
-        "seed": draws(seed=1),
-        "swapped": draws(step=1, rank=0, seed=2),
+        "step": all_draws(step=1),
+        "rank": all_draws(rank=1),
+        "server": all_draws(rank=-1),
+        "seed": all_draws(seed=1),
+        "swapped": all_draws(step=1, rank=0, seed=2),
     }
     for name, v in others.items():
         r = ((u - 0.5) * (v - 0.5)).mean() * 12
@@ -59,8 +55,8 @@ def test_draws_are_uniform_and_independent():
 
 
 def test_a_long_vectors_draws_are_fine_enough_for_its_small_entries():
-    seeds = kernels.row_seeds(torch.arange(0, 1 << 24, 1 << 12, dtype=torch.int32), key())
-    u = kernels.uniform(seeds, 1 << 12)
+    seeds = draws.row_seeds(torch.arange(0, 1 << 24, 1 << 12, dtype=torch.int32), key())
+    u = draws.uniform(seeds, 1 << 12)
     assert u.min() > 0 and u.max() <= 1
     assert u.double().mean() == pytest.approx(0.5, abs=1e-3)
     for k in (17, 20):  # 128 and 16 are expected
@@ -147,10 +143,10 @@ def test_it_is_the_papers_quantiser_given_the_same_draws(bits, norm, name):
     block, num_blocks, s = 256, 8, levels(bits, norm)
     x = sample(name, block * num_blocks)
     y = roundtrip(Quantizer(bits, norm, block), x)
-    own = draws(num_blocks, block, bits).view(num_blocks, block)
+    own = all_draws(num_blocks, block, bits).view(num_blocks, block)
     if norm == "l2":
-        seeds = kernels.row_seeds(torch.arange(0, len(x), block, dtype=torch.int32), key())
-        own = kernels.uniform(seeds, block)
+        seeds = draws.row_seeds(torch.arange(0, len(x), block, dtype=torch.int32), key())
+        own = draws.uniform(seeds, block)
     norms = block_norms(x, norm, block).float()
     for i, (part, draw) in enumerate(zip(x.split(block), own, strict=True)):
         if norm == "max":

@@ -129,6 +129,25 @@ def test_it_resumes_from_a_checkpoint_exactly(tmp_path: Path) -> None:
     assert all(first[key].equal(second[key]) for key in first)
 
 
+def test_rounding_goes_on_where_the_trainer_does(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    again = trainer_of(tmp_path, num_train_epochs=3)
+    callback = QuantizedGradients(again, QSGD(bits=8))
+    again.add_callback(callback)
+    seen: list[int] = []
+    make = callback.on_train_begin
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        make(*args, **kwargs)
+        assert callback.compression is not None
+        seen.append(callback.compression.steps)
+
+    callback.on_train_begin = noted  # type: ignore[method-assign]
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert seen == [20]
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call make_robust on the model, before Trainer"):
         RobustAccuracy(trainer_of(tmp_path, robust=False))

@@ -1,0 +1,158 @@
+"""compress_gradients on DDP: what it tells, what it refuses, and what it gives back when closed."""
+
+import logging
+from datetime import timedelta
+
+import psutil
+import torch
+from ddp_training import batch, get, make_model, train, wrap
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+from robust_accel.comm import QSGD, Workers, compress_gradients
+
+
+def closed(rank, world_size):
+    """Threads and file descriptors before and after ten models that were compressed and closed."""
+    process, counts = psutil.Process(), []
+    for i in range(11):
+        model = wrap(make_model())
+        compression = compress_gradients(model, QSGD())
+        model(batch(rank, i)).square().mean().backward()
+        compression.close()
+        del model, compression
+        counts.append((process.num_threads(), process.num_fds()))
+    return counts
+
+
+def seconds_by_parts(rank, world_size):
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    train(model, range(6), rank, delay=True)
+    compression.close()
+    return compression.meter.seconds, compression.meter.exposed_seconds
+
+
+class PerRank(QSGD):
+    """A protocol with a fault: every rank keeps its own gradient."""
+
+    def exchanges(self, flat, segments, step, workers, meter):
+        return []
+
+
+def told(rank, world_size):
+    """What a right and a faulty protocol lead to at the first optimizer step."""
+    said = []
+    for protocol in (QSGD(bits=4), PerRank()):
+        records = []
+        handler = logging.Handler()
+        handler.emit = lambda record, records=records: records.append(record.getMessage())
+        log = logging.getLogger("robust_accel.comm.ddp")
+        log.addHandler(handler)
+        log.setLevel("INFO")
+        model = wrap(make_model())
+        compression = compress_gradients(model, protocol)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            for step in range(2):
+                optimizer.zero_grad()
+                model(batch(rank, step)).square().mean().backward()
+                optimizer.step()
+        except RuntimeError as error:
+            records.append(str(error))
+        compression.close()
+        log.removeHandler(handler)
+        said.append(records)
+    return said
+
+
+def limits(rank, world_size):
+    """Time limits of groups that are made beside a model's, however its backend is called."""
+    found = {}
+    for backend in ("gloo", "cpu:gloo"):
+        parent = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=33))
+        workers = Workers.of(None, parent=parent, replies=True)
+        cpu = torch.device("cpu")
+        found[backend] = [g._get_backend(cpu).options._timeout for g in workers.made]
+        workers.close()
+    return found
+
+
+def never_synchronised(rank, world_size):
+    """As under Accelerate's LocalSGD."""
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    elsewhere = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    said = None
+    try:
+        with model.no_sync():
+            model(batch(rank, 0)).square().mean().backward()
+        elsewhere.step()  # another model's optimizer
+        optimizer.step()
+    except RuntimeError as error:
+        said = str(error)
+    # accumulated micro-batches end with one that is sent
+    model(batch(rank, 1)).square().mean().backward()
+    optimizer.step()
+    compression.close()
+    return said
+
+
+def hooked_already(rank, world_size):
+    model = wrap(make_model())
+    model.register_comm_hook(None, fp16_compress_hook)
+    try:
+        compress_gradients(model, QSGD())
+    except ValueError as error:
+        return str(error)
+
+
+def not_ddp(rank, world_size):
+    try:
+        compress_gradients(make_model(), QSGD())
+    except ValueError as error:
+        return str(error)
+
+
+TWO = [closed, seconds_by_parts, told, limits, never_synchronised, hooked_already, not_ddp]
+
+
+def test_the_first_exchange_is_told_and_a_faulty_one_is_an_error(two):
+    for right, faulty in get(two, told):
+        (line,) = right
+        assert "exchanged by QSGD(bits=4" in line and "equal on 2 ranks" in line
+        assert "gradients differ between ranks" in faulty[-1]
+
+
+def test_groups_keep_the_models_time_limit(two):
+    for found in get(two, limits):
+        assert all(limit == timedelta(seconds=33) for made in found.values() for limit in made)
+        assert [len(made) for made in found.values()] == [2, 2]
+
+
+def test_closing_releases_threads_and_descriptors(two):
+    for counts in get(two, closed):
+        (first_threads, first_files), (threads, files) = counts[0], counts[-1]
+        assert threads <= first_threads + 1
+        assert files <= first_files + 2
+
+
+def test_exposed_seconds_are_a_part_of_all(two):
+    for seconds, exposed in get(two, seconds_by_parts):
+        assert 0 < exposed <= seconds
+
+
+def test_a_step_on_gradients_that_were_not_sent_is_refused(two):
+    for said in get(two, never_synchronised):
+        assert "its forward ran in no_sync(), as under Accelerate's LocalSGD" in said
+
+
+def test_a_second_hook_is_refused(two):
+    for said in get(two, hooked_already):
+        assert "have a communication hook already (fp16_compress_hook)" in said
+
+
+def test_model_that_is_not_ddp_is_refused(two):
+    for message in get(two, not_ddp):
+        assert "DistributedDataParallel" in message
+        assert "prepare" in message
