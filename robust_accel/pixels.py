@@ -43,18 +43,19 @@ class InputSpace:
         self.std = per_channel(1.0 if std is None else std, names[1])
         if not bool((self.std > 0).all()):
             raise ValueError(f"{names[1]} must be > 0 in each channel, got {std}")
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._warned = False
 
-    def on(self, device: torch.device) -> "InputSpace":
-        """Moved, once."""
-        if self.mean.device != device:
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std there, [1, 1 or C, 1, 1]; replicas on several devices share this object."""
+        if device not in self._on:
+            self._on[device] = (self.mean.to(device), self.std.to(device))
+        return self._on[device]
 
     def script_images(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels in [0, 1] -> images as the script had them."""
-        space = self.on(x.device)
-        return ((x - space.mean) / space.std).to(dtype)
+        mean, std = self.statistics(x.device)
+        return ((x - mean) / std).to(dtype)
 
     @torch.compiler.disable
     def pixels(self, x: Any, channels: int = 1) -> Tensor:
@@ -92,8 +93,8 @@ class InputSpace:
         # the ball is measured in fp32: bf16 is spaced 1/256 near white
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.normalized:
-            space = self.on(x.device)
-            x = x * space.std + space.mean
+            mean, std = self.statistics(x.device)
+            x = x * std + mean
         low, high = (value.item() for value in x.detach().aminmax())
         # written so that NaN fails too
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):

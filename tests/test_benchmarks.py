@@ -73,7 +73,7 @@ def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
         [
             sys.executable, FOLDER / "comm.py", "--nodes", "2", "--rate", "none", "--repeats", "1",
             "--model", "wide_resnet10_1", "--protocols", "fp32", "8bit-2sided",
-            "--what", "exchange",
+            "--what", "exchange,step",
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -81,7 +81,8 @@ def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
     assert process.returncode == 0, errors
     rows = [line.strip("| \n").split(" | ") for line in output.splitlines() if line[:1] == "|"]
     header, _, *rows = rows
-    assert [row[0] for row in rows] == ["fp32", "8bit-2sided"], output
+    assert [row[0] for row in rows] == ["fp32", "8bit-2sided"], output  # neither fails
+    assert all(float(row[header.index("step (s)")]) > 0 for row in rows)
     for row in rows:
         # a small model: gloo's own headers weigh more than with a real one
         assert float(row[header.index("wire / sent")]) == pytest.approx(1, abs=0.05)

@@ -215,19 +215,22 @@ class Quantizer:
     def _encode(self, flat: Tensor, layout: Layout, key: Tensor, message: Message) -> None:
         assert flat.dtype == torch.float32
         assert flat.shape == (layout.num_elements,)
-        raw = flat.new_zeros(layout.parts * layout.raw_of_part)
+        cut = layout.parts > 1  # else what is written lies in the message already
+        raw = flat.new_zeros(layout.parts * layout.raw_of_part) if cut else message.floats[0]
         _gather(flat, layout.raw, raw)
         floats = [raw]
-        for group, [(_, words)] in self._by_group(layout, [message]):
+        for group, [(steps, words)] in self._by_group(layout, [message]):
             kernels = self._kernels(layout, group.width, flat.device)
             short = flat.new_zeros(group.num_short * group.width)
             _gather(flat, group.short, short)
-            steps = flat.new_zeros(layout.parts * group.rows_of_part)
-            words[group.rows :].zero_()
+            if cut:
+                steps = flat.new_zeros(len(words))
+                words[group.rows :].zero_()
             slabs = group.slabs(flat, short, kernels.slab)
             self._quantize(kernels, slabs, group.position, key, (steps, words))
             floats.append(steps)
-        torch.cat([f.view(layout.parts, -1) for f in floats], dim=1, out=message.floats)
+        if cut:
+            torch.cat([f.view(layout.parts, -1) for f in floats], dim=1, out=message.floats)
 
     @torch.no_grad()
     def _decode(self, messages: Sequence[Message], layout: Layout, out: Tensor) -> None:

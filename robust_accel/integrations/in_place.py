@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import disable
 from torch.distributed.fsdp import FSDPModule
@@ -170,9 +171,11 @@ class RobustTraining:
         images, labels = arguments.pop(self.image_name, None), arguments.pop(self.label_name, None)
         return _Call(images, labels, arguments)
 
-    def classifier(self, model: nn.Module, **arguments: Any) -> PixelClassifier:
-        """The model as it was, on pixels in [0, 1]: what an attack looks at."""
-        mean, std = self.space.mean.flatten(), self.space.std.flatten()
+    def classifier(
+        self, model: nn.Module, device: torch.device, **arguments: Any
+    ) -> PixelClassifier:
+        """The model as it was, on pixels in [0, 1] there: what an attack looks at."""
+        mean, std = (values.flatten() for values in self.space.statistics(device))
         return PixelClassifier(_Plain(model, self.image_name, arguments), mean=mean, std=std)
 
     def forward(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -181,10 +184,8 @@ class RobustTraining:
         num_items = kwargs.pop("num_items_in_batch", None)
         call = self.split(model, args, kwargs)
         others = {key: value for key, value in call.arguments.items() if key != "return_dict"}
-        if isinstance(call.images, Tensor):
-            self.space.on(call.images.device)
-        classifier = self.classifier(model, **others)
         x = self.space.pixels(call.images)
+        classifier = self.classifier(model, x.device, **others)
         if call.labels is None:
             x_adv = self.min_max.adversarial(classifier, x, self._how_to_pass_labels(model))
             given = self.space.script_images(x_adv, call.images.dtype)

@@ -83,7 +83,9 @@ class RobustAccuracy(TrainerCallback):
         counts = torch.zeros(3, device=accelerator.device)
         generator = torch.Generator(accelerator.device)
         generator.manual_seed(self.seed + accelerator.process_index)
-        classifier = self.training.classifier(accelerator.unwrap_model(self.trainer.model))
+        classifier = self.training.classifier(
+            accelerator.unwrap_model(self.trainer.model), accelerator.device
+        )
         with attack_context(classifier, "eval"):
             for batch in batches:
                 x = self.training.space.pixels(batch["pixel_values"].to(accelerator.device))

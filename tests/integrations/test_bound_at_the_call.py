@@ -150,6 +150,15 @@ def test_a_model_that_calls_itself_is_attacked_once():
     assert model.seen.equal(expected(model)[2:])
 
 
+def test_replicas_on_several_devices_share_what_the_script_said():
+    model = make_robust(Net(), ATTACK, mean=0.5, std=0.5)
+    space = robust_training(model).space
+    given = (X - 0.5) / 0.5
+    for device in ("meta", "cpu", "meta"):  # in whatever order their threads come
+        assert space.script_images(X.to(device), X.dtype).device.type == device
+    torch.testing.assert_close(space.pixels(given), X)
+
+
 def test_no_call_moves_the_model():
     model = make_robust(Net(), ATTACK)
     with pytest.raises(RuntimeError):

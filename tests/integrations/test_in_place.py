@@ -158,7 +158,7 @@ def test_a_copy_attacks_with_its_own_weights():
     twin = copy.deepcopy(model)
     training = robust_training(twin)
     assert training is not robust_training(model)
-    assert training.classifier(twin).model.model is twin
+    assert training.classifier(twin, torch.device("cpu")).model.model is twin
     ema.update(model)
     assert not ema.module.training
     assert ema.module(images()).equal(model.eval()(images()))

@@ -1,0 +1,66 @@
+"""What the first step did: told, and an error where it was not what the recipe says."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from robust_accel import PGD, QSGD, AllReduce, RobustModel
+from robust_accel.attacks import NoAttack
+from robust_accel.comm import GradientCompression
+from robust_accel.training import first_step
+from robust_accel.training.first_step import check_first_step, in_words
+
+X, LABELS = torch.rand(4, 3, 2, 2), torch.arange(4)
+
+
+def model(attack=None) -> RobustModel:
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    return RobustModel(inner, PGD(num_steps=2) if attack is None else attack)
+
+
+def test_it_tells_what_was_attacked_and_averaged():
+    robust = model()
+    robust(X, LABELS)
+    found = check_first_step(robust, Accelerator(cpu=True), QSGD(), GradientCompression(), 0.5)
+    assert found["attack"]["moved"] == 4
+    assert found["ema_decay"] == 0.5
+    assert "bytes_sent" not in found  # one process
+    words = in_words(robust, found)
+    assert words.startswith("first step: attacked 4 of 4 images, linf perturbation of eps 0.03137")
+    assert words.endswith("averaged with decay 0.5")
+
+
+def test_standard_training_attacks_nothing_and_says_so():
+    robust = model(NoAttack())
+    robust(X, LABELS)
+    found = check_first_step(
+        robust, Accelerator(cpu=True), AllReduce(), GradientCompression(), None
+    )
+    assert "attacked 0 of 4 images" in in_words(robust, found)
+
+
+def test_a_model_that_was_never_attacked_is_an_error():
+    robust = model()
+    robust.eval()(X, LABELS)
+    with pytest.raises(RuntimeError, match="no batch was attacked"):
+        check_first_step(robust, Accelerator(cpu=True), AllReduce(), GradientCompression(), None)
+
+
+@pytest.mark.parametrize(
+    ("equal", "sent", "fault"),
+    [
+        (False, 10, "the parameters of 2 processes are not the same any more"),
+        (True, 0, "QSGD.* sent nothing"),
+    ],
+)
+def test_processes_that_drift_or_send_nothing_are_an_error(monkeypatch, equal, sent, fault):
+    robust, compression = model(), GradientCompression()
+    robust(X, LABELS)
+    compression.meter.sent(sent)
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(first_step, "digest_of_parameters", lambda *_: ("", equal))
+    with pytest.raises(RuntimeError, match=fault):
+        check_first_step(robust, two, QSGD(), compression, None)
