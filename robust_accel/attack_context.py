@@ -41,8 +41,8 @@ def attack_context(module: nn.Module, mode: AttackMode, *, freeze: bool = True) 
             m.training = flag
         for p in trained:
             p.requires_grad_(True)
-        # as BatchNorm does it: an earlier graph that has saved a buffer need not know
-        torch._foreach_copy_([b.data for b in buffers], values)
+        if buffers:  # as BatchNorm does it: an earlier graph that has saved one need not know
+            torch._foreach_copy_([b.data for b in buffers], values)
         # casts that autocast has kept: they belong to weights as the attack saw them
         torch.clear_autocast_cache()
 

@@ -156,8 +156,11 @@ def test_rounding_at_the_borders_is_forgiven_and_clipped():
 
 def patches_of_noise(x):
     """timm's RandomErasing, by its own code, on images that are normalised as scripts do."""
-    erasing = RandomErasing(probability=1.0, mode="pixel", device="cpu")
-    return erasing(x.clone())
+    return RandomErasing(probability=1.0, mode="pixel", device="cpu")(x.clone())
+
+
+def patches_of_colour(x):
+    return RandomErasing(probability=1.0, mode="rand", device="cpu")(x.clone())
 
 
 def bicubic():
@@ -172,11 +175,11 @@ STATISTICS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("augment", [patches_of_noise, bicubic])
+@pytest.mark.parametrize("augment", [patches_of_noise, patches_of_colour, bicubic])
 def test_a_few_pixels_outside_are_clipped_and_it_is_said_once(augment, caplog):
     model, spy = None, Spy(PGD_3)
     x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    if augment is patches_of_noise:
+    if augment is not bicubic:
         model = RobustModel(network(), spy, **STATISTICS)
         mean, std = model.input_space.mean, model.input_space.std
         given = augment((x - mean) / std)

@@ -29,6 +29,7 @@ from robust_accel.comm.meter import Meter
 from robust_accel.comm.workers import Workers
 
 logger = logging.getLogger(__name__)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 class DDPCompression(GradientCompression):
@@ -78,6 +79,9 @@ class DDPCompression(GradientCompression):
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Of every optimizer in this process: what it steps on must have been exchanged."""
+        if self._model() is None:  # it is gone, and others may have its parameters' ids
+            self._before_step.remove()
+            return
         if not any(id(p) in self._own for g in optimizer.param_groups for p in g["params"]):
             return
         if self._without_sync:  # accumulating ends with a backward that is sent
@@ -100,8 +104,7 @@ class DDPCompression(GradientCompression):
         assert model is not None
         grads = [p.grad for p in model.module.parameters() if p.grad is not None]
         # of the bits: a NaN that all ranks have is the same
-        sums = [g.contiguous().view(torch.uint8).long().sum() for g in grads]
-        own = torch.stack(sums)
+        own = torch.stack([g.view(_INTEGERS[g.itemsize]).sum(dtype=torch.int64) for g in grads])
         largest, smallest = own.clone(), own.clone()
         group = self._workers.group
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)

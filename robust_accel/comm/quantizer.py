@@ -14,7 +14,7 @@ Each of the three is in the gradient's order. A message in M parts, one for each
 with zeros. Blocks are encoded where they are sent from, and decoded where they arrive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -148,10 +148,11 @@ class Quantizer:
         """
         layout = self._layout(segments, len(received.floats), received.floats.device)
         raw = _mean(received.floats[:, : layout.raw_of_part].unbind())
-        workers = zip(received.floats.split(1), received.words.split(1), strict=True)
-        one = [Message(floats, words) for floats, words in workers]
         blocks = []
-        for group, sources in self._by_group(layout, one):
+        for group, steps, words in self._spans(layout):
+            codes = received.words[:, words].unflatten(1, (group.rows_of_part, -1))
+            planes = zip(received.floats[:, steps].unbind(), codes.unbind(), strict=True)
+            sources: list[Plane] = list(planes)
             size = group.rows_of_part * group.width
             if memory is None or len(memory) < size:
                 memory = raw.new_empty(size)
@@ -244,26 +245,29 @@ class Quantizer:
                 row += len(y)
             _scatter(short, group.short, out)
 
-    def _by_group(
-        self, layout: Layout, messages: Sequence[Message]
-    ) -> "list[tuple[Group, list[Plane]]]":
-        """The planes of each group: steps and words of all rows, in order."""
-        found = []
+    def _spans(self, layout: Layout) -> Iterator[tuple[Group, slice, slice]]:
+        """Each group with its columns of a message's floats and words."""
         start, word = layout.raw_of_part, 0
         for group in layout.groups:
-            rows, row_words = group.rows_of_part, self._row_words(group.width)
-            end, stop = start + rows, word + rows * row_words
-            planes = [
-                (
-                    floats[:, start:end].reshape(-1),
-                    # a view: there is one group, or one row a part
-                    words[:, word:stop].view(-1, rows, row_words).view(-1, row_words),
-                )
-                for floats, words in messages
-            ]
-            found.append((group, planes))
+            end = start + group.rows_of_part
+            stop = word + group.rows_of_part * self._row_words(group.width)
+            yield group, slice(start, end), slice(word, stop)
             start, word = end, stop
-        return found
+
+    def _by_group(
+        self, layout: Layout, messages: Sequence[Message]
+    ) -> Iterator[tuple[Group, list[Plane]]]:
+        """The planes of each group: steps and words of all rows, in order."""
+        for group, steps, columns in self._spans(layout):
+            shape = (-1, group.rows_of_part, self._row_words(group.width))
+            yield (
+                group,
+                [
+                    # views: there is one group, or one row a part
+                    (floats[:, steps].reshape(-1), words[:, columns].view(shape).view(-1, shape[2]))
+                    for floats, words in messages
+                ],
+            )
 
     @staticmethod
     def _quantize(
@@ -278,7 +282,9 @@ class Quantizer:
     @staticmethod
     def _average(kernels: Kernels, sources: Sequence[Plane], rows: slice, y: Tensor) -> None:
         for m in range(0, len(sources), MAX_UNROLL):
-            some = [(steps[rows], words[rows]) for steps, words in sources[m : m + MAX_UNROLL]]
+            some = sources[m : m + MAX_UNROLL]
+            if len(y) < len(some[0][0]):
+                some = [(steps[rows], words[rows]) for steps, words in some]
             last = m + MAX_UNROLL >= len(sources)
             kernels.decode(some, y, m > 0, len(sources) if last else 1)
 

@@ -91,8 +91,8 @@ def _run(script: str | Path, arguments: Sequence[str], wrapping: "_Wrapping") ->
     folder = Path(script).resolve().parent
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(folder))
-    _make_way(folder)
     try:
+        _make_way(folder)
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):

@@ -7,6 +7,8 @@ import psutil
 import torch
 from ddp_training import batch, get, make_model, train, wrap
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from robust_accel.comm import QSGD, Workers, compress_gradients
 
@@ -114,7 +116,15 @@ def not_ddp(rank, world_size):
         return str(error)
 
 
-TWO = [closed, seconds_by_parts, told, limits, never_synchronised, hooked_already, not_ddp]
+def sharded(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    try:
+        compress_gradients(fully_shard(make_model(), mesh=mesh), QSGD())
+    except ValueError as error:
+        return str(error)
+
+
+TWO = [closed, seconds_by_parts, told, limits, never_synchronised, hooked_already, not_ddp, sharded]
 
 
 def test_the_first_exchange_is_told_and_a_faulty_one_is_an_error(two):
@@ -156,3 +166,8 @@ def test_model_that_is_not_ddp_is_refused(two):
     for message in get(two, not_ddp):
         assert "DistributedDataParallel" in message
         assert "prepare" in message
+
+
+def test_fsdp2_is_refused_with_what_to_do(two):
+    for said in get(two, sharded):
+        assert "does not support FSDP2" in said and "leave it out there" in said

@@ -19,7 +19,7 @@ LAMBS = {
 }
 
 
-def make_engine(rank, world_size, stage, optimizer=None, accumulation=1, **zero):
+def make_engine(rank, world_size, stage, optimizer=None, accumulation=1, config=None, **zero):
     import deepspeed
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
@@ -30,7 +30,7 @@ def make_engine(rank, world_size, stage, optimizer=None, accumulation=1, **zero)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     elif isinstance(optimizer, dict):
         optimizer = LAMB(model.parameters(), **optimizer)
-    config = {
+    config = (config or {}) | {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 2000} | zero,
@@ -163,6 +163,11 @@ def refusals(rank, world_size):
             compress_gradients(engine, PROTOCOLS["8bit-2side"])
         except ValueError as error:
             messages[name] = str(error)
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    try:
+        compress_gradients(make_engine(rank, world_size, 1, LAMBS["plain"], config=bf16))
+    except ValueError as error:
+        messages["bf16"] = str(error)
     engine = make_engine(rank, world_size, 1, LAMBS["plain"])  # and nobody tells LAMB
     try:
         train_engine(engine, rank)
@@ -240,6 +245,7 @@ def test_every_rank_sees_an_overflow(two):
 
 def test_what_cannot_work_is_refused(two):
     for messages in get(two, refusals):
+        assert "the shards of DeepSpeed's BF16_Optimizer" in messages["bf16"]
         assert "ZeRO++" in messages["stage 3"]
         assert "0.19.8" in messages["version"]
         assert "allreduce_bucket" in messages["version"]
