@@ -11,7 +11,7 @@ that exists. With `warm`, encode and decode do too (`out=`). Compile time is tha
 
 With `--workers`, the work of one of so many workers instead: what it encodes for all servers, what
 it averages as a server and encodes again, and what it decodes of all servers' replies, without the
-network. Each is about the same for any number of workers, or a larger cluster computes more.
+network. To encode and to decode should take the same for any number of workers.
 """
 
 import argparse

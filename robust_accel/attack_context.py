@@ -26,9 +26,12 @@ def attack_context(module: nn.Module, mode: AttackMode, *, freeze: bool = True) 
             parameters are left alone, whose engines look at that flag themselves.
     """
     training = [(m, m.training) for m in module.modules()]
-    buffers = list(module.buffers())
-    values = [b.clone() for b in buffers]
-    trained = [p for p in module.parameters() if freeze and p.requires_grad and is_whole(p)]
+    buffers = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    # what repeats one element cannot be written in place either
+    written = [b for _, _, b in buffers if b is not None and 0 not in b.stride()]
+    values = [b.clone() for b in written]
+    trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf and is_whole(p)]
+    trained = trained if freeze else []
     try:
         if mode == "eval":
             for m, _ in training:
@@ -41,8 +44,10 @@ def attack_context(module: nn.Module, mode: AttackMode, *, freeze: bool = True) 
             m.training = flag
         for p in trained:
             p.requires_grad_(True)
-        if buffers:  # as BatchNorm does it: an earlier graph that has saved one need not know
-            torch._foreach_copy_([b.data for b in buffers], values)
+        for m, name, b in buffers:  # where another tensor was put there
+            m._buffers[name] = b
+        if written:  # as BatchNorm does it: an earlier graph that has saved one need not know
+            torch._foreach_copy_([b.data for b in written], values)
         # casts that autocast has kept: they belong to weights as the attack saw them
         torch.clear_autocast_cache()
 

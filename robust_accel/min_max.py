@@ -1,7 +1,7 @@
 """Min-max problem (2) of DAT for whichever classifier is handed in: attack, then the outer loss."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
 from robust_accel.attacks import Attack
+from robust_accel.attacks.base import gradients_seen
 from robust_accel.objectives import AWP, Adversarial, Classifier, Objective
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,19 @@ class Applied:
 
         Raises:
             RuntimeError: The attack should have moved the images and did not, or further than it
-                promises.
+                promises (L-inf and L2 balls alone can be measured here).
         """
-        norm, eps = getattr(attack, "norm", "linf"), getattr(attack, "eps", None)
-        lengths = (x_adv - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
+        norm, eps = str(getattr(attack, "norm", "linf")).lower(), getattr(attack, "eps", None)
+        known = norm in ("linf", "l2")
+        order = 2 if norm == "l2" else float("inf")
+        lengths = (x_adv - x).flatten(1).norm(dim=1, p=order)
         largest, median = lengths.max().item(), lengths.median().item()
-        found = cls(len(x), int((lengths > 0).sum()), norm, eps, largest, median)
-        if eps is not None and not found.moved and not getattr(attack, "may_stay", False):
-            raise RuntimeError(
-                f"{attack!r} moved none of {len(x)} images: the gradient of the loss in the pixels "
-                "is zero everywhere; a model that rounds, detaches or saturates has none"
-            )
+        moved = int((lengths > 0).sum())
+        found = cls(len(x), moved, norm if known else "linf", eps, largest, median)
+        if eps is not None and not moved and not getattr(attack, "may_stay", False):
+            raise RuntimeError(f"{attack!r} moved none of {len(x)} images")
         reach = getattr(attack, "reach", eps)
-        if reach is not None and largest > reach * 1.001 + 1e-6:
+        if known and reach is not None and largest > reach * 1.001 + 1e-6:
             raise RuntimeError(
                 f"{attack!r} moved an image by {largest:.4g} ({norm}), but promises {reach:.4g}"
             )
@@ -99,6 +100,7 @@ class MinMax:
         self.perturb_weights = weight_perturbation is not None
         self.calls = 0
         self.applied: Applied | None = None
+        self._blind = False  # the gradient in the pixels was zero everywhere, so far
         doubt = getattr(attack, "doubt", None)
         if doubt is not None:
             logger.warning("%s", doubt)
@@ -121,7 +123,7 @@ class MinMax:
                 ``labels`` when not given.
         """
         objective = self._of_batch(x)
-        x_adv = self._perturb(classifier, objective, x, labels)
+        x_adv = self._first(classifier, objective, x, labels)
         options: dict[str, Any] = {}
         if num_labeled is not None and getattr(objective, "takes_unlabeled", False):
             options["num_labeled"] = num_labeled
@@ -137,7 +139,9 @@ class MinMax:
                     classifier,
                     lambda: objective.loss(classifier, x, x_adv, labels, **options)["loss"],
                 )
-            weights_moved = len(perturbed.moved)
+            if self.applied is None:
+                own = dict(classifier.named_parameters())
+                weights_moved = sum(bool((w != own[n]).any()) for n, w in perturbed.moved.items())
         out = objective.loss(perturbed, x, x_adv, labels, **options)
         self._note(x, x_adv, weights_moved)
         return out
@@ -156,7 +160,8 @@ class MinMax:
                 f"{' and '.join(asked)} computes the loss, and needs labels: {how}; or keep the "
                 "script's own loss with objective Adversarial() alone"
             )
-        x_adv = self.perturb(classifier, x, self.predict(classifier, x))
+        labels = self.predict(classifier, x)
+        x_adv = self._first(classifier, self._of_batch(x), x, labels)
         self._note(x, x_adv, None)
         return x_adv
 
@@ -189,6 +194,27 @@ class MinMax:
             loss_fn = objective.inner_loss(classifier, x, labels)
             return self.attack(loss_fn, x, generator=generator)
 
+    def _first(
+        self, classifier: nn.Module, objective: Objective, x: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Attack; on the first batches see to it that there is a gradient to climb.
+
+        Raises:
+            RuntimeError: There was none on two batches (a zero-initialised head has none on one).
+        """
+        if self.applied is not None and not self._blind:
+            return self._perturb(classifier, objective, x, labels)
+        with gradients_seen() as seen:
+            x_adv = self._perturb(classifier, objective, x, labels)
+        blind = bool(seen) and not any(map(bool, seen))
+        if blind and self._blind:
+            raise RuntimeError(
+                f"{self.attack!r} attacks nothing: the gradient of the loss in the pixels is zero "
+                "everywhere; a model that rounds, detaches or saturates has none"
+            )
+        self._blind = blind
+        return x_adv
+
     def _of_batch(self, x: Tensor) -> Objective:
         """The objective, with what it draws for this batch."""
         for_batch = getattr(self.objective, "for_batch", None)
@@ -197,6 +223,8 @@ class MinMax:
     def _note(self, x: Tensor, x_adv: Tensor, weights_moved: int | None) -> None:
         self.calls += 1
         if self.applied is None:
+            if self._blind and torch.equal(x, x_adv):
+                return  # the next batch tells
             found = Applied.of(self.attack, x, x_adv)
-            self.applied = Applied(**{**vars(found), "weights_moved": weights_moved})
+            self.applied = replace(found, weights_moved=weights_moved)
             logger.info("%s", self.applied)

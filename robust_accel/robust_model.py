@@ -16,6 +16,7 @@ from robust_accel.objectives import AWP, Objective
 from robust_accel.pixels import InputSpace
 
 _SPACES = Literal["pixel", "normalized"]
+ROBUST = "_robust_training"  # attribute of a model that make_robust has changed
 
 
 class RobustModel(nn.Module):
@@ -73,6 +74,8 @@ class RobustModel(nn.Module):
                 f"'pixel'; got {input_space!r}, {input_mean}, {input_std}"
             )
         self.input_space = InputSpace(input_mean, input_std, ("input_mean", "input_std"))
+        if isinstance(model, nn.Module):
+            refuse_robust_inside(model)
         if isinstance(model, str):
             model = create_classifier(ModelSettings(name=model)).model
         if not isinstance(model, PixelClassifier):
@@ -135,3 +138,13 @@ class RobustModel(nn.Module):
     def pixels(self, x: Tensor) -> Tensor:
         """Images as ``forward`` takes them, checked -> [B, C, H, W] in [0, 1], fp32."""
         return self.input_space.pixels(x, self.classifier.channels)
+
+
+def refuse_robust_inside(model: nn.Module) -> None:
+    """Raise ValueError where a part of the model attacks already: images would move twice."""
+    for module in model.modules():
+        if ROBUST in module.__dict__ or isinstance(module, RobustModel):
+            name = type(module).__name__
+            raise ValueError(
+                f"{name} attacks its images already: call make_robust, or RobustModel, once"
+            )

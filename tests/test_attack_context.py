@@ -177,8 +177,21 @@ class Counting(nn.Module):
         return x
 
 
+class Replacing(nn.Module):
+    """It puts another tensor in place of its buffer, and has one that repeats an element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("repeated", torch.zeros(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x
+
+
 @MODES
-@pytest.mark.parametrize("layer", [instance_norm, spectral_norm, Counting])
+@pytest.mark.parametrize("layer", [instance_norm, spectral_norm, Counting, Replacing])
 def test_no_buffer_of_any_layer_is_moved(mode, layer):
     x, y = batch()
     inner = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(CLASSES))
@@ -220,6 +233,15 @@ def test_parameters_require_no_gradient_during_the_attack_and_their_own_after_it
     with pytest.raises(RuntimeError):
         model(x, y)
     assert [p.requires_grad for p in inner.parameters()] == [False] + [True] * 9
+
+
+def test_weights_that_are_no_leaves_are_attacked_too():
+    x, y = batch()
+    model = RobustModel(network(), FROM_X)
+    weights = {name: 1.0 * p for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, weights, (x, y))
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_train_mode_with_a_batchnorm_that_never_tracks():

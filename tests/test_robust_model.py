@@ -178,7 +178,7 @@ STATISTICS = {
 @pytest.mark.parametrize("augment", [patches_of_noise, patches_of_colour, bicubic])
 def test_a_few_pixels_outside_are_clipped_and_it_is_said_once(augment, caplog):
     model, spy = None, Spy(PGD_3)
-    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     if augment is not bicubic:
         model = RobustModel(network(), spy, **STATISTICS)
         mean, std = model.input_space.mean, model.input_space.std
@@ -189,7 +189,7 @@ def test_a_few_pixels_outside_are_clipped_and_it_is_said_once(augment, caplog):
         expected = given.clamp(0, 1)
     assert not torch.equal(given.clamp(0, 1), given)
     for _ in range(2):
-        model(given, torch.arange(8) % CLASSES)
+        model(given, torch.arange(len(given)) % CLASSES)
     torch.testing.assert_close(spy.x, expected)
     assert len([r for r in caplog.records if "lie outside [0, 1]" in r.message]) == 1
 

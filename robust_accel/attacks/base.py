@@ -1,6 +1,8 @@
 """The protocol that every attack follows, and the one place that differentiates in the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -23,6 +25,20 @@ class Attack(Protocol):
     ) -> Tensor:
         """Return x_adv: shape, dtype and device of x, in [0, 1], detached."""
         ...
+
+
+_seen: ContextVar[list[Tensor] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def gradients_seen() -> Iterator[list[Tensor]]:
+    """Collects, for each gradient that is taken in the block, whether it is anywhere not zero."""
+    seen: list[Tensor] = []
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
@@ -53,4 +69,7 @@ def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]
                 "attack climbs x -> cross_entropy(model(x), labels, reduction='none'), not a model"
             )
         (grad,) = torch.autograd.grad(loss.sum(), x)
+    seen = _seen.get()
+    if seen is not None:
+        seen.append(grad.any())
     return loss.detach(), grad

@@ -28,7 +28,7 @@ class All:
             work.wait()
 
 
-# computes, and yields whatever it then waits for; all of one protocol pause equally often
+# computes, and yields whatever it then waits for
 Exchange: TypeAlias = Iterator[Waited]
 
 
@@ -116,6 +116,7 @@ class GradientCompression:
     def __init__(self) -> None:
         self.meter = Meter()
         self.steps = 0
+        self._closed = False
 
     def state_dict(self) -> dict[str, int]:
         return {"steps": self.steps}
@@ -124,7 +125,12 @@ class GradientCompression:
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Stop what runs beside the training; the model cannot train on."""
+        """Release what it holds beside the model; an exchange raises afterwards."""
+        self._closed = True
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("gradient compression was closed: its model cannot train any more")
 
 
 def averaging(

@@ -6,7 +6,7 @@ in the same order, so that parameters stay bit-identical across ranks.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,12 @@ class QSGD(Settings):
     block_size: Literal["auto", "whole"] | PositiveInt | None = "auto"
     seed: int = Field(default=0, ge=0)
     compile: bool | Literal["auto"] = "auto"
+
+    def model_copy(self, **options: Any) -> "QSGD":
+        """With other settings it makes another quantiser."""
+        twin = super().model_copy(**options)
+        twin.__dict__.pop("quantizer", None)
+        return twin
 
     @cached_property
     def quantizer(self) -> Quantizer:

@@ -5,7 +5,6 @@
 import logging
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -68,29 +67,33 @@ class DDPCompression(GradientCompression):
             group, parent=model.process_group, replies=self._worker is not None
         )
         model.register_comm_hook(self, _hook)
-        self._own = {id(p) for p in model.module.parameters()}
-        self._without_sync = self._told = False
+        self._unsent = self._told = False
+        self._steps_at_update = 0
+        self._sent: list[Tensor] = []  # parameters of the first exchange
         self._model = weakref.ref(model)
         model.register_forward_pre_hook(self._before_forward)
         self._before_step = register_optimizer_step_pre_hook(self._before_update)
 
     def _before_forward(self, model: DistributedDataParallel, _: object) -> None:
-        self._without_sync = torch.is_grad_enabled() and not model.require_backward_grad_sync
+        self._unsent |= torch.is_grad_enabled() and not model.require_backward_grad_sync
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Of every optimizer in this process: what it steps on must have been exchanged."""
         if self._model() is None:  # it is gone, and others may have its parameters' ids
             self._before_step.remove()
             return
-        if not any(id(p) in self._own for g in optimizer.param_groups for p in g["params"]):
+        own = self._positions
+        if not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             return
-        if self._without_sync:  # accumulating ends with a backward that is sent
+        # accumulating ends with a backward that is sent
+        if self._unsent and self.steps == self._steps_at_update:
             raise RuntimeError(
                 "an optimizer step was to be made whose gradients were not exchanged: its forward "
                 "ran in no_sync(), as under Accelerate's LocalSGD, with which compress_gradients "
                 "cannot be used"
             )
-        if self.steps and not self._told:
+        self._unsent, self._steps_at_update = False, self.steps
+        if self._sent and not self._told:
             self._told = True
             self._tell()
 
@@ -100,11 +103,14 @@ class DDPCompression(GradientCompression):
         Raises:
             RuntimeError: The gradients are not the same on every rank.
         """
-        model = self._model()
-        assert model is not None
-        grads = [p.grad for p in model.module.parameters() if p.grad is not None]
-        # of the bits: a NaN that all ranks have is the same
-        own = torch.stack([g.view(_INTEGERS[g.itemsize]).sum(dtype=torch.int64) for g in grads])
+        sums = [
+            torch.zeros((), dtype=torch.int64, device=p.device)
+            if p.grad is None
+            # of the bits: a NaN that all ranks have is the same
+            else p.grad.view(_INTEGERS[p.grad.itemsize]).sum(dtype=torch.int64)
+            for p in self._sent
+        ]
+        own = torch.stack(sums)
         largest, smallest = own.clone(), own.clone()
         group = self._workers.group
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -115,14 +121,16 @@ class DDPCompression(GradientCompression):
             )
         logger.info(
             "gradients of %d tensors exchanged by %r, equal on %d ranks; %d bytes sent",
-            len(grads),
+            len(sums),
             self._collective,
             self._workers.size,
             self.meter.bytes_sent,
         )
+        self._sent.clear()
 
     def close(self) -> None:
         """Release the thread and the groups; a synchronised backward raises afterwards."""
+        super().close()
         self._before_step.remove()
         if self._worker is not None:
             self._worker.close()
@@ -133,11 +141,15 @@ class DDPCompression(GradientCompression):
         if buffer.is_sparse:
             raise ValueError("compress_gradients does not support sparse gradients")
         segments = [segment(p.shape, self._positions[id(p)]) for p in bucket.parameters()]
+        self._refuse_if_closed()
+        if not self._told:
+            self._sent += bucket.parameters()
         step, last = self.steps, bucket.is_last()
         self.steps += last
         if self._worker is None:
             return self._on_stream(buffer, segments, step, last)
-        arrived = time.perf_counter() if last else None
+        since = self.meter.arrived()
+        arrived = since if last else None
         return self._worker.submit(lambda: self._parts(buffer, segments, step, arrived))
 
     def _parts(
@@ -196,22 +208,17 @@ class _Worker:
         self._ended: list[tuple[torch.futures.Future, Tensor | BaseException]] = []
         self._pipeline = Pipeline()
         self._error: BaseException | None = None
-        self._closed = False
         # daemon: a peer that never answers must not keep this process alive
         self._thread = threading.Thread(target=self._run, name="gradient-sender", daemon=True)
         self._thread.start()
 
     def submit(self, begin: Callable[[], _Parts]) -> torch.futures.Future[torch.Tensor]:
-        if self._closed:
-            raise RuntimeError("gradient compression was closed: its model cannot train any more")
-        self._meter.arrived()
         future: torch.futures.Future = torch.futures.Future()
         result = future.then(_result_or_raise)
         self._jobs.put((begin, future))
         return result
 
     def close(self) -> None:
-        self._closed = True
         self._jobs.put(None)
         self._thread.join(timeout=5)
 

@@ -7,7 +7,6 @@ DeepSpeed 0.19.8.
 
 import inspect
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
@@ -153,6 +152,7 @@ class DeepSpeedCompression(GradientCompression):
 
     def close(self) -> None:
         """Release the groups; an exchange raises afterwards."""
+        super().close()
         self._workers.close()
 
     def _engine_bucket(self, bucket: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
@@ -203,6 +203,7 @@ class DeepSpeedCompression(GradientCompression):
         return segments
 
     def _averaged(self, flat: Tensor, segments: list[Segment]) -> Tensor:
+        self._refuse_if_closed()
         # each exchange has its own random numbers, which go on where the engine does
         at, number = int(self._engine.global_steps), 0
         if self._exchanges[0] == at:
@@ -215,7 +216,7 @@ class DeepSpeedCompression(GradientCompression):
     def _timed(self, device: torch.device) -> AbstractContextManager[None]:
         # the engine waits here; with overlap_comm, exposed seconds are an upper bound
         if device.type != "cuda":
-            return self.meter.timed(exposed_since=time.perf_counter())
+            return self.meter.timed(exposed=True)
         now = torch.cuda.Event(enable_timing=True)
         now.record()
         return self.meter.timed_stream(exposed_since=now)

@@ -56,6 +56,6 @@ def uniform_pair(seeds: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def uniform(seeds: Tensor, size: int) -> Tensor:
-    """Draws in (0, 1) with 32 bits, as fine as fp32 near 0. seeds: [rows] -> [rows, size]."""
+    """Draws in (0, 1] with 32 bits, as fine as fp32 near 0. seeds: [rows] -> [rows, size]."""
     low, high = uniform_pair(seeds, 0, size)
     return (high - 2.0**-17) + low * 2.0**-16

@@ -23,6 +23,7 @@ Plane: TypeAlias = tuple[Tensor, Tensor]  # steps [rows] fp32, words [rows, row_
 
 TYPICAL_ROWS = 1023  # of a call, for which the compiler tunes; odd, as no stride is
 MAX_UNROLL = 8  # messages that one kernel adds up
+WIDE = 4096  # elements of a block above which most are far below a step
 TINY = 2.0**-126  # the smallest step: its reciprocal is still a normal number
 
 
@@ -82,10 +83,21 @@ def _levels(x: Tensor, inverse: Tensor, seeds: Tensor, s: int, parts: int) -> li
     return levels
 
 
+def _fine_levels(x: Tensor, inverse: Tensor, seeds: Tensor, s: int) -> Tensor:
+    """The same by 32 random bits: most entries of a long vector are far below a step."""
+    magnitude = x.abs() * inverse[:, None]
+    low = magnitude.floor()
+    level = (low + (uniform(seeds, x.shape[1]) < magnitude - low)).clamp(max=s)
+    return torch.where(x < 0, -level, level).to(torch.int32)
+
+
 def encode_max(x: Tensor, inverse: Tensor, seeds: Tensor, words: Tensor, *, bits: int) -> None:
     """Quantise blocks by (A5)-(A6) with the max norm. words: [rows, row_words] int32, filled."""
-    s = num_levels(bits, "max")
-    levels = _levels(x, inverse, seeds, s, 32 // bits)
+    s, parts = num_levels(bits, "max"), 32 // bits
+    if x.shape[1] > WIDE:
+        levels = list(_fine_levels(x, inverse, seeds, s).view(len(x), parts, -1).unbind(1))
+    else:
+        levels = _levels(x, inverse, seeds, s, parts)
     words.copy_(pack([level + s for level in levels], bits))
 
 
@@ -98,11 +110,7 @@ def encode_l2(
     norm can, hence at most one in a block: then the whole block changes sign, and the step.
     """
     s, parts, width = num_levels(bits, "l2"), 32 // bits, x.shape[1]
-    magnitude = x.abs() * inverse[:, None]
-    low = magnitude.floor()
-    # finer than 16 bits, as most entries of a long vector are far below a step
-    level = (low + (uniform(seeds, width) < magnitude - low)).clamp(max=s)
-    q = torch.where(x < 0, -level, level).to(torch.int32)
+    q = _fine_levels(x, inverse, seeds, s)
     top = (q == s).any(dim=1)
     codes = torch.where(top[:, None], -q, q) + s  # [rows, width] in [0, 2s)
     low, high = codes & (s - 1), codes >> bits

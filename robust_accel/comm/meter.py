@@ -45,12 +45,14 @@ class Meter:
         self.bytes_sent += round(num_bytes)
         self.bytes_inside_machine += round(num_bytes) * inside_machine
 
-    def arrived(self) -> None:
-        """A gradient is under way from now on."""
+    def arrived(self) -> float:
+        """A gradient is under way from now on, a reading of `time.perf_counter()`."""
         with self._lock:
+            now = time.perf_counter()
             if self._under_way == 0:
-                self._busy_since = time.perf_counter()
+                self._busy_since = now
             self._under_way += 1
+            return now
 
     def left(self) -> None:
         """One of them has come to its end."""
@@ -60,14 +62,14 @@ class Meter:
                 self._seconds += time.perf_counter() - self._busy_since
 
     @contextmanager
-    def timed(self, *, exposed_since: float | None = None) -> Iterator[None]:
-        """A gradient is under way in the block; `exposed_since` is a `time.perf_counter()`."""
-        self.arrived()
+    def timed(self, *, exposed: bool) -> Iterator[None]:
+        """A gradient is under way in the block, and the backward waits for it if `exposed`."""
+        since = self.arrived()
         try:
             yield
         finally:
-            if exposed_since is not None:
-                self.exposed(exposed_since)
+            if exposed:
+                self.exposed(since)
             self.left()
 
     def exposed(self, since: float) -> None:

@@ -21,10 +21,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from robust_accel.comm.kernels import MAX_UNROLL, BlockNorm, Eager, Kernels, Plane, fused
+from robust_accel.comm.kernels import MAX_UNROLL, WIDE, BlockNorm, Eager, Kernels, Plane, fused
 from robust_accel.comm.layout import Group, Layout, Run, Segment, round_up
 
 FUSE_LIMIT = 1 << 16  # elements from which `compile="auto"` fuses
+MOST_LAYOUTS = 4096
 
 
 class Message(NamedTuple):
@@ -299,6 +300,8 @@ class Quantizer:
     def _layout(self, segments: Sequence[Segment], parts: int, device: torch.device) -> Layout:
         known = (tuple(segments), parts, device)
         if known not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:  # buckets that come in ever other orders
+                self._layouts.clear()
             made = Layout.of(known[0], self.block_size, self._unit, parts, device)
             self._layouts[known] = made
         return self._layouts[known]
@@ -313,8 +316,8 @@ class Quantizer:
     def _kernels(self, layout: Layout, width: int, device: torch.device) -> Kernels:
         fuse = layout.num_elements >= FUSE_LIMIT if self.compile == "auto" else self.compile
         kernels = None
-        # a whole tensor as a block would be a kernel of its own, made from a thousand such rows
-        if fuse and self.norm == "max" and self.block_size is not None:
+        # each width is a kernel of its own, made from a thousand such rows
+        if fuse and self.norm == "max" and self.block_size is not None and width <= WIDE:
             kernels = fused(self.bits, width, device, torch.get_num_threads())
         return kernels or Eager(self.bits, self.norm)
 

@@ -195,22 +195,29 @@ class _Wrapping:
             attack_mode="eval" if train is None else train.attack_mode,
             weight_perturbation=None if train is None else train.awp,
         )
-        for witness in Witness.of(self.model):
-            witness.strict = True
         say(f"robust-accel: {self.summary()}")
         return True
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Of every optimizer: its first step must come from attacked images.
+        """Of every optimizer of the model: what it steps on must come from attacked images.
 
         Raises:
-            NotWrapped: They were not.
+            NotWrapped: They were not, or there is no model of the script yet.
         """
-        if self._stepped:
-            return
-        self.check()
-        self._stepped = True
-        say(f"robust-accel: {self.training.min_max.applied}")
+        if self.model is None:
+            self.check()
+        own = {id(p) for p in self.trained.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return  # of something else
+        for witness in Witness.of(self.trained):
+            if witness.accusation is not None:
+                raise NotWrapped(f"{self.script}: {witness.accusation}")
+        if not self._stepped:
+            self.check()
+            applied = self.training.min_max.applied
+            self._stepped = applied is not None
+            if self._stepped:
+                say(f"robust-accel: {applied}")
 
     def send(self, accelerator: Accelerator, prepared: nn.Module) -> None:
         """Gradients by the recipe's communication."""
@@ -231,7 +238,10 @@ class _Wrapping:
             lines.append("  images: in [0, 1]" + _hint(self.model))
         else:
             lines.append(f"  images: normalised by mean {self.mean} and std {self.std}")
-        unused = [key for key in self.recipe.settings if key not in (*_USED, "output")]
+        if self.recipe.train is not None:
+            lines.append(f"  attack_mode: {self.recipe.train.attack_mode}")
+        unused = [key for key in self.recipe.settings if key not in (*_USED, "output", "train")]
+        unused += ["train but for attack_mode and awp"] * (self.recipe.train is not None)
         lines.append(f"  the script's own, not the recipe's: {', '.join(unused) or 'all else'}")
         return "\n".join(lines)
 
@@ -259,8 +269,13 @@ class _Wrapping:
         return 0
 
     @property
+    def trained(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    @property
     def training(self) -> RobustTraining:
-        training = None if self.model is None else robust_training(self.model)
+        training = robust_training(self.trained)
         assert training is not None
         return training
 

@@ -12,6 +12,7 @@ from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
+from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
 
 
@@ -77,6 +78,8 @@ def measure(
     low, high = (value.item() for value in x.aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"x must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
+    if isinstance(model, RobustModel):
+        model = model.classifier  # which reads [0, 1], whatever a script feeds the wrapper
     classifier = model if isinstance(model, PixelClassifier) else PixelClassifier(model)
     accelerator = Accelerator() if accelerator is None else accelerator
     classifier.to(accelerator.device)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from robust_accel.min_max import MinMax
 from robust_accel.models import PixelClassifier, logits_of
 from robust_accel.objectives import AWP, Objective
 from robust_accel.pixels import InputSpace
-from robust_accel.robust_model import RobustModel
+from robust_accel.robust_model import ROBUST, refuse_robust_inside
 
-_KEY = "_robust_training"
+_KEY = ROBUST
 _WRAPPERS = ("torch.nn.parallel", "deepspeed.")  # modules of their classes
 _MULTI = ("regression", "multi_label_classification")  # of transformers' problem_type
 _LABELS = ("labels", "label", "targets", "target", "y")
@@ -57,8 +57,8 @@ def make_robust(
     No module is kept: what is called is what is attacked, so that copies, DataParallel's replicas,
     pickled and spawned models attack with their own weights. ``torch.save(model)`` of the whole
     object keeps that too, and loading it needs this package; a state dict and ``save_pretrained``
-    are plain. A script that trains the model past its forward (``forward_features``, a submodule, a
-    scripted twin) or in eval mode is told so at the first backward, see ``Witness``.
+    are plain. A script that trains the model past its forward (``forward_features``, a submodule)
+    or in eval mode is told so at the first backward, see ``Witness``.
 
     Args:
         model: Any module from images [B, C, H, W] to logits [B, K] or to an output or mapping with
@@ -77,8 +77,7 @@ def make_robust(
     """
     given, model = model, getattr(model, "_orig_mod", model)  # inside of torch.compile(model)
     name = type(model).__name__
-    if robust_training(model) is not None or isinstance(model, RobustModel):
-        raise ValueError(f"{name} attacks its images already: call make_robust once")
+    refuse_robust_inside(model)
     if "forward" in model.__dict__ or type(model).__module__.startswith(_WRAPPERS):
         raise ValueError(
             f"{name} is wrapped or prepared already: call make_robust on the model itself, before "
@@ -97,7 +96,7 @@ def make_robust(
 
 
 def robust_training(model: nn.Module) -> "RobustTraining | None":
-    """What ``make_robust`` has given to the model, in whatever wraps it."""
+    """What ``make_robust`` has given to the model, inside of torch.compile too."""
     while "_orig_mod" in model.__dict__.get("_modules", {}):
         model = model._orig_mod  # type: ignore[assignment]
     return model.__dict__.get(_KEY)
@@ -166,7 +165,7 @@ class RobustTraining:
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 more = arguments.pop(key, ())
                 if len(more) > 1 or (more and self.image_name in arguments):
-                    raise ValueError(f"{type(model).__name__}: only images and labels by position")
+                    raise ValueError(f"{type(model).__name__}: only images by position")
                 arguments |= dict.fromkeys([self.image_name], more[0]) if more else {}
         images, labels = arguments.pop(self.image_name, None), arguments.pop(self.label_name, None)
         return _Call(images, labels, arguments)
@@ -210,11 +209,12 @@ class RobustTraining:
         )
 
 
-class _Call:
+class _Call(NamedTuple):
     """What one call of the forward was given."""
 
-    def __init__(self, images: Any, labels: Any, arguments: dict[str, Any]) -> None:
-        self.images, self.labels, self.arguments = images, labels, arguments
+    images: Any
+    labels: Any
+    arguments: dict[str, Any]
 
 
 class _Plain(nn.Module):
@@ -227,7 +227,7 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output = _called(self.model, self._image_name, x, self._arguments)
-        return logits_of(output, type(self.model).__name__)
+        return logits_of(output, self.model)
 
 
 def _called(model: nn.Module, image_name: str, x: Tensor, arguments: dict[str, Any]) -> Any:
@@ -325,6 +325,9 @@ def _attacking(forward: Any) -> Any:
             return forward(self, *args, **kwargs)
         return attacked(self, *args, **kwargs)
 
+    # Accelerate goes back to what was wrapped when it takes its own wrappers off
+    del attacking_forward.__wrapped__
+    setattr(attacking_forward, "__signature__", inspect.signature(forward))  # noqa: B010
     return attacking_forward
 
 

@@ -118,3 +118,7 @@ class QuantizedGradients(TrainerCallback):
         self.compression = compress_gradients(self.trainer.model_wrapped, self.collective)
         # a resumed run rounds as it would have: one exchange an optimizer step
         self.compression.load_state_dict({"steps": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.compression is not None
+        self.compression.close()

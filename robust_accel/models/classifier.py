@@ -96,35 +96,36 @@ class PixelClassifier(nn.Module):
             x = interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
         x = (x - self.mean) / self.std
         weight = next(self.model.parameters(), x)
-        logits = logits_of(self.model(x.to(weight.dtype)), type(self.model).__name__)
+        logits = logits_of(self.model(x.to(weight.dtype)), self.model)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def logits_of(output: object, name: str) -> Tensor:
+def logits_of(output: object, model: nn.Module) -> Tensor:
     """The logits [B, K] in what a classifier returns.
 
-    A tensor, an output or mapping with ``logits``, or the two tensors of timm's distilled models in
-    training, whose mean is what they return otherwise.
+    A tensor, alone in a tuple or not; an output or mapping with ``logits``; or the two tensors of a
+    distilled model of timm in distilled training, whose mean is what it returns otherwise.
 
     Raises:
         TypeError: It is anything else.
     """
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif isinstance(output, tuple | list) and len(output) == 2:
-        first, second = output
-        pair = isinstance(first, Tensor) and isinstance(second, Tensor)
-        logits = (first + second) / 2 if pair and first.shape == second.shape else None
-    else:
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    logits = getattr(logits, "logits", logits)
+    if isinstance(logits, tuple | list):
+        if len(logits) == 1:
+            (logits,) = logits
+        elif len(logits) == 2 and getattr(model, "distilled_training", False):
+            logits = (logits[0] + logits[1]) / 2
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return logits
-    found = type(output).__name__ if logits is None else f"logits of shape {list(logits.shape)}"
-    if isinstance(output, tuple | list):
+    found = type(output).__name__
+    if isinstance(logits, Tensor):
+        found = f"logits of shape {list(logits.shape)}"
+    elif isinstance(output, tuple | list):
         found += f" of {', '.join(type(part).__name__ for part in output)}"
     raise TypeError(
-        f"{name} is no classifier that is known here: it returned {found}; wanted are logits "
-        "[B, K], or an output or mapping with logits"
+        f"{type(model).__name__} is no classifier that is known here: it returned {found}; wanted "
+        "are logits [B, K], or an output or mapping with logits"
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from robust_accel.objectives.base import Classifier
@@ -135,7 +134,7 @@ def _untracked(classifier: Classifier) -> AbstractContextManager[None]:
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    buffers = [b for m in module.modules() if isinstance(m, _NormBase) for b in m.buffers()]
+    buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:
         yield

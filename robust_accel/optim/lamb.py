@@ -10,6 +10,12 @@ from torch.optim import Optimizer
 
 from robust_accel.optim.lamb_kernels import Batch, Form, Row, descend, update_and_norms
 
+_FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks on parameters
+_NO_FSDP1 = (
+    "LAMB does not support FSDP1, whose parameters are pieces of layers laid end to end: use FSDP2 "
+    "(fully_shard; Accelerate: fsdp_version: 2)"
+)
+
 
 class Piece(NamedTuple):
     """The part of one layer's tensor that lies in a flat shard; see ``LAMB.shard``."""
@@ -100,11 +106,8 @@ class LAMB(Optimizer):
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if any(getattr(param, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened")):
-                raise ValueError(
-                    "LAMB does not support FSDP1, whose parameters are pieces of layers laid end "
-                    "to end: use FSDP2 (fully_shard; Accelerate: fsdp_version: 2)"
-                )
+            if any(getattr(param, mark, False) for mark in _FSDP1):
+                raise ValueError(_NO_FSDP1)
             if param.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {param.dtype}")
             self._shapes.add(param.shape)
@@ -240,6 +243,8 @@ class LAMB(Optimizer):
                 continue
             if param.grad.is_sparse:
                 raise ValueError("LAMB needs dense gradients, got a sparse one (sparse=True?)")
+            if any(getattr(param, mark, False) for mark in _FSDP1):
+                raise ValueError(_NO_FSDP1)
             if param.ndim == 1 and param.shape not in self._shapes and param not in self._shards:
                 raise RuntimeError(
                     "LAMB's parameters were replaced by a flat shard (DeepSpeed ZeRO), whose norm"

@@ -15,8 +15,8 @@ def check_first_step(
     collective: Collective,
     compression: GradientCompression,
     ema_decay: float | None,
-) -> dict[str, Any]:
-    """What the report says of it, under ``applied``.
+) -> dict[str, Any] | None:
+    """What the report says of it, under ``applied``; None where only the next step can tell.
 
     Attack and weight perturbation have measured themselves (``MinMax.applied``), and have raised
     already where they did nothing.
@@ -31,13 +31,15 @@ def check_first_step(
     attack, num_processes = robust_model.min_max.applied, accelerator.num_processes
     _, equal = digest_of_parameters(robust_model.classifier, accelerator)
     sent = compression.meter.bytes_sent
-    faults = [] if attack else ["no batch was attacked"]
+    faults = [] if robust_model.min_max.calls else ["no batch was attacked"]
     if not equal:
         faults.append(f"the parameters of {num_processes} processes are not the same any more")
     if num_processes > 1 and sent == 0 and collective != AllReduce():
         faults.append(f"{collective!r} sent nothing")
     if faults:
         raise RuntimeError(f"the first step was not what the recipe says: {'; '.join(faults)}")
+    if attack is None:  # there was no gradient yet: two batches without one are an error
+        return None
     found: dict[str, Any] = {"attack": vars(attack)}
     if num_processes > 1:
         found["processes_with_equal_parameters"] = num_processes

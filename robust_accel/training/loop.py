@@ -102,7 +102,7 @@ class Loop:
         self.applied = check_first_step(
             self.robust_model, self.accelerator, self.collective, self.compression, decay
         )
-        if self.accelerator.is_main_process:
+        if self.applied is not None and self.accelerator.is_main_process:
             tqdm.write(in_words(self.robust_model, self.applied))
 
     def _attack_in(self, epoch: int) -> Attack:

@@ -238,6 +238,7 @@ class _Run:
             self.folder.write_report(report)
             append_line(self.folder.evaluations, report)
             write_report(self.folder)
+        self.loop.compression.close()
         self.accelerator.end_training()
         return report
 

@@ -9,8 +9,9 @@ from ddp_training import batch, get, make_model, train, wrap
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from robust_accel.comm import QSGD, Workers, compress_gradients
+from robust_accel.comm import QSGD, Meter, Workers, compress_gradients
 
 
 def closed(rank, world_size):
@@ -116,6 +117,43 @@ def not_ddp(rank, world_size):
         return str(error)
 
 
+def evaluated_in_between(rank, world_size):
+    """What is no local step, and a local step behind a forward without gradients."""
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(batch(rank, 0)).square().mean().backward()
+    with model.no_sync():  # an attack, say
+        torch.autograd.grad(model(batch(rank, 1)).sum(), next(model.parameters()))
+    optimizer.step()
+    with model.no_sync():
+        model(batch(rank, 2)).square().mean().backward()
+    with torch.no_grad():
+        model(batch(rank, 3))
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        compression.close()
+
+
+def ignored(rank, world_size):
+    """Parameters that DDP is told to leave alone differ between ranks, rightly."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, ["1.weight", "1.bias"]
+    )
+    parallel = DistributedDataParallel(model)
+    compression = compress_gradients(parallel, QSGD())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()  # without a gradient anywhere
+    parallel(torch.full((2, 8), 1.0 + rank)).square().mean().backward()
+    optimizer.step()
+    compression.close()
+    return model[0].weight.grad.clone(), model[1].weight.grad.clone()
+
+
 def sharded(rank, world_size):
     mesh = init_device_mesh("cpu", (world_size,))
     try:
@@ -124,7 +162,18 @@ def sharded(rank, world_size):
         return str(error)
 
 
-TWO = [closed, seconds_by_parts, told, limits, never_synchronised, hooked_already, not_ddp, sharded]
+TWO = [
+    closed,
+    seconds_by_parts,
+    told,
+    limits,
+    never_synchronised,
+    hooked_already,
+    not_ddp,
+    sharded,
+    evaluated_in_between,
+    ignored,
+]
 
 
 def test_the_first_exchange_is_told_and_a_faulty_one_is_an_error(two):
@@ -171,3 +220,28 @@ def test_model_that_is_not_ddp_is_refused(two):
 def test_fsdp2_is_refused_with_what_to_do(two):
     for said in get(two, sharded):
         assert "does not support FSDP2" in said and "leave it out there" in said
+
+
+def test_only_local_steps_are_refused(two):
+    for said in get(two, evaluated_in_between):
+        assert "its forward ran in no_sync()" in said
+
+
+def test_parameters_that_ddp_ignores_are_not_compared(two):
+    (sent, kept), (sent_there, kept_there) = get(two, ignored)
+    assert sent.equal(sent_there) and not kept.equal(kept_there)
+
+
+def test_a_copy_with_other_settings_quantises_by_them():
+    protocol = QSGD(bits=8)
+    assert protocol.quantizer.bits == 8
+    assert protocol.model_copy(update={"bits": 4}).quantizer.bits == 4
+    assert protocol == QSGD(bits=8)
+
+
+def test_seconds_hold_the_exposed_ones():
+    meter = Meter()
+    for _ in range(200):
+        with meter.timed(exposed=True):
+            pass
+    assert 0 < meter.exposed_seconds <= meter.seconds

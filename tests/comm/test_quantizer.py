@@ -216,6 +216,15 @@ def test_real_gradient_is_unbiased_and_meets_the_bound(norm, bits):
     assert float(error.square().sum() / num_draws / variance) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("norm", BOTH_NORMS)
+def test_entries_far_below_a_step_are_not_lost(norm):
+    x = torch.full((1 << 15,), 2.0**-18)
+    x[0] = 1.0
+    drawn = [roundtrip(Quantizer(2, norm, None), x, k=key(step=i)) for i in range(100)]
+    mean = torch.stack(drawn)[:, 1:].double().mean()
+    assert float(mean / 2**-18) == pytest.approx(1, abs=0.3)
+
+
 def test_more_bits_and_smaller_blocks_mean_less_error():
     x = sample("gauss", 1 << 14)
 

@@ -185,7 +185,7 @@ def served(quantizer, gradients, segments, *, in_full):
 SHAPES = [(300,), (40, 30), (7,), (1 << 18,), (9, 9), (5000,), (), (64, 64, 3, 3)]
 
 
-@pytest.mark.parametrize("num", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("num", [1, 3, 7])
 @pytest.mark.parametrize("block", [256, 100])
 @pytest.mark.parametrize("bits", [8, 2])
 def test_servers_give_the_mean_of_whole_messages(bits, block, num):

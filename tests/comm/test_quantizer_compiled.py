@@ -96,10 +96,10 @@ def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
     assert sum("eager" in r.getMessage() for r in caplog.records) == 1
 
 
-@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("block", [None, 1 << 16, 256])
 def test_whole_tensors_as_blocks_stay_eager(monkeypatch, block):
     """Fused, each would be a kernel of its own, compiled on a thousand copies of the tensor."""
     asked = []
     monkeypatch.setattr(q, "fused", lambda *format: asked.append(format))
     roundtrip(Quantizer(block_size=block, compile=True), torch.randn(1 << 17))
-    assert bool(asked) == (block is not None)
+    assert bool(asked) == (block == 256)

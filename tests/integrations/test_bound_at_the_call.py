@@ -3,6 +3,7 @@
 import copy
 import pickle
 import weakref
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,33 @@ class Rounded(Net):
         return super().forward((255 * x).round() / 255)
 
 
+class Lazy:
+    eps = 0.1
+
+    def __call__(self, loss_fn, x, *, generator=None):
+        return x.detach()
+
+
+def test_a_head_of_zeros_is_attacked_from_its_second_batch_on():
+    model = make_robust(Net(), ATTACK)
+    weights = model.weight.detach().clone()
+    model.weight.data.zero_()
+    model(X)
+    assert robust_training(model).min_max.applied is None
+    model.weight.data.copy_(weights)
+    model(X)
+    assert robust_training(model).min_max.applied.moved == 4
+
+
+def test_a_robust_model_inside_of_another_is_refused():
+    inner = make_robust(Net(), ATTACK)
+    for model in (inner, nn.Sequential(inner), RobustModel(Net(), ATTACK)):
+        with pytest.raises(ValueError, match="attacks its images already"):
+            make_robust(model, ATTACK)
+        with pytest.raises(ValueError, match="attacks its images already"):
+            RobustModel(model, ATTACK)
+
+
 class TooFar:
     eps = 0.1
 
@@ -192,8 +220,13 @@ class TooFar:
 
 
 def test_an_attack_that_does_nothing_or_leaves_its_ball_is_an_error():
-    with pytest.raises(RuntimeError, match="moved none of 4 images: the gradient of the loss"):
-        make_robust(Rounded(), ATTACK)(X)
+    for attack in (ATTACK, PGD(eps=EPS, num_steps=2)):  # from the image, and from a random start
+        model = make_robust(Rounded(), attack)
+        model(X)
+        with pytest.raises(RuntimeError, match="attacks nothing: the gradient of the loss in"):
+            model(X)
+    with pytest.raises(RuntimeError, match="moved none of 4 images"):
+        make_robust(Net(), Lazy())(X)
     with pytest.raises(RuntimeError, match=r"moved an image by 0\.2 .* promises 0\.1"):
         make_robust(Net(), TooFar())(X)
 
@@ -213,9 +246,11 @@ class Returns(nn.Module):
 KNOWN = {
     "mapping": lambda z: {"logits": z},
     "attribute": lambda z: SimpleNamespace(logits=z),
-    "distilled pair": lambda z: (z, z),
+    "alone in a tuple": lambda z: (z,),
+    "named with more": lambda z: namedtuple("Out", "logits aux")(z, -z),
 }
 UNKNOWN = {
+    "two heads": (lambda z: (z, z), "returned tuple of Tensor, Tensor"),
     "tuple": (lambda z: (z, z, z), "returned tuple of Tensor, Tensor, Tensor"),
     "loss and logits": (lambda z: (z.sum(), z), "returned tuple of Tensor, Tensor"),
     "mapping without": (lambda z: {"out": z}, "returned dict"),
@@ -251,6 +286,12 @@ def test_other_outputs_are_refused_by_name(how):
 def test_a_wrapped_model_can_be_measured():
     found = measure(RobustModel(Net(), ATTACK), X, LABELS, eps=EPS, pgd={"num_steps": 2})
     assert found == measure(Net(), X, LABELS, eps=EPS, pgd={"num_steps": 2})
+
+
+def test_a_wrapped_model_that_is_fed_normalised_images_is_measured_on_pixels():
+    robust = RobustModel(Net(), ATTACK, input_space="normalized", input_mean=0.5, input_std=0.5)
+    found = measure(robust, X, LABELS, eps=EPS, pgd={"num_steps": 2})
+    assert found == measure(robust.classifier, X, LABELS, eps=EPS, pgd={"num_steps": 2})
 
 
 def test_distilled_models_of_timm():
