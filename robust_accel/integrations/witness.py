@@ -97,12 +97,16 @@ class Witness:
     def _passed(self, weight: Tensor, training_mode: bool, grad: Tensor) -> None:
         """A backward comes through an output that was not attacked: does it reach the weight?"""
         if weight.is_leaf:
-            if self._handle is not None:  # of a backward that has raised
-                self._handle.remove()
+            self._let_go()  # of a backward that has raised
             self._handle = weight.register_post_accumulate_grad_hook(
                 lambda _: self._accuse(training_mode)
             )
-            Variable._execution_engine.queue_callback(self._handle.remove)
+            Variable._execution_engine.queue_callback(self._let_go)
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def _accuse(self, training_mode: bool) -> None:
         calls = self._training.min_max.calls

@@ -1,6 +1,7 @@
 """Training that no attack has seen is noticed at its first backward, and nothing else is."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -108,6 +109,7 @@ def test_a_model_that_is_left_in_eval_mode_is_told_at_the_first_backward(caplog)
     ]
     (witness,) = Witness.of(model)
     assert "call model.train() before training" in witness.accusation
+    pickle.dumps(copy.deepcopy(model))  # nothing of the backward is left in it
     model.train()(images()).sum().backward()
     assert witness.accusation is None  # what is stepped on now was attacked
 
