@@ -80,8 +80,7 @@ class DDPCompression(GradientCompression):
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Of every optimizer in this process: what it steps on must have been exchanged."""
         if self._model() is None:  # it is gone, and others may have its parameters' ids
-            self._before_step.remove()
-            return
+            return  # (a hook that removed itself here would break the loop over all of them)
         own = self._positions
         if not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             return

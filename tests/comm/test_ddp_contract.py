@@ -1,6 +1,8 @@
 """compress_gradients on DDP: what it tells, what it refuses, and what it gives back when closed."""
 
+import gc
 import logging
+import weakref
 from datetime import timedelta
 
 import psutil
@@ -138,6 +140,20 @@ def evaluated_in_between(rank, world_size):
         compression.close()
 
 
+def left_behind(rank, world_size):
+    """A model that is gone without close() does not disturb the next one."""
+    for step in range(2):
+        model = wrap(make_model())
+        compress_gradients(model, QSGD())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(batch(rank, step)).square().mean().backward()
+        optimizer.step()
+        reference = weakref.ref(model)
+        del model, optimizer
+        gc.collect()
+    return reference() is None
+
+
 def ignored(rank, world_size):
     """Parameters that DDP is told to leave alone differ between ranks, rightly."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
@@ -172,6 +188,7 @@ TWO = [
     not_ddp,
     sharded,
     evaluated_in_between,
+    left_behind,
     ignored,
 ]
 
@@ -225,6 +242,10 @@ def test_fsdp2_is_refused_with_what_to_do(two):
 def test_only_local_steps_are_refused(two):
     for said in get(two, evaluated_in_between):
         assert "its forward ran in no_sync()" in said
+
+
+def test_models_that_are_gone_disturb_no_other(two):
+    assert get(two, left_behind) == [True, True]
 
 
 def test_parameters_that_ddp_ignores_are_not_compared(two):
