@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
 from robust_accel.commands import is_setting, say
@@ -143,6 +143,7 @@ class _Wrapping:
         self.recipe, self.script, self.mean, self.std = recipe, script, mean, std
         self.model: nn.Module | None = None
         self._busy = self._stepped = False
+        self._prepared: list[Optimizer] = []  # of the script's one model: others are refused
 
     def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Accelerate's ``prepare`` or ``prepare_model``, which calls the other within."""
@@ -151,6 +152,7 @@ class _Wrapping:
             if self._busy or kwargs.get("evaluation_mode"):
                 return original(accelerator, *args, **kwargs)
             given = args or tuple(kwargs.values())
+            self._prepared += [item for item in given if isinstance(item, Optimizer)]
             self._busy = True
             try:
                 found = self.wrap(accelerator, given)
@@ -206,9 +208,10 @@ class _Wrapping:
         """
         if self.model is None:
             self.check()
-        own = {id(p) for p in self.trained.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return  # of something else
+        if optimizer not in self._prepared:  # whose parameters ZeRO replaces by others
+            own = {id(p) for p in self.trained.parameters()}
+            if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                return  # of something else
         for witness in Witness.of(self.trained):
             if witness.accusation is not None:
                 raise NotWrapped(f"{self.script}: {witness.accusation}")

@@ -107,6 +107,39 @@ def test_what_cannot_be_wrapped_is_refused_at_its_first_step(
     assert not steps.exists() or steps.read_text() == "."
 
 
+SHARDED = """
+import sys
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+import scripts
+
+accelerator = Accelerator(cpu=True)
+model = scripts.network()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model, optimizer = accelerator.prepare(model, optimizer)
+inner = optimizer.optimizer
+inner.param_groups[0]["params"] = [torch.zeros(9, requires_grad=True)]  # as ZeRO does
+data = scripts.Batches(scripts.MEAN, scripts.STD)
+model.eval()
+accelerator.backward(cross_entropy(model(data.images[:8]), data.labels[:8]))
+optimizer.step()
+open(sys.argv[1] + "/stepped", "w").close()
+"""
+
+
+def test_an_optimizer_whose_parameters_were_replaced_is_the_models_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED)
+    recipe, *settings = RECIPE
+    command = ["wrap", "--recipe", recipe, *NORMALISED, *settings, str(script), str(tmp_path)]
+    assert main(command) == 2
+    assert "is trained in eval mode" in capsys.readouterr().err
+    assert not (tmp_path / "stepped").exists()
+
+
 OWN = """
 import datasets, queue, statistics, sys
 from pathlib import Path
