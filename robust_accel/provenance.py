@@ -1,10 +1,13 @@
-"""What makes a number auditable: versions, and a digest of the weights on every process."""
+"""What makes a number auditable: versions, hardware, and digests of tensors."""
 
 import hashlib
 import platform
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -21,6 +24,33 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 of this package's code: what is edited in place has the version that it had."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def hardware(device: torch.device) -> str:
+    """The device's name in words, with the threads that a process uses where it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's own bytes, of whatever type it is."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

@@ -148,6 +148,18 @@ class Recipe:
             origin = origin_of(self.origins, f"{section}.{key}")
             raise RecipeError(f"{origin}: {section}.{error}") from error
 
+    @property
+    def doubts(self) -> list[str]:
+        """Where what is measured is not what is trained."""
+        trained = getattr(self.attack, "norm", "linf"), getattr(self.attack, "eps", None)
+        measured = self.evaluate.norm, self.evaluate.eps
+        if None in (trained[1], measured[1]) or trained == measured:
+            return []
+        ways = [f"{norm}, eps {eps:.4g}" for norm, eps in (trained, measured)]
+        return [
+            f"trained against {ways[0]}; measured against {ways[1]} (evaluate.norm, evaluate.eps)"
+        ]
+
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
 

@@ -18,11 +18,12 @@ class RunFolder:
         checkpoints/      step-N: full state, exact resume; best.safetensors: weights with the best
                           robust accuracy on the held-out split
         model/            timm folder: config.json, model.safetensors, README.md (its card)
-        autoattack/       the outcome of each image under each attack, written as it is known
-        certify/          certify.tsv: the field's log; process-*.jsonl: the same as it comes
+        measurements.jsonl  the ledger: one record a measurement, with the outcome of each image;
+                          measurements/: the work under way, a file a process
+        certify/          certify.tsv: the field's log of the last certification
         examples.safetensors  a few images before and after the attack
-        report.json       everything measured; evaluations.jsonl keeps every earlier evaluation
-        report.md, *.png  the same for people
+        report.json       how the model was made, and the ledger's rows of this model
+        report.md, report.html, pictures  the same for people
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,11 +33,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
         self.model = self.path / "model"
-        self.autoattack = self.path / "autoattack"
         self.certify = self.path / "certify"
         self.examples = self.path / "examples.safetensors"
         self.report = self.path / "report.json"
-        self.evaluations = self.path / "evaluations.jsonl"
 
     def check(self, settings: dict[str, Any], *, resume: bool) -> bool:
         """Whether a run is to be continued here.

@@ -118,9 +118,9 @@ def test_cifar10(
     assert recipe.attack.eps == 8 / 255
     report = train(recipe, quiet=True)
     assert report["steps"] == 2
-    assert report["threat_model"] == {"norm": "linf", "eps": 8 / 255}
-    assert report["pgd_accuracy"]["num_steps"] == 20
-    assert report["pgd_accuracy"]["n"] == 8
+    pgd = report["pgd_accuracy"]
+    assert pgd["threat_model"] == {"norm": "linf", "eps": 8 / 255}
+    assert (pgd["attack"]["num_steps"], pgd["images"]["n"]) == (20, 8)
 
 
 @pytest.mark.parametrize("name", names("imagenet"))
@@ -140,7 +140,7 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     if name == "smooth_at":
         return
     assert recipe.attack.eps == 2 / 255
-    assert report["pgd_accuracy"]["num_steps"] == 10
+    assert report["pgd_accuracy"]["attack"]["num_steps"] == 10
 
 
 @pytest.mark.parametrize("name", names("finetune"))

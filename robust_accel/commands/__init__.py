@@ -2,7 +2,14 @@
 
 import os
 import sys
-from typing import TextIO
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:  # --help imports nothing
+    from robust_accel.models import PixelClassifier
+    from robust_accel.recipe import Recipe
+    from robust_accel.run_folder import RunFolder
 
 
 def is_main() -> bool:
@@ -19,3 +26,36 @@ def say(text: str, file: TextIO | None = None) -> None:
 def is_setting(argument: str) -> bool:
     """Whether a word of the command line is ``key.subkey=value``."""
     return "=" in argument and not argument.startswith("-")
+
+
+def folder_for(
+    model: str, recipe: "Recipe", classifier: "PixelClassifier", overrides: Sequence[str], verb: str
+) -> "RunFolder":
+    """Where a command writes what it measures of a model.
+
+    A run's own folder; else ``output``; else ``runs/VERB-NAME-DIGEST``, so that two models of one
+    name have two folders.
+
+    Raises:
+        ValueError: The folder holds another model.
+    """
+    from robust_accel.evaluation.identity import digest_of_function
+    from robust_accel.run_folder import RunFolder
+
+    run, named = RunFolder(model), any(text.startswith("output=") for text in overrides)
+    if run.recipe.exists():
+        folder = RunFolder(recipe.output)
+        changed = [text for text in overrides if text.startswith("model.")]
+        if folder.path == run.path and changed:
+            raise ValueError(
+                f"output: {', '.join(changed)} makes another model than that of {model}: choose "
+                "a folder for it by output=FOLDER"
+            )
+    elif named:
+        folder = RunFolder(recipe.output)
+    else:
+        name = f"{verb}-{Path(model).name}-{digest_of_function(classifier)[:8]}"
+        folder = RunFolder(Path("runs") / name)
+    if folder.path.resolve() != run.path.resolve() and folder.recipe.exists():
+        raise ValueError(f"output: {folder.path} holds a training run: choose another")
+    return folder

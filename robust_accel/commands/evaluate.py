@@ -6,12 +6,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import is_main, say
-from robust_accel.data import load_test
+from robust_accel.commands import folder_for, is_main, say
+from robust_accel.data import load_data, load_test
 from robust_accel.evaluation import evaluate
-from robust_accel.provenance import versions
+from robust_accel.evaluation.identity import facts_of
+from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.reporting.report import comparison_table, write_report
-from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, recipe_of
 
 
@@ -23,37 +24,36 @@ def run(options: argparse.Namespace) -> int:
 
 
 def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
-    """Measure a model and write the result into a run folder.
+    """Measure a model, and write the records and the report into a run folder.
+
+    What the folder's ledger has of the same model, images and attack is not done again.
 
     Args:
-        model: A run folder; its report gets the new numbers and ``evaluations.jsonl`` keeps the
-            old. Or a timm model's name or ``local-dir:FOLDER``, with ``data.path=...`` and
-            ``evaluate.eps=...`` given; then the folder is ``output``, or ``runs/evaluate-NAME``.
+        model: A run folder. Or a timm model's name or ``local-dir:FOLDER``, with ``data.path=...``
+            and ``evaluate.eps=...`` given; then the folder is ``output``, or ``runs/evaluate-NAME``
+            with the model's digest.
         overrides: ``section.key=value``.
 
     Returns:
         The folder that holds the report.
     """
-    recipe = recipe_of(
-        model,
-        overrides,
-        required=("data", "evaluate"),
-        defaults={"output": f"runs/evaluate-{Path(model).name}"},
-    )
-    folder = RunFolder(recipe.output)
-    if folder.path != Path(model) and folder.recipe.exists():
-        raise ValueError(f"output: {folder.path} holds a training run: choose another")
+    recipe = recipe_of(model, overrides, required=("data", "evaluate"))
     images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
     classifier = load_classifier(recipe, model, images, num_classes)
-    other = None
+    other = train = None
     if recipe.evaluate.sanity and (source := recipe.evaluate.sanity_settings.transfer_from):
         about = recipe_of(source, (), required=("model",))
         other = load_classifier(about, source, images, num_classes)
+    if recipe.evaluate.train_images is not None:
+        train = recipe.checked("data", lambda: load_data(recipe.data)).train
+    folder = folder_for(model, recipe, classifier, overrides, "evaluate")
+    for doubt in recipe.doubts:
+        say(doubt)
     accelerator = Accelerator()
     if other is not None:
         other.to(accelerator.device).eval()
     classifier.to(accelerator.device).eval()
-    result = {"model": model, "data": recipe.data.model_dump(mode="json")} | evaluate(
+    result = evaluate(
         classifier,
         images,
         recipe.evaluate,
@@ -61,17 +61,14 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         num_classes=num_classes,
         folder=folder,
         other=other,
+        train=train,
+        class_names=classifier.class_names,
+        source=recipe.data.source,
         say=say,
     )
-    result["num_processes"], result["versions"] = accelerator.num_processes, versions()
     if accelerator.is_main_process:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        append_line(folder.evaluations, result)
-        # how the model was trained stays as it was; what was measured now replaces what was before
-        measured = {k: v for k, v in result.items() if k not in ("versions", "num_processes")}
-        folder.write_report(
-            folder.read_report() | measured | {"evaluated_with": result["versions"]}
-        )
+        facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}
+        refresh_report(folder, model=facts)
         write_report(folder)
     accelerator.wait_for_everyone()
     return folder

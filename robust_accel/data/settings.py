@@ -1,6 +1,6 @@
 """The recipe's ``data`` section."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import model_validator
@@ -76,6 +76,12 @@ class DataSettings(Settings):
     classes: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(2)] | None = None
     unlabeled: UnlabeledSettings | None = None
     sharding: Literal["global", "fixed"] = "global"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the test images are from, for records."""
+        keys = {"path", "config", "test_split", "test_size", "image_size", "classes"}
+        return self.model_dump(mode="json", include=keys, exclude_none=True)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataSettings":

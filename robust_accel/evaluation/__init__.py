@@ -1,23 +1,17 @@
 """Measure a classifier: clean, PGD and AutoAttack accuracy, exact on any number of processes."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import (
-    Perturb,
-    accuracy,
-    clean,
-    correct_flags,
-    predictions,
-    under_attack,
-)
-from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation
+from robust_accel.evaluation.accuracy import correct_flags, predictions, under_attack
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.examples import keep_examples
+from robust_accel.evaluation.ledger import Ledger, Record
+from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.sanity import sanity
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.evaluation.sweep import sweep
@@ -26,13 +20,13 @@ from robust_accel.run_folder import RunFolder
 
 __all__ = [
     "EvaluateSettings",
-    "accuracy",
-    "clean",
     "correct_flags",
     "evaluate",
     "predictions",
     "under_attack",
 ]
+
+DRAWS = 20  # of a randomised model, if no number is asked for
 
 
 def evaluate(
@@ -44,6 +38,10 @@ def evaluate(
     num_classes: int,
     folder: RunFolder | None = None,
     other: PixelClassifier | None = None,
+    train: ImageSet | None = None,
+    class_names: Sequence[str] | None = None,
+    source: dict[str, Any] | None = None,
+    kind: str = "all",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
@@ -53,63 +51,84 @@ def evaluate(
             eval mode and fp32.
         images: The test images.
         num_classes: Of the data, for AutoAttack's targets.
-        folder: Where AutoAttack keeps the outcome of each image (what is there is not done again),
+        folder: Where records and the work under way are kept (what is there is not done again),
             and some adversarial images to look at.
         other: Of ``settings.sanity``: a model whose adversarial images are tried on this one.
+        train: Of ``settings.train_images``.
+        class_names: Of the classifier's outputs.
+        source, kind: Where the images are from, and which of them they are, see ``Bench``.
         say: Told each result when it is there.
 
     Returns:
-        ``clean_accuracy``, ``pgd_accuracy`` and ``autoattack_accuracy`` as
-        ``{"accuracy": share, "n": images, ...}``, and the threat model: what ``report.json`` holds.
+        The records of this evaluation: ``clean_accuracy``, ``pgd_accuracy`` and
+        ``autoattack_accuracy``, ``train_clean_accuracy`` and ``train_pgd_accuracy``, ``sweep``,
+        ``sanity``; and ``function``, the digest of what was measured.
     """
 
-    def flags_of(name: str, perturb: Perturb, limit: int | None) -> Tensor:
-        return correct_flags(
-            classifier, images, perturb, settings, accelerator, num_images=limit, title=name
+    def told(name: str, record: Record) -> Record:
+        low, high = (100 * bound for bound in record["interval"])
+        share, number = 100 * record["accuracy"], record["images"]["n"]
+        say(f"{name}: {share:.2f}% of {number} images (95%: {low:.1f} to {high:.1f})")
+        for where, found in record.get("non_finite", {}).items():
+            say(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
+        return record
+
+    def bench_of(images: ImageSet, draws: int, **about: Any) -> Bench:
+        return Bench(
+            classifier,
+            images,
+            accelerator,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            draws=draws,
+            ledger=ledger,
+            class_names=class_names,
+            **about,
         )
 
-    def record(name: str, flags: Tensor, **about: Any) -> None:
-        result[name] = accuracy(flags) | about
-        say(f"{name}: {100 * result[name]['accuracy']:.2f}% of {len(flags)} images")
-
-    result: dict[str, Any] = {
-        "threat_model": {"norm": settings.norm, "eps": settings.eps},
-        "batchnorm_mode": "eval",
-        "evaluation_seed": settings.seed,
-    }
     autoattack = None  # made first: what it refuses, it refuses before anything is spent
     if settings.autoattack is not None:
         autoattack = AutoAttackEvaluation(settings, num_classes)
-    right = flags_of("clean_accuracy", clean, settings.images)
-    record("clean_accuracy", right)
-    by_pgd = by_autoattack = None
-    if settings.pgd is not None:
-        pgd = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
-        restarts = settings.pgd.restarts
-        about: dict[str, Any] = {"num_steps": pgd.num_steps, "step_size": pgd.step_size}
-        by_pgd = flags_of("pgd_accuracy", under_attack(pgd, restarts), settings.images)
-        record("pgd_accuracy", by_pgd, **about, restarts=restarts)
-    if settings.sweep is not None:
-        result["sweep"] = sweep(classifier, images, right, settings, accelerator)
-    if autoattack is not None:
-        assert settings.autoattack is not None
-        limit = min(settings.autoattack_images or len(right), len(images))
-        if limit > len(right):
-            right = flags_of("clean_accuracy", clean, limit)
-        start = time.perf_counter()
-        kept = None if folder is None else folder.autoattack
-        by_autoattack = autoattack.flags(classifier, images, right[:limit], accelerator, kept)
-        about = {"version": settings.autoattack, "attacks": list(ATTACKS_OF[settings.autoattack])}
-        about |= {"search": settings.search, "seconds": time.perf_counter() - start}
-        record("autoattack_accuracy", by_autoattack, **about)
-    if settings.sanity:
-        both = None
-        if by_pgd is not None and by_autoattack is not None:
-            number = min(len(by_pgd), len(by_autoattack))
-            both = (by_pgd[:number], by_autoattack[:number])
-        result["sanity"] = sanity(
-            classifier, images, settings, accelerator, autoattack=both, other=other, say=say
+    ledger = Ledger(None if folder is None else folder.path, accelerator)
+    bench = bench_of(images, 1, source=source, kind=kind)
+    if bench.is_randomised(settings.batch_size):
+        bench.draws = settings.draws or DRAWS
+        say(f"the model is randomised: each verdict is of {bench.draws} draws")
+    elif (settings.draws or 1) > 1:
+        say(
+            f"evaluate.draws: {settings.draws}, but the model always answers the same: one is taken"
         )
+    result: dict[str, Any] = {"function": bench.function}
+    pgd = None
+    if settings.pgd is not None:
+        attack = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
+        pgd = under_attack(attack, settings.pgd.restarts)
+
+    def clean_and_pgd(bench: Bench, limit: int | None, prefix: str, purpose: str) -> Any:
+        right = bench.clean(limit)
+        name, by_pgd = f"{prefix}clean_accuracy", None
+        result[name] = told(name, bench.record(purpose, {"name": "none"}, right, right))
+        if pgd is not None:
+            by_pgd, name = bench.attacked(pgd, right), f"{prefix}pgd_accuracy"
+            result[name] = told(name, bench.record(purpose, pgd.about, right, by_pgd))
+        return right, by_pgd
+
+    right, by_pgd = clean_and_pgd(bench, settings.images, "", "accuracy")
+    if train is not None and settings.train_images is not None:
+        of_train = bench_of(train, bench.draws, source={**(source or {}), "split": "train"})
+        clean_and_pgd(of_train, settings.train_images, "train_", "train")
+    if settings.sweep is not None:
+        result["sweep"] = sweep(bench, right, settings)
+    by_autoattack: Outcomes | None = None
+    if autoattack is not None:
+        limit = min(settings.autoattack_images or len(right.index), len(images))
+        before = right.first(limit) if limit <= len(right.index) else bench.clean(limit)
+        by_autoattack, about = autoattack.run(bench, before, say)
+        record = bench.record("accuracy", autoattack.about, before, by_autoattack, **about)
+        result["autoattack_accuracy"] = told("autoattack_accuracy", record)
+    if settings.sanity:
+        both = None if by_pgd is None or by_autoattack is None else (by_pgd, by_autoattack)
+        result["sanity"] = sanity(bench, settings, autoattack=both, other=other, say=say)
     if folder is not None:
-        keep_examples(classifier, images, right, settings, accelerator, folder)
+        keep_examples(bench, settings, folder.examples)
     return result

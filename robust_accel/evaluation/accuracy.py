@@ -1,30 +1,21 @@
 """Which test images a classifier gets right, clean or attacked: one flag an image."""
 
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
-from robust_accel.attack_context import attack_context
 from robust_accel.attacks import Attack
-from robust_accel.data import Batch, ImageSet
+from robust_accel.data import ImageSet
+from robust_accel.evaluation.bench import Attacker, Bench, Unit
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 
-Perturb = Callable[[PixelClassifier, Tensor, Tensor, int], Tensor]
-"""classifier, x [B, C, H, W] in [0, 1], labels [B], seed of the unit -> images to classify."""
 
-
-def clean(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """The images as they are."""
-    return x
-
-
-def under_attack(attack: Attack, restarts: int = 1) -> Perturb:
+def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
     """Perturb by one of this package's attacks on the cross-entropy.
 
     From the second restart on, only images that are still right are attacked.
@@ -48,81 +39,48 @@ def under_attack(attack: Attack, restarts: int = 1) -> Perturb:
                     break
         return x_adv
 
-    return perturb
+    about: dict[str, Any] = {"name": type(attack).__name__.lower()}
+    if isinstance(attack, BaseModel):
+        about |= attack.model_dump(mode="json")
+    return Attacker(about | {"restarts": restarts}, perturb)
 
 
 def correct_flags(
     classifier: PixelClassifier,
     images: ImageSet,
-    perturb: Perturb,
+    attacker: Attacker | None,
     settings: EvaluateSettings,
     accelerator: Accelerator,
     *,
     num_images: int | None = None,
-    among: Tensor | None = None,
-    title: str = "",
 ) -> Tensor:
     """Flags [N] of the first N images, the same on all processes and for any number of them.
 
-    The images are cut into units of ``settings.batch_size``; each has its own seed and goes to
-    one process. An image is right only if the prediction is right before and after ``perturb``.
+    An image is right only if the prediction is right before and after the attack.
 
     Args:
+        attacker: None leaves the images as they are.
         num_images: N; all when not given.
-        among: [N], bool: images known to be wrong already, which are not attacked again.
     """
-    num_images = min(num_images or len(images), len(images))
-    flags = torch.zeros(num_images, dtype=torch.int64, device=accelerator.device)
-    with attack_context(classifier, "eval"):
-        for unit, indices, (x, labels) in _own_units(
-            images, num_images, settings.batch_size, accelerator, title
-        ):
-            with torch.no_grad():
-                right = classifier(x).argmax(dim=1) == labels
-            if among is not None:
-                right &= among.to(right.device)[indices]
-            if perturb is not clean and right.any():
-                # only images that are right can be broken: attack no others
-                x_adv = perturb(classifier, x[right], labels[right], settings.seed + 1000 * unit)
-                with torch.no_grad():
-                    right[right.clone()] = classifier(x_adv).argmax(dim=1) == labels[right]
-            flags[indices] = right.long()
-    return reduce(flags, "sum").bool().cpu()  # each image was one process's: the sum is exact
+    bench = Bench(
+        classifier, images, accelerator, batch_size=settings.batch_size, seed=settings.seed
+    )
+    outcomes = bench.clean(num_images)
+    return (outcomes if attacker is None else bench.attacked(attacker, outcomes)).right
 
 
-@torch.no_grad()
 def predictions(
     classifier: PixelClassifier, images: ImageSet, batch_size: int, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Predicted classes [N] and their probabilities [N], the same on all processes."""
-    classes = torch.zeros(len(images), dtype=torch.int64, device=accelerator.device)
-    confidence = torch.zeros(len(images), device=accelerator.device)
-    with attack_context(classifier, "eval"):
-        for _, indices, (x, _) in _own_units(
-            images, len(images), batch_size, accelerator, "predictions"
-        ):
-            confidence[indices], classes[indices] = classifier(x).softmax(dim=1).max(dim=1)
-    return reduce(classes, "sum").cpu(), reduce(confidence, "sum").cpu()
+    units = [Unit(u, part) for u, part in enumerate(torch.arange(len(images)).split(batch_size))]
 
+    @torch.no_grad()
+    def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:
+        confidence, classes = classifier(x).softmax(dim=1).max(dim=1)
+        return {"classes": classes.tolist(), "confidence": confidence.tolist()}
 
-def _own_units(
-    images: ImageSet, num_images: int, batch_size: int, accelerator: Accelerator, title: str
-) -> Iterator[tuple[int, Tensor, Batch]]:
-    """This process's units of work: their number, the images' indices, and the images."""
-    units = torch.arange(num_images).split(batch_size)
-    mine = range(accelerator.process_index, len(units), accelerator.num_processes)
-    batches = images.batches([units[u] for u in mine], accelerator.device)
-    progress = tqdm(
-        zip(mine, batches, strict=True),
-        total=len(mine),
-        desc=title,
-        leave=False,
-        disable=not accelerator.is_local_main_process or len(mine) < 2,
-    )
-    for unit, batch in progress:
-        yield unit, units[unit].to(accelerator.device), batch
-
-
-def accuracy(flags: Tensor) -> dict[str, float | int]:
-    """Share of right images and their number."""
-    return {"accuracy": flags.double().mean().item(), "n": len(flags)}
+    bench = Bench(classifier, images, accelerator, batch_size=batch_size)
+    found = bench.share({}, units, compute, "predictions")
+    classes = torch.tensor([c for one in found for c in one["classes"]])
+    return classes, torch.tensor([c for one in found for c in one["confidence"]])

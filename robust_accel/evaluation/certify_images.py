@@ -1,30 +1,27 @@
-"""Certified radii of many images: the recipe's ``certify`` section, the log, the summary."""
+"""Certified radii of many images: the recipe's ``certify`` section, the record, the field's log."""
 
-import json
-import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
+from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from robust_accel.data import ImageSet, seeded_generator
+from robust_accel.data import seeded_generator
+from robust_accel.evaluation.bench import Bench, Unit
 from robust_accel.evaluation.certify import (
-    Certificate,
     Sequential,
     SmoothedClassifier,
     certified_accuracy,
+    radius_of,
 )
-from robust_accel.models import PixelClassifier
-from robust_accel.provenance import digest_of
-from robust_accel.run_folder import append_line, read_lines
+from robust_accel.evaluation.ledger import Record
+from robust_accel.evaluation.outcomes import global_state_kept, wilson
 from robust_accel.settings import Number, Settings
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's log
@@ -45,6 +42,7 @@ class CertifySettings(Settings):
         skip: Certify every so many-th image (the field's logs take every 20th).
         batch_size: Noisy copies that go through the model at a time.
         precision: Of the model, for every sample alike.
+        ids: The images instead of all, as ``evaluate.ids``.
         seed: Of the noise.
     """
 
@@ -58,6 +56,7 @@ class CertifySettings(Settings):
     alpha: Annotated[Number, Gt(0), Lt(1)] = 0.001
     images: Annotated[int, Ge(1)] | None = None
     skip: Annotated[int, Ge(1)] = 1
+    ids: str | tuple[Annotated[int, Ge(0)], ...] | None = None
     batch_size: Annotated[int, Ge(1)] = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Ge(0)] = 0
@@ -68,129 +67,127 @@ class CertifySettings(Settings):
             raise ValueError(f"n: {self.n} is fewer than n0: {self.n0}")
         return self
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides a certificate, plain values."""
+        shared = self.model_dump(mode="json", exclude={"images", "skip", "batch_size", "ids"})
+        if self.method == "cohen":
+            del shared["radii"]
+        else:  # looks are at multiples of it
+            shared["batch_size"] = self.batch_size
+        return {"name": "certify", **shared}
 
-def certify_images(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    indices: Sequence[int],
-    settings: CertifySettings,
-    accelerator: Accelerator,
-    log: "CertifyLog",
-    known: dict[int, dict[str, Any]],
-) -> None:
-    """Certify this process's share of the images that are not known yet, row by row."""
-    assert settings.sigma is not None
-    smoothed = SmoothedClassifier(
-        classifier, settings.sigma, settings.batch_size, bf16=settings.precision == "bf16"
-    )
-    rule = Sequential(settings.radii, settings.n, settings.alpha, settings.sigma)
+    @property
+    def largest_radius(self) -> float:
+        """The radius of an image whose every sample is its class: sigma Phi^-1(alpha^(1/n))."""
+        assert self.sigma is not None
+        alpha = self.alpha if self.method == "cohen" else self.alpha / 2
+        return float(radius_of(alpha ** (1 / self.n), self.sigma))
 
-    def certificate(x: torch.Tensor, generator: torch.Generator) -> Certificate:
-        if settings.method == "sequential":
-            return smoothed.certify_sequentially(x, settings.n0, rule, generator)
-        return smoothed.certify(x, settings.n0, settings.n, settings.alpha, generator)
-
-    todo = [i for i in indices if i not in known]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    batches = images.batches([torch.tensor([i]) for i in mine], accelerator.device)
-    bar = tqdm(
-        zip(mine, batches, strict=True),
-        total=len(mine),
-        desc="certify",
-        leave=False,
-        disable=not accelerator.is_local_main_process,
-    )
-    for index, (x, labels) in bar:
-        start = time.perf_counter()
-        seed = seeded_generator(settings.seed, index).initial_seed()
-        generator = torch.Generator(accelerator.device).manual_seed(seed)
-        found = certificate(x[0], generator)
-        log.append(
-            accelerator,
-            {
-                "idx": index,
-                "label": int(labels[0]),
-                "predict": found.predict,
-                "radius": found.radius,
-                "correct": int(found.predict == int(labels[0])),
-                "time": str(timedelta(seconds=time.perf_counter() - start)),
-                "samples": found.samples,
-            },
+    @property
+    def doubt(self) -> str | None:
+        """Which radii no image can reach; None where all are within reach."""
+        far = [f"{radius:g}" for radius in self.radii if radius > self.largest_radius]
+        if not far:
+            return None
+        return (
+            f"certify.radii: {', '.join(far)} cannot be certified by {self.n} samples at sigma "
+            f"{self.sigma:g} and alpha {self.alpha:g}: the largest radius is "
+            f"{self.largest_radius:.4f}; more samples (certify.n) or a larger sigma go further"
         )
 
 
-class CertifyLog:
-    """Rows of one certification, as they come, in a file a process.
+def certify_images(bench: Bench, index: Tensor, settings: CertifySettings) -> Record:
+    """Certify images, each by noise that follows from (seed, image).
 
-    Raises:
-        ValueError: The folder holds another certification.
+    Args:
+        bench: With the settings' seed.
+        index: [N], of the images.
+
+    Returns:
+        The record: ``accuracy`` at radius 0, ``radii``, ``curve``, ``abstained``,
+        ``samples_per_image``.
     """
+    assert settings.sigma is not None
+    smoothed = SmoothedClassifier(
+        bench.classifier, settings.sigma, settings.batch_size, bf16=settings.precision == "bf16"
+    )
+    rule = Sequential(settings.radii, settings.n, settings.alpha, settings.sigma)
 
-    def __init__(
-        self, folder: Path, settings: CertifySettings, classifier: PixelClassifier, images: ImageSet
-    ) -> None:
-        weights = [*classifier.state_dict().values(), classifier.mean, classifier.std]
-        self._about: dict[str, Any] = {
-            "model": digest_of(weights)[:16],
-            "labels": digest_of([images.labels])[:16],
-            **settings.model_dump(mode="json", exclude={"images", "skip", "batch_size"}),
+    def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:
+        seed = seeded_generator(settings.seed, unit.number).initial_seed()
+        generator = torch.Generator(x.device).manual_seed(seed)
+        with global_state_kept(seed):
+            if settings.method == "sequential":
+                found = smoothed.certify_sequentially(x[0], settings.n0, rule, generator)
+            else:
+                found = smoothed.certify(x[0], settings.n0, settings.n, settings.alpha, generator)
+        return asdict(found)
+
+    units = [Unit(i, torch.tensor([i])) for i in index.tolist()]
+    found = bench.share(settings.about, units, compute, "certify")
+    columns = {key: [one[key] for one in found] for key in ("predict", "radius", "samples")}
+    columns["seconds"] = [one["seconds"] for one in found]
+    labels = bench.images.labels[index].tolist()
+    per_image = {"label": labels, "prediction": columns.pop("predict"), **columns}
+    spent = {key: sum(one[key] for one in found) for key in ("seconds", "forward_passes")}
+    every = settings.skip > 1
+    selection = f"one in {settings.skip}, {len(index)} images" if every else None
+    result = summary(settings, per_image)
+    return bench.keep("certificate", settings.about, index, result, per_image, spent, selection)
+
+
+def write_table(path: Path, record: Record) -> None:
+    """The field's log: tab-separated, a row an image; radii to three digits, rounded down."""
+    columns = record["outcomes"]
+    lines = ["\t".join(COLUMNS)]
+    names = ("index", "label", "prediction", "radius", "seconds")
+    for row in zip(*(columns[name] for name in names), strict=True):
+        index, label, predict, radius, seconds = row
+        shown = (index, label, predict, rounded_down(radius), int(predict == label))
+        lines.append("\t".join(map(str, (*shown, timedelta(seconds=seconds)))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(path)
+
+
+def rounded_down(radius: float) -> str:
+    """Three digits of a radius, never more than it is: what is written must hold."""
+    if radius <= 0:
+        return "0.0"
+    digits = Context(prec=3, rounding=ROUND_DOWN).create_decimal_from_float(radius)
+    return f"{digits.normalize():f}"
+
+
+def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[str, Any]:
+    """Certified accuracy at the radii, and the curve as far as it is known.
+
+    A sequential certificate stops when the largest radius asked for is decided: beyond that
+    nothing is known.
+    """
+    radius = np.asarray(per_image["radius"])
+    predicted, labels = (np.asarray(per_image[key]) for key in ("prediction", "label"))
+    correct = predicted == labels
+    number, asked = len(radius), list(settings.radii)
+    sequential = settings.method == "sequential"
+    last = max(asked) if sequential else max(radius.max(), *asked)
+    curve = np.linspace(0, last, 101).tolist()
+    at_zero = float((correct & (radius > 0)).mean())
+    radii = [
+        {
+            "radius": r,
+            "accuracy": a,
+            "interval": list(wilson(a, number)),
+            "reachable": r <= settings.largest_radius,
         }
-        if settings.method == "cohen":
-            del self._about["radii"]
-        else:  # looks are at multiples of it
-            self._about["batch_size"] = settings.batch_size
-        self._folder, self._about_file = folder, folder / "about.json"
-        if self._about_file.exists():
-            found = json.loads(self._about_file.read_text())
-            changed = [
-                f"{key}: {found.get(key)!r}, now {self._about.get(key)!r}"
-                for key in {**found, **self._about}
-                if found.get(key) != self._about.get(key)
-            ]
-            if changed:
-                raise ValueError(
-                    f"certify: {folder} holds another certification ({'; '.join(changed)}): move "
-                    "it away, or choose another output"
-                )
-
-    def rows(self, accelerator: Accelerator) -> dict[int, dict[str, Any]]:
-        """What all processes have written so far, by image; read by one, told to all."""
-        accelerator.wait_for_everyone()
-        found: list[dict[str, Any]] = []
-        if accelerator.is_main_process:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._about_file.write_text(json.dumps(self._about, indent=2) + "\n")
-            for path in sorted(self._folder.glob("process-*.jsonl")):
-                found += read_lines(path)
-        return {row["idx"]: row for row in gather_object(found)}
-
-    def append(self, accelerator: Accelerator, row: dict[str, Any]) -> None:
-        append_line(self._folder / f"process-{accelerator.process_index}.jsonl", row)
-
-    def write_table(self, rows: Sequence[dict[str, Any]]) -> None:
-        """The field's log: tab-separated, radii to three digits."""
-        lines = ["\t".join(COLUMNS)]
-        for row in rows:
-            shown = row | {"radius": f"{row['radius']:.3}"}
-            lines.append("\t".join(str(shown[column]) for column in COLUMNS))
-        target = self._folder / "certify.tsv"
-        temporary = target.with_suffix(".incomplete")
-        temporary.write_text("\n".join(lines) + "\n")
-        temporary.replace(target)
-
-
-def summary(settings: CertifySettings, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ``report.json`` says of a certification."""
-    correct, radius = ([row[key] for row in rows] for key in ("correct", "radius"))
-    accuracies = certified_accuracy(settings.radii, correct, radius)
-    curve = np.linspace(0, max(max(radius), *settings.radii), 101).tolist()
+        for r, a in zip(asked, certified_accuracy(asked, correct, radius), strict=True)
+    ]
     return {
-        **settings.model_dump(mode="json", exclude={"radii", "images"}),
-        "images": len(rows),
-        "abstained": float(np.mean([row["predict"] < 0 for row in rows])),
-        "samples_per_image": float(np.mean([row["samples"] for row in rows])),
-        "accuracy": [
-            {"radius": r, "accuracy": a} for r, a in zip(settings.radii, accuracies, strict=True)
-        ],
+        "accuracy": at_zero,
+        "interval": list(wilson(at_zero, number)),
+        "radii": radii,
         "curve": {"radius": curve, "accuracy": certified_accuracy(curve, correct, radius)},
+        "abstained": float((predicted < 0).mean()),
+        "samples_per_image": float(np.mean(per_image["samples"])),
     }

@@ -1,42 +1,37 @@
-"""A few adversarial images, kept to be looked at."""
+"""A few images before and after the attack, kept to be looked at."""
+
+import json
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from robust_accel.attack_context import attack_context
-from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.outcomes import global_state_kept, predicted
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
-from robust_accel.models import PixelClassifier
-from robust_accel.run_folder import RunFolder
 
 NUMBER = 8
 
 
-def keep_examples(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    right: torch.Tensor,
-    settings: EvaluateSettings,
-    accelerator: Accelerator,
-    folder: RunFolder,
-) -> None:
-    """Attack the first images that are right, and write them as safetensors.
+def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
+    """Attack the first images, right or not, and write them as safetensors.
 
     ``x`` and ``x_adv`` [n, C, H, W] in [0, 1], ``labels``, ``clean_predictions`` and
-    ``adversarial_predictions`` [n].
+    ``adversarial_predictions`` [n]; the metadata say of which model they are and by which attack.
     """
-    indices = right.nonzero().flatten()[:NUMBER]
-    if not accelerator.is_main_process or len(indices) == 0:
+    function = bench.function
+    if not bench.accelerator.is_main_process:
         return
     pgd = settings.pgd or PGDSettings()
-    attack = under_attack(settings.make_pgd(pgd.num_steps, pgd.step_size))
-    ((x, labels),) = images.batches([indices], accelerator.device)
-    with attack_context(classifier, "eval"):
-        x_adv = attack(classifier, x, labels, settings.seed)
+    attacker = under_attack(settings.make_pgd(pgd.num_steps, pgd.step_size))
+    indices = torch.arange(min(NUMBER, len(bench.images)))
+    ((x, labels),) = bench.images.batches([indices], bench.accelerator.device)
+    with attack_context(bench.classifier, "eval"), global_state_kept(settings.seed):
+        x_adv = attacker.perturb(bench.classifier, x, labels, settings.seed)
         with torch.no_grad():
-            clean, adversarial = (classifier(z).argmax(dim=1) for z in (x, x_adv))
+            clean, adversarial = (predicted(bench.classifier(z)) for z in (x, x_adv))
     found = {
         "x": x,
         "x_adv": x_adv,
@@ -44,5 +39,12 @@ def keep_examples(
         "clean_predictions": clean,
         "adversarial_predictions": adversarial,
     }
-    folder.path.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous().cpu() for name, value in found.items()}, folder.examples)
+    attack = dict(attacker.about)
+    threat_model = {key: attack.pop(key) for key in ("norm", "eps")}
+    about = {"attack": attack, "threat_model": threat_model}
+    metadata = {name: json.dumps(value) for name, value in about.items()}
+    metadata |= {"function": function, "selection": f"first {len(indices)}"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".incomplete")
+    save_file({n: v.contiguous().cpu() for n, v in found.items()}, temporary, metadata)
+    temporary.replace(path)

@@ -5,22 +5,24 @@ gradients that mislead an attack are found by attacks that need none, or by what
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
-from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import Perturb, correct_flags, under_attack
-from robust_accel.evaluation.autoattack import square_perturb
+from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.autoattack import square_attack
+from robust_accel.evaluation.bench import Attacker, Bench
+from robust_accel.evaluation.identity import digest_of_function
+from robust_accel.evaluation.ledger import Record
+from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 
@@ -40,65 +42,63 @@ class Check:
 
 
 def sanity(
-    classifier: PixelClassifier,
-    images: ImageSet,
+    bench: Bench,
     settings: EvaluateSettings,
-    accelerator: Accelerator,
     *,
-    autoattack: tuple[Tensor, Tensor] | None = None,
+    autoattack: tuple[Outcomes, Outcomes] | None = None,
     other: PixelClassifier | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Record:
     """Run all checks on the first ``settings.sanity.images`` images.
 
     Args:
-        autoattack: Flags [N] of PGD and of AutoAttack on the same images, if they were measured.
+        autoattack: PGD and AutoAttack on the same images, if they were measured.
         other: A model whose adversarial images are tried on this one.
 
     Returns:
-        ``images``, ``checks`` and ``surface``, plain values: what ``report.json`` holds.
+        The record, with ``checks`` and ``surface``.
     """
-    number = min(settings.sanity_settings.images, len(images))
+    number = min(settings.sanity_settings.images, len(bench.images))
+    right = bench.clean(number)
+    tried: list[Outcomes] = [right]
 
-    def survivors(perturb: Perturb, title: str, among: Tensor | None = None) -> Tensor:
-        return correct_flags(
-            classifier,
-            images,
-            perturb,
-            settings,
-            accelerator,
-            num_images=number,
-            among=among,
-            title=title,
-        )
+    def survivors(attacker: Attacker, title: str, before: Outcomes = right) -> Outcomes:
+        tried.append(bench.attacked(attacker, before, title=title))
+        return tried[-1]
 
-    def pgd(num_steps: int, eps: float | None = None) -> Perturb:
+    def pgd(num_steps: int, eps: float | None = None) -> Attacker:
         return under_attack(settings.make_pgd(num_steps, eps=eps))
 
-    by_steps = {n: survivors(pgd(n), f"PGD-{n}") for n in (1, 10, 50)}
-    strongest = by_steps[50] & by_steps[10]
-    large = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(math.prod(images.shape))
+    after = {n: survivors(pgd(n), f"PGD-{n}") for n in (1, 10, 50)}
+    by_steps = {n: outcomes.right for n, outcomes in after.items()}
+    # what both leave
+    white_box = after[50].after(torch.arange(number), after[10].verdicts, after[10].chosen)
+    large = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(math.prod(bench.images.shape))
     transferred = None
     if other is not None:
-        transferred = survivors(_transferred(other, pgd(20)), "transfer")
+        transferred = survivors(_transferred(other, pgd(20)), "transfer").right
     checks = [
         _steps(by_steps),
-        _large_eps(survivors(pgd(50, eps=large), f"eps {large:.3g}"), large),
-        _noise(survivors(_random_noise(settings), "noise"), by_steps[10]),
+        _large_eps(survivors(pgd(50, eps=large), f"eps {large:.3g}").right, large),
+        _noise(survivors(_random_noise(settings), "noise").right, by_steps[10]),
         _square(
-            strongest, survivors(square_perturb(settings, num_queries=500), "Square", strongest)
+            white_box.right, survivors(square_attack(settings, 500), "Square", white_box).right
         ),
-        _transfer(strongest, transferred),
-        _alignment(gradient_alignment(classifier, images, settings, accelerator, number)),
+        _transfer(white_box.right, transferred),
+        _alignment(gradient_alignment(bench, settings, number)),
         _gap(autoattack),
+        _finite(tried),
     ]
     for check in checks:
         say(f"{check.status.upper():>7}  {check.name}: {check.sentence}")
-    return {
-        "images": number,
+    result = {
         "checks": [asdict(check) for check in checks],
-        "surface": loss_surface(classifier, images, settings, accelerator),
+        "surface": loss_surface(bench, settings),
     }
+    about = {"name": "sanity", "norm": settings.norm, "eps": settings.eps}
+    about["transfer_from"] = None if other is None else digest_of_function(other)
+    about["autoattack"] = settings.autoattack
+    return bench.keep("sanity", about, right.index, result, {}, {})
 
 
 def _share(flags: Tensor) -> float:
@@ -196,18 +196,30 @@ def _alignment(cosine: float) -> Check:
     )
 
 
-def _gap(measured: tuple[Tensor, Tensor] | None) -> Check:
+def _finite(tried: Sequence[Outcomes]) -> Check:
+    lost = {image for o in tried for images in o.non_finite.values() for image in images}
+    return Check(
+        "all numbers are finite",
+        "fail" if lost else "pass",
+        {"images": len(lost)},
+        f"{len(lost)} images met NaN or Inf in logits or gradients"
+        + (": the attacks above are weaker there than they look." if lost else "."),
+    )
+
+
+def _gap(measured: tuple[Outcomes, Outcomes] | None) -> Check:
     name = "AutoAttack finds little more than PGD"
     if measured is None:
         return Check(name, "not run", {}, "AutoAttack and PGD were not both measured.")
-    by_pgd, by_autoattack = map(_share, measured)
+    number = min(len(outcomes.index) for outcomes in measured)
+    by_pgd, by_autoattack = (_share(outcomes.right[:number]) for outcomes in measured)
     gap = by_pgd - by_autoattack
     status: Status = "pass" if gap <= 0.1 else "warn" if gap <= 0.2 else "fail"
     return Check(
         name,
         status,
         {"pgd": by_pgd, "autoattack": by_autoattack},
-        f"PGD leaves {_percent(by_pgd)}, AutoAttack {_percent(by_autoattack)} of {len(measured[0])}"
+        f"PGD leaves {_percent(by_pgd)}, AutoAttack {_percent(by_autoattack)} of {number}"
         + ("." if status == "pass" else ": quote AutoAttack, PGD is weak on this model."),
     )
 
@@ -215,7 +227,7 @@ def _gap(measured: tuple[Tensor, Tensor] | None) -> Check:
 _DRAWS = 10
 
 
-def _random_noise(settings: EvaluateSettings) -> Perturb:
+def _random_noise(settings: EvaluateSettings) -> Attacker:
     """The worst of some random perturbations of the largest length."""
 
     def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -233,35 +245,32 @@ def _random_noise(settings: EvaluateSettings) -> Perturb:
             highest = torch.where(worse, loss, highest)
         return worst
 
-    return perturb
+    about = {"name": "noise", "draws": _DRAWS, "norm": settings.norm, "eps": settings.eps}
+    return Attacker(about, perturb)
 
 
-def _transferred(other: PixelClassifier, perturb: Perturb) -> Perturb:
-    def from_other(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+def _transferred(other: PixelClassifier, attacker: Attacker) -> Attacker:
+    def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         with attack_context(other, "eval"):
-            return perturb(other, x, labels, seed)
+            return attacker.perturb(other, x, labels, seed)
 
-    return from_other
+    about = {"name": "transfer", "from": digest_of_function(other), "by": attacker.about}
+    return Attacker(about, perturb)
 
 
-def gradient_alignment(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    settings: EvaluateSettings,
-    accelerator: Accelerator,
-    number: int,
-) -> float:
+def gradient_alignment(bench: Bench, settings: EvaluateSettings, number: int) -> float:
     """Mean cosine of the input gradients at x and at x + noise, uniform in the ball.
 
     Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617): it falls to about zero when
     one-step training overfits its attack.
     """
     assert settings.norm is not None and settings.eps is not None
-    generator = torch.Generator(accelerator.device).manual_seed(settings.seed)
+    device, classifier = bench.accelerator.device, bench.classifier
+    generator = torch.Generator(device).manual_seed(settings.seed)
     cosines = []
     indices = torch.arange(number).split(settings.batch_size)
     with attack_context(classifier, "eval"):
-        for x, labels in images.batches(indices, accelerator.device):
+        for x, labels in bench.images.batches(indices, device):
 
             def loss_fn(z: Tensor, own: Tensor = labels) -> Tensor:
                 return cross_entropy(classifier(z), own, reduction="none")
@@ -272,13 +281,7 @@ def gradient_alignment(
     return torch.cat(cosines).mean().item()
 
 
-def loss_surface(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    settings: EvaluateSettings,
-    accelerator: Accelerator,
-    number: int = 4,
-) -> dict[str, Any]:
+def loss_surface(bench: Bench, settings: EvaluateSettings, number: int = 4) -> dict[str, Any]:
     """Mean loss on the plane of the gradient's and a random direction, out to twice eps.
 
     Returns:
@@ -286,10 +289,11 @@ def loss_surface(
         and axis[j] along the random one.
     """
     assert settings.norm is not None and settings.eps is not None
-    generator = torch.Generator(accelerator.device).manual_seed(settings.seed)
+    device, classifier = bench.accelerator.device, bench.classifier
+    generator = torch.Generator(device).manual_seed(settings.seed)
     axis = torch.linspace(-2, 2, _SURFACE_POINTS)
-    indices = torch.arange(min(number, len(images)))
-    ((x, labels),) = images.batches([indices], accelerator.device)
+    indices = torch.arange(min(number, len(bench.images)))
+    ((x, labels),) = bench.images.batches([indices], device)
 
     def loss_fn(z: Tensor) -> Tensor:
         return cross_entropy(classifier(z), labels, reduction="none")

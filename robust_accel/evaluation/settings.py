@@ -64,6 +64,10 @@ class EvaluateSettings(Settings):
         sanity: True, or ``SanitySettings``: checks for numbers that are too good.
         images: Measure clean and PGD accuracy on the first so many test images, all when null.
         autoattack_images: The same for AutoAttack; ``images`` when null.
+        train_images: Measure clean and PGD accuracy on so many training images, too: the gap.
+        ids: The test images that are measured, instead of all: their row numbers, a file with one a
+            line (or names of image files), or ``robustbench/imagenet5000``.
+        draws: Forward passes by which a randomised model is judged; found to be one, it has 20.
         batch_size: Images a unit of work; each unit has its own seed, so that results do not
             depend on the number of processes.
         seed: Of the attacks.
@@ -78,6 +82,9 @@ class EvaluateSettings(Settings):
     sanity: bool | SanitySettings = False
     images: Annotated[int, Ge(1)] | None = None
     autoattack_images: Annotated[int, Ge(1)] | None = None
+    train_images: Annotated[int, Ge(1)] | None = None
+    ids: str | tuple[Annotated[int, Ge(0)], ...] | None = None
+    draws: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 250
     seed: Annotated[int, Ge(0)] = 0
 

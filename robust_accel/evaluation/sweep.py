@@ -1,59 +1,48 @@
 """PGD accuracy against eps and against the number of steps: Figure 3 of DAT."""
 
-from collections.abc import Iterable
-from typing import Any
-
-from accelerate import Accelerator
-from torch import Tensor
+from collections.abc import Callable, Iterable
 
 from robust_accel.attacks import PGD
-from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import accuracy, correct_flags, under_attack
+from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.ledger import Record
+from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
-from robust_accel.models import PixelClassifier
 
-Curve = list[dict[str, Any]]
+Curve = list[Record]
 
 
-def sweep(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    right: Tensor,
-    settings: EvaluateSettings,
-    accelerator: Accelerator,
-) -> dict[str, Curve]:
+def sweep(bench: Bench, clean: Outcomes, settings: EvaluateSettings) -> dict[str, Curve]:
     """Accuracy at each point of ``settings.sweep``.
 
+    An image that is broken at a point is broken at all later ones.
+
     Args:
-        right: [N], bool: the images that are right unattacked; others are not attacked.
+        clean: The images unattacked; those that are wrong are not attacked.
 
     Returns:
-        ``eps`` and ``num_steps``: points in rising order, each with its ``accuracy`` and ``n``.
+        ``eps`` and ``num_steps``: records in rising order, each with its ``point``.
     """
     assert settings.sweep is not None
     pgd = settings.pgd or PGDSettings()
 
-    def curve(points: Iterable[float], attack_at: Any, key: str) -> Curve:
-        left, found = right, []
+    def curve(points: Iterable[float], attack_at: Callable[[float], PGD], key: str) -> Curve:
+        left = clean
+        found: Curve = []
+        earlier: list[float] = []
         for point in sorted(points):
-            left = correct_flags(
-                classifier,
-                images,
-                under_attack(attack_at(point), pgd.restarts),
-                settings,
-                accelerator,
-                num_images=len(right),
-                among=left,
-                title=f"{key} {point:.4g}",
-            )
-            found.append({key: point} | accuracy(left))
+            attacker = under_attack(attack_at(point), pgd.restarts)
+            left = bench.attacked(attacker, left, title=f"{key} {point:.4g}")
+            at = {"point": {"key": key, "value": point, "after": earlier.copy()}}
+            found.append(bench.record("sweep", attacker.about, clean, left, **at))
+            earlier.append(point)
         return found
 
     def with_eps(eps: float) -> PGD:
         return settings.make_pgd(pgd.num_steps, eps=eps)
 
-    def with_steps(num_steps: int) -> PGD:
-        return settings.make_pgd(num_steps, pgd.step_size)
+    def with_steps(num_steps: float) -> PGD:
+        return settings.make_pgd(int(num_steps), pgd.step_size)
 
     return {
         "eps": curve(settings.sweep.eps, with_eps, "eps"),

@@ -52,6 +52,7 @@ class PixelClassifier(nn.Module):
         std = cfg.get("std", 1.0) if std is None else std
         self.model = model
         self.model_args: dict[str, Any] = {}  # that build the same timm model again
+        self.class_names: tuple[str, ...] | None = None
         self.size = (size, size) if isinstance(size, int) else size
         # not persistent: the state dict holds the model's own keys and nothing else
         self.register_buffer("mean", per_channel(mean, "mean"), persistent=False)

@@ -11,15 +11,18 @@ from tqdm.auto import tqdm
 
 from robust_accel.comm import compress_gradients
 from robust_accel.data import Data, TrainingBatches, load_data
-from robust_accel.evaluation import accuracy, clean, correct_flags, evaluate, under_attack
+from robust_accel.evaluation import evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.identity import facts_of
+from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
-from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.run_folder import RunFolder
 from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
 from robust_accel.training.checkpoint import Checkpoint, Progress, load_weights, save_weights
 from robust_accel.training.loop import Loop
@@ -35,7 +38,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         quiet: Lines instead of a progress bar.
 
     Returns:
-        The report, as in ``report.json``.
+        How the weights were made, as in ``report.json``, and what ``evaluate`` has measured.
 
     Raises:
         ValueError: ``section.key: ...``, before any process group starts: data, model, batch size
@@ -152,6 +155,8 @@ class _Run:
                     f"the checkpoint is from {num_processes} processes, not "
                     f"{self.accelerator.num_processes}: the run goes on, but not bit for bit"
                 )
+        for doubt in self.recipe.doubts:
+            self.say(doubt)
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder.recipe)
@@ -177,19 +182,19 @@ class _Run:
         """Measure on the held-out split, keep the best weights, decide on early stopping."""
         if epoch % self.settings.validate_every or len(self.data.validation) == 0:
             return
-        pgd = self.recipe.evaluate.make_pgd(self.settings.validation_steps)
-        classifier = self._weights_to_measure()
+        classifier, settings = self._weights_to_measure(), self.recipe.evaluate
+        bench = Bench(
+            classifier,
+            self.data.validation,
+            self.accelerator,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        clean = bench.clean()
+        pgd = under_attack(settings.make_pgd(self.settings.validation_steps))
         line = {
-            f"validation_{name}_accuracy": accuracy(
-                correct_flags(
-                    classifier,
-                    self.data.validation,
-                    perturb,
-                    self.recipe.evaluate,
-                    self.accelerator,
-                )
-            )["accuracy"]
-            for name, perturb in (("clean", clean), ("robust", under_attack(pgd)))
+            "validation_clean_accuracy": clean.accuracy,
+            "validation_robust_accuracy": bench.attacked(pgd, clean).accuracy,
         }
         self.metrics.write(line)
         robust, progress = line["validation_robust_accuracy"], self.progress
@@ -224,23 +229,28 @@ class _Run:
             }
         if self.accelerator.is_main_process:
             save_model(classifier, self.folder.model)
-        report = self._facts(classifier) | {"selection": selection}
-        report |= evaluate(
+        facts = self._facts(classifier) | {"selection": selection, **self._best_against_last()}
+        result = evaluate(
             classifier,
             self.data.test,
             self.recipe.evaluate,
             self.accelerator,
             num_classes=self.data.num_classes,
             folder=self.folder,
+            train=self.data.train,
+            class_names=classifier.class_names,
+            source=self.recipe.data.source,
             say=self.say,
         )
         if self.accelerator.is_main_process:
-            self.folder.write_report(report)
-            append_line(self.folder.evaluations, report)
+            about = facts_of(classifier, self.folder.path.name)
+            refresh_report(
+                self.folder, model={"function": result["function"], **about}, facts=facts
+            )
             write_report(self.folder)
         self.loop.compression.close()
         self.accelerator.end_training()
-        return report
+        return facts | result
 
     def say(self, text: str) -> None:
         """Tell the user, from one process, without breaking the progress bar."""
@@ -254,6 +264,7 @@ class _Run:
         digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
+            "doubts": self.recipe.doubts,
             "steps": progress.step,
             "epochs": epochs,
             "stopped_early": progress.stopped_early,
@@ -277,6 +288,21 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "versions": versions(),
         }
+
+    def _best_against_last(self) -> dict[str, Any]:
+        """Robust accuracy on the held-out split: of the best epoch, and of the last."""
+        lines = [m for m in self.folder.read_metrics() if "validation_robust_accuracy" in m]
+        if not lines:
+            return {}
+        about = {
+            "split": "held out of train",
+            "n": len(self.data.validation),
+            "attack": f"PGD-{self.settings.validation_steps}",
+            "best": self.progress.best_accuracy,
+            "best_epoch": self.progress.best_epoch,
+            "last": lines[-1]["validation_robust_accuracy"],
+        }
+        return {"best_against_last": about}
 
     def _weights_to_measure(self) -> PixelClassifier:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""

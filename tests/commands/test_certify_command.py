@@ -2,16 +2,28 @@
 
 import csv
 import re
-import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from robust_accel.__main__ import main
 from robust_accel.commands.certify import certify_model
-from robust_accel.evaluation.certify import SmoothedClassifier
-from robust_accel.evaluation.certify_images import COLUMNS
+from robust_accel.data import MemoryImages
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.certify import SmoothedClassifier, lower_bound, radius_of
+from robust_accel.evaluation.certify_images import (
+    COLUMNS,
+    CertifySettings,
+    certify_images,
+    rounded_down,
+    summary,
+)
+from robust_accel.evaluation.ledger import Ledger
+from robust_accel.models import PixelClassifier
 from robust_accel.recipe import load_recipe
 from robust_accel.training.run import train
 
@@ -47,9 +59,13 @@ def test_the_fields_log_a_table_and_a_plot(run: Path, tmp_path: Path, method: st
         radius, predict = float(row["radius"]), int(row["predict"])
         assert (predict == -1) == (radius == 0)
         assert row["correct"] == str(int(predict == int(row["label"])))
-    report = folder.read_report()["certified"]
-    assert report["images"] == 8
-    at = {point["radius"]: point["accuracy"] for point in report["accuracy"]}
+    (report,) = folder.read_report()["measurements"]
+    assert report["images"]["n"] == 8
+    assert report["images"]["selection"] == "one in 3, 8 images"
+    at = {point["radius"]: point["accuracy"] for point in report["radii"]}
+    reachable = [point["radius"] for point in report["radii"] if point["reachable"]]
+    assert reachable == [0.05, 0.1, 0.15, 0.2]
+    assert max(report["curve"]["radius"]) == pytest.approx(max(report["radii"][-1]["radius"], 0.5))
     right = [float(r["radius"]) >= 0.05 and r["correct"] == "1" for r in found]
     assert at[0.05] == pytest.approx(sum(right) / 8)
     assert at[0.05] > 0 and at[0.5] == 0
@@ -80,9 +96,9 @@ def test_killed_it_goes_on_and_writes_the_same_log(
     killed = [*SETTINGS, f"output={tmp_path / 'killed'}"]
     with pytest.raises(Killed):
         certify_model(str(run), killed)
-    (part,) = (tmp_path / "killed" / "certify").glob("process-*.jsonl")
+    (part,) = (tmp_path / "killed" / "measurements").glob("process-*.jsonl")
     with part.open("a") as file:
-        file.write('{"idx": 9, "label"')
+        file.write('{"key": "9", "radius"')
     certify_model(str(run), killed)
     assert calls == 4 + 5
     assert without_time(tmp_path / "killed") == without_time(whole.path)
@@ -92,26 +108,62 @@ def test_killed_it_goes_on_and_writes_the_same_log(
     assert calls == 11 and len(rows(more.path)) == 10
 
 
-def test_a_log_of_something_else_stays_as_it_was(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_certification_stands_beside_the_first(run: Path, tmp_path: Path) -> None:
     output = f"output={tmp_path / 'certified'}"
-    certify_model(str(run), [*SETTINGS, output])
-    kept = {p.name: p.read_bytes() for p in (tmp_path / "certified" / "certify").iterdir()}
-    for change in ("certify.sigma=0.2", "certify.seed=1", "certify.n=600", "certify.alpha=0.01"):
-        assert main(["certify", str(run), *SETTINGS, output, change]) == 2
-        error = capsys.readouterr().err
-        assert "holds another certification" in error
-        assert change.removeprefix("certify.").split("=")[0] in error
-    weights = load_file(run / "model" / "model.safetensors")
-    changed = tmp_path / "other"
-    shutil.copytree(run, changed)
-    key = next(key for key in weights if key.endswith("bias"))
-    save_file(weights | {key: weights[key] + 1}, changed / "model" / "model.safetensors")
-    assert main(["certify", str(changed), *SETTINGS, output]) == 2
-    assert "model: " in capsys.readouterr().err
-    now = {p.name: p.read_bytes() for p in (tmp_path / "certified" / "certify").iterdir()}
-    assert now == kept
+    folder = certify_model(str(run), [*SETTINGS, output])
+    (first,) = folder.read_report()["measurements"]
+    certify_model(str(run), [*SETTINGS, output, "certify.sigma=0.2"])
+    both = folder.read_report()["measurements"]
+    assert both[0] == first
+    assert [row["attack"]["sigma"] for row in both] == [0.1, 0.2]
+
+
+def test_the_same_labels_with_other_pixels_are_certified_anew(tmp_path: Path) -> None:
+    """Another crop, another encoding: the first log, byte for byte, would say nothing of them."""
+    classifier = PixelClassifier(Bright())
+    labels = torch.ones(6, dtype=torch.int64)
+    settings = CertifySettings(sigma=0.1, n=100, n0=10, alpha=0.05, radii=(0.05,))
+    found = []
+    for level in (255, 100):
+        images = MemoryImages(torch.full((6, 1, 2, 2), level, dtype=torch.uint8), labels)
+        accelerator = Accelerator(cpu=True)
+        ledger = Ledger(tmp_path, accelerator)
+        bench = Bench(classifier, images, accelerator, batch_size=1, ledger=ledger)
+        found.append(certify_images(bench, torch.arange(6), settings)["accuracy"])
+    assert found == [1, 0]
+
+
+@pytest.mark.parametrize("method", ["cohen", "sequential"])
+def test_radii_out_of_reach_are_said_before_anything_is_spent(method: str) -> None:
+    settings = CertifySettings(sigma=0.5, n=200, alpha=0.001, radii=(0.5, 0.95, 1.0), method=method)
+    assert settings.doubt is not None and "radii: 0.95, 1 cannot be certified" in settings.doubt
+    every = np.arange(0, 201)
+    alpha = 0.001 if method == "cohen" else 0.0005
+    reached = radius_of(lower_bound(every, 200, alpha), 0.5).max()
+    assert settings.largest_radius == pytest.approx(reached)
+    assert CertifySettings(sigma=0.5, n=200, radii=(0.5,)).doubt is None
+
+
+@pytest.mark.parametrize("radius", [0.4574, 0.45799, 0.1, 0.0001239, 1.9957, 0.2])
+def test_written_radii_are_never_larger_than_they_are(radius: float) -> None:
+    shown = float(rounded_down(radius))
+    assert shown <= radius and shown == pytest.approx(radius, rel=0.01)
+
+
+def test_a_sequential_curve_ends_where_nothing_is_known() -> None:
+    per_image = {"label": [1], "prediction": [1], "radius": [0.12], "samples": [100]}
+    settings = CertifySettings(sigma=0.1, n=200, radii=(0.05, 0.1), method="sequential")
+    assert max(summary(settings, per_image)["curve"]["radius"]) == 0.1
+    cohen = settings.model_copy(update={"method": "cohen"})
+    assert max(summary(cohen, per_image)["curve"]["radius"]) == pytest.approx(0.12)
+
+
+class Bright(nn.Module):
+    """Class 1 where the mean is above a half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(dim=1, keepdim=True)
+        return torch.cat([0.5 - mean, mean - 0.5], dim=1)
 
 
 @pytest.mark.parametrize(

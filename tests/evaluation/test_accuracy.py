@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from robust_accel.attacks import PGD, NoAttack
 from robust_accel.data import MemoryImages
-from robust_accel.evaluation import (
-    EvaluateSettings,
-    accuracy,
-    clean,
-    correct_flags,
-    evaluate,
-    under_attack,
-)
+from robust_accel.evaluation import EvaluateSettings, bench, correct_flags, evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.bench import Attacker, Bench
+from robust_accel.evaluation.ledger import Ledger
 from robust_accel.models import PixelClassifier
 
 CPU = torch.device("cpu")
@@ -32,7 +27,7 @@ SETTINGS = EvaluateSettings(norm="linf", eps=EPS, batch_size=7, pgd={"num_steps"
 
 @dataclass
 class Process:
-    """What ``correct_flags`` asks of an accelerator; alone, its reduce is the identity."""
+    """What a ``Bench`` asks of an accelerator."""
 
     process_index: int = 0
     num_processes: int = 1
@@ -72,9 +67,15 @@ def tiny() -> tuple[PixelClassifier, MemoryImages]:
     return classifier, MemoryImages(pictures, labels)
 
 
-def flags_of(perturb: Any, settings: EvaluateSettings, process: Any, **options: Any) -> Tensor:
+def flags_of(
+    attacker: Attacker | None, settings: EvaluateSettings, process: Any, **options: Any
+) -> Tensor:
     classifier, images = tiny()
-    return correct_flags(classifier, images, perturb, settings, process, **options)
+    return correct_flags(classifier, images, attacker, settings, process, **options)
+
+
+def by(perturb: Any) -> Attacker:
+    return Attacker({"name": "test"}, perturb)
 
 
 PGD_ATTACK = PGD(eps=0.02, step_size=0.008, num_steps=4)
@@ -89,7 +90,7 @@ def test_flags_are_those_computed_by_hand() -> None:
     classifier, images = PixelClassifier(Threshold()), grey(values, labels)
     right = [(v / 255 > 0.5) == bool(label) for v, label in zip(values, labels, strict=True)]
     robust = [r and abs(v / 255 - 0.5) > EPS for r, v in zip(right, values, strict=True)]
-    assert correct_flags(classifier, images, clean, SETTINGS, Process()).tolist() == right
+    assert correct_flags(classifier, images, None, SETTINGS, Process()).tolist() == right
     attack = under_attack(PGD(eps=EPS, step_size=0.05, num_steps=5))
     assert correct_flags(classifier, images, attack, SETTINGS, Process()).tolist() == robust
     assert 0 < sum(robust) < sum(right) < len(values)
@@ -104,7 +105,7 @@ def test_an_image_counts_only_if_it_is_right_before_and_after() -> None:
 
     seen: list[tuple[Tensor, Tensor]] = []
     images = grey([0, 51, 204, 255, 140], [1, 0, 1, 0, 1])  # wrong, right, right, wrong, right
-    flags = correct_flags(PixelClassifier(Threshold()), images, helpful, SETTINGS, Process())
+    flags = correct_flags(PixelClassifier(Threshold()), images, by(helpful), SETTINGS, Process())
     assert flags.tolist() == [False, False, True, False, False]
     ((x, labels),) = seen  # only what was right is attacked
     assert (x.flatten() * 255).round().tolist() == [51, 204, 140]
@@ -116,20 +117,15 @@ def test_nothing_is_attacked_where_nothing_is_right() -> None:
         raise AssertionError("attacked")
 
     images = grey([0, 255], [1, 0])
-    flags = correct_flags(PixelClassifier(Threshold()), images, forbidden, SETTINGS, Process())
+    flags = correct_flags(PixelClassifier(Threshold()), images, by(forbidden), SETTINGS, Process())
     assert flags.tolist() == [False, False]
 
 
 def test_a_limit_takes_the_first_images() -> None:
-    whole = flags_of(clean, SETTINGS, Process())
-    assert flags_of(clean, SETTINGS, Process(), num_images=16).equal(whole[:16])
-    assert flags_of(clean, SETTINGS, Process(), num_images=1000).equal(whole)
+    whole = flags_of(None, SETTINGS, Process())
+    assert flags_of(None, SETTINGS, Process(), num_images=16).equal(whole[:16])
+    assert flags_of(None, SETTINGS, Process(), num_images=1000).equal(whole)
     assert whole.tolist() == [i % 4 != 0 for i in range(40)]
-
-
-def test_accuracy_is_a_share_with_its_number() -> None:
-    flags = torch.tensor([True, False, True, True])
-    assert accuracy(flags) == {"accuracy": 0.75, "n": 4}
 
 
 # ---- nothing is left behind --------------------------------------------------------------------
@@ -139,7 +135,7 @@ def test_accuracy_is_a_share_with_its_number() -> None:
 def test_the_classifier_and_the_random_streams_stay_as_they_were(fails: bool) -> None:
     def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         assert not any(m.training for m in classifier.modules())
-        x_adv = under_attack(PGD_ATTACK)(classifier, x, labels, seed)
+        x_adv = under_attack(PGD_ATTACK).perturb(classifier, x, labels, seed)
         x_in = x.clone().requires_grad_()
         classifier(x_in).sum().backward()  # as FAB does
         assert x_in.grad is not None
@@ -158,7 +154,7 @@ def test_the_classifier_and_the_random_streams_stay_as_they_were(fails: bool) ->
     state = {k: v.clone() for k, v in classifier.state_dict().items()}
     rng = torch.get_rng_state()
     try:
-        correct_flags(classifier, images, perturb, SETTINGS, Process())  # type: ignore[arg-type]
+        correct_flags(classifier, images, by(perturb), SETTINGS, Process())  # type: ignore[arg-type]
     except RuntimeError:
         assert fails
     else:
@@ -179,33 +175,44 @@ def adversarial_images(seed: int, batch_size: int, process: Process) -> dict[int
     """Perturbed images by the seed that their unit was given."""
 
     def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, unit_seed: int) -> Tensor:
-        x_adv = under_attack(PGD_ATTACK)(classifier, x, labels, unit_seed)
+        x_adv = under_attack(PGD_ATTACK).perturb(classifier, x, labels, unit_seed)
         found[unit_seed] = x_adv
         return x_adv
 
     found: dict[int, Tensor] = {}
-    flags_of(perturb, SETTINGS.model_copy(update={"seed": seed, "batch_size": batch_size}), process)
+    settings = SETTINGS.model_copy(update={"seed": seed, "batch_size": batch_size})
+    flags_of(by(perturb), settings, process)
     return found
 
 
-def test_each_unit_is_one_processs_and_meets_the_same_attack_there() -> None:
-    alone = adversarial_images(3, 7, Process())
-    assert len(alone) == 6  # 40 images in units of 7; no two units share a seed
-    for world_size in (2, 3, 7):
-        parts = [adversarial_images(3, 7, Process(r, world_size)) for r in range(world_size)]
-        assert sum(map(len, parts)) == len(alone)
-        together = {seed: x for part in parts for seed, x in part.items()}
-        assert together.keys() == alone.keys()
-        assert all(together[seed].equal(alone[seed]) for seed in alone)
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("perturb", [clean, under_attack(PGD_ATTACK)])
-def test_flags_add_up_to_those_of_one_process(world_size: int, perturb: Any) -> None:
-    alone = flags_of(perturb, SETTINGS, Process())
-    parts = [flags_of(perturb, SETTINGS, Process(r, world_size)) for r in range(world_size)]
-    assert torch.stack(parts).sum(dim=0).tolist() == alone.int().tolist()
-    assert 0 < alone.sum() < 40
+def test_each_unit_is_one_processs_and_meets_the_same_attack_there(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank by itself, the others' outcomes told to it as one process has found them."""
+    told: list[Any] = []
+    monkeypatch.setattr(bench, "_told_to_all", lambda items, _: told.append(items) or items)
+    alone, outcomes = adversarial_images(3, 7, Process()), told
+    assert len(alone) == 6  # 40 images in units of 7; no two units share a seed
+    together: dict[int, Tensor] = {}
+    own: list[list[Any]] = [[] for _ in outcomes]
+    for rank in range(world_size):
+        calls = iter(zip(outcomes, own, strict=True))
+
+        def tell(items: list[Any], _: Any, calls: Any = calls) -> list[Any]:
+            everyones, mine = next(calls)
+            mine += items
+            return everyones
+
+        monkeypatch.setattr(bench, "_told_to_all", tell)
+        found = adversarial_images(3, 7, Process(rank, world_size))
+        assert not found.keys() & together.keys()
+        together |= found
+    assert together.keys() == alone.keys()
+    assert all(together[seed].equal(alone[seed]) for seed in alone)
+    for parts, whole in zip(own, outcomes, strict=True):
+        verdicts = [{i: o["prediction"] for i, o in found} for found in (parts, whole)]
+        assert verdicts[0] == verdicts[1]
 
 
 def test_attacks_repeat_by_seed() -> None:
@@ -226,16 +233,16 @@ def flags_on_two_processes(rank: int, folder: Path) -> None:
     )
     accelerator = Accelerator(cpu=True)
     assert (accelerator.num_processes, accelerator.process_index) == (2, rank)
-    torch.save(measured(accelerator, folder / "autoattack"), folder / f"{rank}.pt")
+    torch.save(measured(accelerator, folder), folder / f"{rank}.pt")
 
 
 def measured(process: Any, folder: Path | None = None) -> dict[str, list[bool]]:
-    right = flags_of(clean, SETTINGS, process)
-    autoattack = AutoAttackEvaluation(AUTOATTACK, 5)
+    on = Bench(*tiny(), process, batch_size=6, ledger=Ledger(folder, process))
+    clean = on.clean()
     return {
-        "clean": right.tolist(),
-        "pgd": flags_of(under_attack(PGD_ATTACK), SETTINGS, process).tolist(),
-        "autoattack": autoattack.flags(*tiny(), right, process, folder).tolist(),
+        "clean": clean.right.tolist(),
+        "pgd": on.attacked(under_attack(PGD_ATTACK), clean).right.tolist(),
+        "autoattack": AutoAttackEvaluation(AUTOATTACK, 5).run(on, clean)[0].right.tolist(),
     }
 
 
@@ -258,13 +265,13 @@ def test_two_real_processes_agree_with_one(tmp_path: Path) -> None:
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == alone
     # what both wrote, less the last line of each, is where one process goes on
-    logs = sorted((tmp_path / "autoattack").iterdir())
+    logs = sorted((tmp_path / "measurements").iterdir())
     assert [log.name for log in logs] == ["process-0.jsonl", "process-1.jsonl"]
     kept = [log.read_text().splitlines(keepends=True)[:-1] for log in logs]
     assert all(kept)
     for log, lines in zip(logs, kept, strict=True):
         log.write_text("".join(lines))
-    assert measured(Process(), tmp_path / "autoattack") == alone
+    assert measured(Process(), tmp_path) == alone
     assert len(logs[0].read_text().splitlines()) == len(kept[0]) + 2
     assert 0 < sum(alone["autoattack"]) <= sum(alone["pgd"]) < sum(alone["clean"]) == 30
 
@@ -286,21 +293,29 @@ def test_evaluate_reports_what_it_did() -> None:
     )
     said: list[str] = []
     result = evaluate(classifier, images, settings, Process(), num_classes=5, say=said.append)  # type: ignore[arg-type]
-    assert result["threat_model"] == {"norm": "linf", "eps": 0.02}
-    assert (result["batchnorm_mode"], result["evaluation_seed"]) == ("eval", 4)
-    assert result["clean_accuracy"] == {"accuracy": 0.75, "n": 20}
-    pgd = result["pgd_accuracy"]
-    assert (pgd["n"], pgd["num_steps"], pgd["step_size"]) == (20, 3, 0.005)
+    clean, pgd, autoattack = (result[f"{n}_accuracy"] for n in ("clean", "pgd", "autoattack"))
+    assert (clean["accuracy"], clean["images"]["n"], clean["threat_model"]) == (0.75, 20, None)
+    assert clean["interval"][0] < 0.75 < clean["interval"][1]
+    assert pgd["threat_model"] == {"norm": "linf", "eps": 0.02}
+    assert (pgd["images"]["n"], pgd["seed"], pgd["clean_accuracy"]) == (20, 4, 0.75)
+    assert (pgd["attack"]["num_steps"], pgd["attack"]["step_size"]) == (3, 0.005)
     expected = correct_flags(
         classifier, images, under_attack(PGD(eps=0.02, step_size=0.005, num_steps=3)),
         settings, Process(), num_images=20,
     )  # fmt: skip
-    assert pgd["accuracy"] == expected.float().mean().item()
-    autoattack = result["autoattack_accuracy"]
-    assert (autoattack["n"], autoattack["version"]) == (4, "quick")
-    assert autoattack["attacks"] == ["apgd-ce", "apgd-t"]
+    assert pgd["accuracy"] == expected.double().mean().item()
+    labels, predictions = (torch.tensor(pgd["outcomes"][k]) for k in ("label", "prediction"))
+    assert (labels == predictions).equal(expected)
+    assert sum(map(sum, pgd["confusion"])) == 20
+    assert sum(pgd["confusion"][k][k] for k in range(5)) == expected.sum()
+    by_class = sum(row["n"] * row["accuracy"] for row in pgd["per_class"])
+    assert by_class == pytest.approx(expected.sum().item())
+    assert (autoattack["images"]["n"], autoattack["attack"]["version"]) == (4, "quick")
+    assert [row["attack"] for row in autoattack["after"]] == ["apgd-ce", "apgd-t"]
+    assert autoattack["after"][-1]["accuracy"] == autoattack["accuracy"]
+    assert autoattack["forward_passes"] > 100 * 4 * autoattack["accuracy"]
     assert [text.split(":")[0] for text in said] == [
-        "clean_accuracy", "pgd_accuracy", "autoattack_accuracy",
+        "clean_accuracy", "pgd_accuracy", "after apgd-ce", "after apgd-t", "autoattack_accuracy",
     ]  # fmt: skip
 
 
@@ -308,10 +323,10 @@ def test_what_is_not_asked_for_is_not_measured() -> None:
     classifier, images = tiny()
     settings = EvaluateSettings(norm="linf", eps=0.02, pgd=None)
     result = evaluate(classifier, images, settings, Process(), num_classes=5)  # type: ignore[arg-type]
-    assert result["clean_accuracy"]["n"] == 40
+    assert result["clean_accuracy"]["images"]["n"] == 40
     assert "pgd_accuracy" not in result and "autoattack_accuracy" not in result
 
 
 def test_no_attack_is_clean_accuracy() -> None:
-    one, other = (flags_of(p, SETTINGS, Process()) for p in (clean, under_attack(NoAttack())))
+    one, other = (flags_of(a, SETTINGS, Process()) for a in (None, under_attack(NoAttack())))
     assert one.equal(other)

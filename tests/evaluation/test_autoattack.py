@@ -1,6 +1,5 @@
 """AutoAttack is the reference's, and leaves no trace."""
 
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,11 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from robust_accel.data import MemoryImages
-from robust_accel.evaluation import EvaluateSettings, clean, correct_flags, evaluate
+from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.ledger import Ledger
+from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.models import PixelClassifier
 
 
@@ -44,14 +46,37 @@ def settings(**options: Any) -> EvaluateSettings:
     return EvaluateSettings(**given | options)
 
 
+def bench_of(
+    classifier: PixelClassifier,
+    images: MemoryImages,
+    given: EvaluateSettings,
+    folder: Path | None = None,
+) -> Bench:
+    accelerator = Accelerator(cpu=True)
+    ledger = Ledger(folder, accelerator)
+    return Bench(
+        classifier,
+        images,
+        accelerator,
+        batch_size=given.batch_size,
+        seed=given.seed,
+        ledger=ledger,
+    )
+
+
+def everything(images: MemoryImages, number: int | None = None) -> Outcomes:
+    """As if all of the first images were right."""
+    labels = images.labels[:number]
+    ones = torch.ones(len(labels)).double()
+    return Outcomes(torch.arange(len(labels)), labels, labels, ones, ones)
+
+
 def flags(given: EvaluateSettings, num_classes: int = 5) -> tuple[list[bool], list[bool]]:
     """(clean, robust)"""
-    classifier, images = fitted(num_classes)
-    accelerator = Accelerator(cpu=True)
-    before = correct_flags(classifier, images, clean, given, accelerator)
-    evaluation = AutoAttackEvaluation(given, num_classes)
-    after = evaluation.flags(classifier, images, before, accelerator)
-    return before.tolist(), after.tolist()
+    bench = bench_of(*fitted(num_classes), given)
+    clean = bench.clean()
+    after, _ = AutoAttackEvaluation(given, num_classes).run(bench, clean)
+    return clean.right.tolist(), after.right.tolist()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -106,7 +131,8 @@ def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
     evaluation = AutoAttackEvaluation(given, 4)
     assert [s.attack for s in evaluation.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert evaluation.stages.pop().attack == "square"  # its 5,000 queries would say nothing new
-    right = correct_flags(classifier, images, clean, given, Accelerator(cpu=True))
+    bench = bench_of(classifier, images, given)
+    clean = bench.clean()
     classifier.model[1].weight.requires_grad_(False)  # type: ignore[index]
     torch_before, python_before = torch.get_rng_state(), random.getstate()
     numpy_before = np.random.get_state()  # noqa: NPY002
@@ -118,7 +144,7 @@ def test_standard_leaves_parameters_random_streams_and_tracing_alone() -> None:
     previous = sys.gettrace()
     sys.settrace(tracer)
     try:
-        robust = evaluation.flags(classifier, images, right, Accelerator(cpu=True))
+        robust = evaluation.run(bench, clean)[0].right
         assert sys.gettrace() is tracer
     finally:
         sys.settrace(previous)
@@ -142,9 +168,9 @@ def test_streams_that_an_attack_reseeds_are_put_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(APGDAttack, "perturb", reseed)
     monkeypatch.setattr(APGDAttack_targeted, "perturb", reseed)
     classifier, images = fitted()
-    right = torch.ones(len(images), dtype=torch.bool)
+    right, bench = everything(images), bench_of(classifier, images, settings())
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
-    AutoAttackEvaluation(settings(), 5).flags(classifier, images, right, Accelerator(cpu=True))
+    AutoAttackEvaluation(settings(), 5).run(bench, right)
     assert torch.get_rng_state().equal(states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index,union-attr]  # noqa: NPY002
@@ -153,9 +179,10 @@ def test_streams_that_an_attack_reseeds_are_put_back(monkeypatch: pytest.MonkeyP
 def test_one_image_a_unit_works() -> None:
     """A unit may hold a single right image: shapes must not collapse."""
     classifier, images = fitted()
-    right = torch.ones(2, dtype=torch.bool)
-    one = AutoAttackEvaluation(settings(batch_size=1, eps=1.0), 5)
-    assert one.flags(classifier, images, right, Accelerator(cpu=True)).tolist() == [False, False]
+    given = settings(batch_size=1, eps=1.0)
+    bench = bench_of(classifier, images, given)
+    found, _ = AutoAttackEvaluation(given, 5).run(bench, everything(images, 2))
+    assert found.right.tolist() == [False, False]
 
 
 class Killed(Exception):
@@ -167,11 +194,9 @@ KILLED = settings(autoattack="standard", batch_size=4, eps=0.05)
 
 def survivors(folder: Path) -> tuple[Tensor, AutoAttackEvaluation]:
     """Flags of the standard sequence on a few images, Square and FAB cut short."""
-    classifier, images = fitted()
-    accelerator = Accelerator(cpu=True)
-    right = correct_flags(classifier, images, clean, KILLED, accelerator, num_images=12)
+    bench = bench_of(*fitted(), KILLED, folder)
     evaluation = AutoAttackEvaluation(KILLED, 5)
-    return evaluation.flags(classifier, images, right, accelerator, folder), evaluation
+    return evaluation.run(bench, bench.clean(12))[0].right, evaluation
 
 
 @pytest.fixture(scope="module")
@@ -188,39 +213,36 @@ def undisturbed(short: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return survivors(folder)[0], lines(folder)
 
 
-@pytest.mark.parametrize("fatal", range(4))
+@pytest.mark.parametrize("fatal", ["apgd-ce", "apgd-t", "fab-t", "square"])
 def test_killed_in_any_attack_it_goes_on_and_ends_with_the_same_flags(
-    fatal: int,
+    fatal: str | None,
     undisturbed: tuple[Tensor, list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, units = undisturbed
-    stages = [json.loads(line)["stage"] for line in units]
-    assert stages == sorted(stages)
-    assert min(stages.count(stage) for stage in range(4)) >= 2  # one to keep, one to die in
-    attack_unit = AutoAttackEvaluation._broken
-    done: list[int] = []
+    attack, done = AutoAttackEvaluation._attack, []
 
-    def deadly(self: Any, classifier: Any, x: Tensor, labels: Tensor, stage: Any, seed: int) -> Any:
-        done.append(self.stages.index(stage))
-        if done.count(fatal) == 2:
+    def deadly(self: Any, classifier: Any, name: str, *rest: Any) -> Any:
+        done.append(name)
+        if fatal is not None and done.count(fatal) == 2:
             raise Killed
-        return attack_unit(self, classifier, x, labels, stage, seed)
+        return attack(self, classifier, name, *rest)
 
-    monkeypatch.setattr(AutoAttackEvaluation, "_broken", deadly)
+    monkeypatch.setattr(AutoAttackEvaluation, "_attack", deadly)
     with pytest.raises(Killed):
         survivors(tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = (tmp_path / "measurements").iterdir()
     with file.open("a") as log:
-        log.write('{"evaluation": "x", "stage"')  # killed while it wrote a line
+        log.write('{"key": "x", "prediction"')  # killed while it wrote a line
     finished_before = len(done) - 1
     done.clear()
-    fatal = -1
+    fatal = None
     assert survivors(tmp_path)[0].equal(whole)
     assert 0 < whole.sum() < 12
-    assert len(done) == len(units) - finished_before
     assert len(lines(tmp_path)) == len(units) + 1  # each once, and the broken line
+    others = len(units) - len(done) - finished_before
+    assert others == 3 + 1  # units of clean images and the checks
     done.clear()
     assert survivors(tmp_path)[0].equal(whole)
     assert not done  # a third time nothing is left to do
@@ -235,26 +257,25 @@ def cut_short(perturb: Any, limit: str, value: int) -> Any:
 
 
 def lines(folder: Path) -> list[str]:
-    return [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    files = sorted((folder / "measurements").iterdir())
+    return [line for path in files for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("change", ["weights", "eps", "seed", "images"])
-def test_what_is_known_of_another_evaluation_is_not_used(change: str, tmp_path: Path) -> None:
-    given = settings()
+def test_nothing_right_is_an_accuracy_of_0() -> None:
     classifier, images = fitted()
-    accelerator = Accelerator(cpu=True)
-    right = correct_flags(classifier, images, clean, given, accelerator)
-    AutoAttackEvaluation(given, 5).flags(classifier, images, right, accelerator, tmp_path)
-    before = len(lines(tmp_path))
-    if change == "weights":
-        with torch.no_grad():
-            classifier.model[1].bias[0] += 1e-3  # type: ignore[index]
-    elif change == "images":
-        images.labels = images.labels.flip(0)
-    else:
-        given = settings(**{change: {"eps": 0.031, "seed": 1}[change]})
-    AutoAttackEvaluation(given, 5).flags(classifier, images, right, accelerator, tmp_path)
-    assert len(lines(tmp_path)) > before
+    images.labels = (classifier(images.images.float() / 255).argmax(dim=1) + 1) % 5
+    given = settings(autoattack="standard", pgd=None)
+    result = evaluate(classifier, images, given, Accelerator(cpu=True), num_classes=5)
+    assert result["clean_accuracy"]["accuracy"] == result["autoattack_accuracy"]["accuracy"] == 0
+
+
+def test_images_in_any_memory_layout_are_attacked() -> None:
+    classifier, images = fitted()
+    plain = flags(settings(batch_size=6))
+    images.images = images.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    bench = bench_of(classifier, images, settings(batch_size=6))
+    found, _ = AutoAttackEvaluation(settings(batch_size=6), 5).run(bench, bench.clean())
+    assert found.right.tolist() == plain[1]
 
 
 def test_a_search_in_bf16_ends_with_a_verdict_in_fp32() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import load_data
 from robust_accel.evaluation import EvaluateSettings, evaluate
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.sanity import (
     _alignment,
     _gap,
@@ -58,7 +60,7 @@ def verdicts(
         classifier, images, settings, Accelerator(cpu=True), num_classes=10, **options
     )
     found = result["sanity"]
-    assert found["images"] == 60
+    assert found["images"]["n"] == 60
     assert all(check["sentence"].endswith((".", "here.")) for check in found["checks"])
     return {check["name"]: check["status"] for check in found["checks"]}
 
@@ -66,7 +68,7 @@ def verdicts(
 def test_an_honest_model_passes(honest: tuple[PixelClassifier, Any]) -> None:
     found = verdicts(*honest, other=honest[0], say=print)
     assert set(found.values()) == {"pass"}, found
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 class RoundedLogits(nn.Module):
@@ -104,6 +106,11 @@ def flags(right: int) -> Tensor:
     return torch.arange(100) < right
 
 
+def outcomes(right: int) -> Outcomes:
+    share = flags(right).double()
+    return Outcomes(torch.arange(100), torch.ones(100).long(), flags(right).long(), share, share)
+
+
 def test_more_steps_that_help_are_caught() -> None:
     assert _steps({1: flags(60), 10: flags(50), 50: flags(50)}).status == "pass"
     assert _steps({1: flags(50), 10: flags(50), 50: flags(60)}).status == "fail"
@@ -113,7 +120,7 @@ def test_noise_and_gaps_are_judged_by_their_size() -> None:
     assert _noise(flags(60), flags(62)).status == "pass"  # two images are chance
     assert _noise(flags(60), flags(63)).status == "fail"
     for robust, status in ((50, "pass"), (45, "warn"), (35, "fail")):
-        assert _gap((flags(60), flags(robust))).status == status
+        assert _gap((outcomes(60), outcomes(robust))).status == status
     assert _gap(None).status == "not run"
     for cosine, status in ((0.9, "pass"), (0.3, "warn"), (0.1, "fail")):
         assert _alignment(cosine).status == status
@@ -124,11 +131,10 @@ def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, A
     _, images = honest
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     images = type(images)(images.images[:32], images.labels[:32] % 2)
-    accelerator = Accelerator(cpu=True)
     classifier = PixelClassifier(linear)
-    cosine = gradient_alignment(classifier, images, SETTINGS, accelerator, 32)
-    assert cosine == pytest.approx(1, abs=1e-5)
-    surface = loss_surface(classifier, images, SETTINGS, accelerator)
+    bench = Bench(classifier, images, Accelerator(cpu=True), batch_size=250)
+    assert gradient_alignment(bench, SETTINGS, 32) == pytest.approx(1, abs=1e-5)
+    surface = loss_surface(bench, SETTINGS)
     assert surface["axis"][0] == -2 and surface["axis"][-1] == 2
     rising = [row[10] for row in surface["loss"]]  # along the gradient
     assert rising == sorted(rising)
@@ -148,16 +154,24 @@ def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
         "evaluate.pgd.restarts=2",
     ]
     folder = evaluate_model(str(run), settings)
-    report = folder.read_report()
-    eps = report["sweep"]["eps"]
-    assert [point["eps"] for point in eps] == [0.05, 0.1, 0.2]
-    accuracies = [point["accuracy"] for point in eps]
+    rows = folder.read_report()["measurements"]
+
+    def curve(key: str) -> list[tuple[float, float]]:
+        points = [r for r in rows if r["purpose"] == "sweep" and r["point"]["key"] == key]
+        assert all(r["images"]["n"] == 40 for r in points)
+        return [(r["point"]["value"], r["accuracy"]) for r in points]
+
+    eps, steps = curve("eps"), curve("num_steps")
+    assert [value for value, _ in eps] == [0.05, 0.1, 0.2]
+    accuracies = [accuracy for _, accuracy in eps]
     assert accuracies == sorted(accuracies, reverse=True)
     assert accuracies[0] > accuracies[-1]
-    steps = [point["accuracy"] for point in report["sweep"]["num_steps"]]
-    assert steps == sorted(steps, reverse=True)
-    assert report["pgd_accuracy"]["restarts"] == 2
-    assert len(report["sanity"]["checks"]) == 7
+    assert [value for value, _ in steps] == [1, 5]
+    assert steps[0][1] >= steps[1][1]
+    attacks = [r["attack"] for r in rows if r["purpose"] == "accuracy"]
+    assert {"name": "pgd", "num_steps": 10, "restarts": 2}.items() <= attacks[-1].items()
+    (checks,) = [r["checks"] for r in rows if r["purpose"] == "sanity"]
+    assert len(checks) == 8
     text = write_report(RunFolder(run))
     for name in ("training", "sweep", "examples", "loss_surface"):
         assert f"]({name}.png)" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from launching import SMALL, ZERO2, Forked, Launched, killed_and_resumed, quickstart_run, weights
 
+from robust_accel.evaluation.ledger import read_records
 from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 
@@ -23,8 +24,9 @@ def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finishe
     report = RunFolder(finished).read_report()
     assert report["num_processes"] == 2
     assert report["parameters_equal_on_all_processes"]
-    assert report["clean_accuracy"]["n"] == 360
-    assert report["clean_accuracy"]["accuracy"] > 0.5
+    clean = report["measurements"][0]
+    assert (clean["images"]["n"], clean["num_processes"]) == (360, 2)
+    assert clean["accuracy"] > 0.5
     # 2-sided, 2 workers: 2 (M - 1) / M b d / 8 bytes, scales and small tensors on top
     num_parameters = sum(
         tensor.numel() for key, tensor in weights(finished).items() if "running" not in key
@@ -62,10 +64,13 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 ) -> None:
     from robust_accel.commands.evaluate import evaluate_model
 
-    one = evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).read_report()
-    two = RunFolder(finished).read_report()
-    for key in ("clean_accuracy", "pgd_accuracy"):
-        assert one[key] == two[key]
+    one = read_records(evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).path)
+    two = read_records(finished)
+    assert len(one) == len(two) == 2
+    for alone, together in zip(one, two, strict=True):
+        assert alone["num_processes"] < together["num_processes"]
+        for key in ("key", "outcomes", "forward_passes"):
+            assert alone[key] == together[key]
 
 
 def test_a_wrong_recipe_stops_before_anything_is_made(tmp_path: Path) -> None:

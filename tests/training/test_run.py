@@ -1,6 +1,7 @@
 """The training loop in this process: what it learns, leaves behind, and how it resumes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.recipe import load_recipe
@@ -52,13 +53,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_it_learns_and_leaves_what_the_run_folder_promises(finished: tuple[Path, dict]) -> None:
     folder, report = finished
     assert report["clean_accuracy"]["accuracy"] > 0.5
-    assert report["clean_accuracy"]["n"] == 100
+    assert report["clean_accuracy"]["images"]["n"] == 100
     assert report["pgd_accuracy"]["accuracy"] <= report["clean_accuracy"]["accuracy"]
     for name in ("recipe.yaml", "metrics.jsonl", "report.json", "report.md", "training.png"):
         assert (folder / name).stat().st_size > 0, name
-    assert json.loads((folder / "report.json").read_text()) == report
-    for key in ("threat_model", "selection", "versions", "train_seconds_per_epoch"):
+    written = json.loads((folder / "report.json").read_text())
+    assert all(written[key] == report[key] for key in written.keys() & report.keys())
+    assert [row["key"] for row in written["measurements"]] == [
+        report[f"{name}_accuracy"]["key"] for name in ("clean", "pgd")
+    ]
+    for key in ("selection", "best_against_last", "versions", "train_seconds_per_epoch"):
         assert key in report
+    validations = [m for m in RunFolder(folder).read_metrics() if "validation_robust_accuracy" in m]
+    best = report["best_against_last"]
+    robust = [m["validation_robust_accuracy"] for m in validations]
+    assert (best["best"], best["last"], best["n"]) == (max(robust), robust[-1], 144)
+    assert report["doubts"] == []
     assert report["bytes_sent_per_step"] == 0  # one process sends nothing
     metrics = RunFolder(folder).read_metrics()
     losses = [line["loss"] for line in metrics if "loss" in line]
@@ -86,25 +96,58 @@ def test_one_call_loads_a_run_as_a_module_on_pixels(
         load_model(tmp_path)
 
 
-def test_evaluate_measures_the_run_again_and_keeps_the_old_numbers(
-    finished: tuple[Path, dict],
-) -> None:
+def test_evaluate_adds_records_and_replaces_none(finished: tuple[Path, dict]) -> None:
     folder, report = finished
-    evaluate_model(str(folder), ["evaluate.pgd.num_steps=5"])
+    before = RunFolder(folder).read_report()
+    evaluate_model(str(folder), ["evaluate.pgd.num_steps=5"])  # known already
+    assert RunFolder(folder).read_report() == before
+    evaluate_model(str(folder), ["evaluate.eps=0.1", "evaluate.images=50"])
     again = RunFolder(folder).read_report()
-    for key in ("clean_accuracy", "pgd_accuracy"):
-        assert again[key] == report[key]
+    assert again["measurements"][:2] == before["measurements"]  # fewer images replace none
+    (new,) = again["measurements"][2:]
+    assert new["threat_model"] == {"norm": "linf", "eps": 0.1}
+    assert new["images"]["n"] == 50
     assert again["train_seconds_per_epoch"] == report["train_seconds_per_epoch"]
-    assert len((folder / "evaluations.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "measurements.jsonl").read_text().splitlines()) == 4
 
 
-def test_evaluate_measures_a_timm_folder(finished: tuple[Path, dict], tmp_path: Path) -> None:
+def test_evaluate_measures_a_timm_folder(
+    finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models of one name have two folders, and none of the other's numbers."""
     folder, report = finished
+    monkeypatch.chdir(tmp_path)
     settings = ["data.path=sklearn:digits", "data.test_size=100", "evaluate.eps=0.2"]
-    settings += ["evaluate.pgd.num_steps=5", f"output={tmp_path / 'measured'}"]
-    measured = evaluate_model(f"local-dir:{folder / 'model'}", settings).read_report()
-    assert measured["clean_accuracy"] == report["clean_accuracy"]
-    assert measured["pgd_accuracy"] == report["pgd_accuracy"]
+    settings += ["evaluate.pgd.num_steps=5", "evaluate.pgd.step_size=0.05"]
+    one = evaluate_model(f"local-dir:{folder / 'model'}", settings)
+    measured = one.read_report()["measurements"]
+    for row, name in zip(measured, ("clean", "pgd"), strict=True):
+        expected = report[f"{name}_accuracy"]
+        assert row["accuracy"] == expected["accuracy"]
+        assert row["function"] == expected["function"]
+        assert row["images"]["digest"] == expected["images"]["digest"]
+    other = tmp_path / "other" / "model"
+    shutil.copytree(folder / "model", other)
+    changed = {key: value + 0.1 for key, value in weights(folder).items()}
+    save_file(changed, other / "model.safetensors")
+    two = evaluate_model(f"local-dir:{other}", [*settings, "evaluate.pgd=null"])
+    assert two.path != one.path
+    (row,) = two.read_report()["measurements"]
+    assert row["function"] != report["function"]
+
+
+def test_another_model_is_not_measured_in_a_runs_folder(finished: tuple[Path, dict]) -> None:
+    with pytest.raises(ValueError, match=r"output: model.size=16 makes another model"):
+        evaluate_model(str(finished[0]), ["model.size=16"])
+
+
+def test_an_evaluation_that_differs_from_training_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tmp_path / "run", "train.max_steps=1", "evaluate.eps=0.3", "evaluate.pgd=null")
+    expected = "trained against linf, eps 0.2; measured against linf, eps 0.3"
+    assert expected in report["doubts"][0]
+    assert expected in capsys.readouterr().out
 
 
 class Killed(Exception):
@@ -159,8 +202,10 @@ def test_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     torch.manual_seed(12345)  # whatever another process would have
     resumed = run(tmp_path / "killed", *settings, resume=True)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    for key in ("clean_accuracy", "pgd_accuracy", "steps", "selection", "parameters_digest"):
+    for key in ("steps", "selection", "parameters_digest", "function"):
         assert resumed[key] == whole[key]
+    for key in ("clean_accuracy", "pgd_accuracy"):
+        assert resumed[key]["outcomes"] == whole[key]["outcomes"]
     steps = [line["step"] for line in RunFolder(tmp_path / "killed").read_metrics()]
     assert steps == [line["step"] for line in RunFolder(tmp_path / "whole").read_metrics()]
 
