@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write reports, and compare runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--csv", type=Path, metavar="FILE", help="every measurement, a line each")
+    report.add_argument("--latex", type=Path, metavar="FILE", help="the comparison, for booktabs")
+    report.add_argument("--html", type=Path, metavar="FILE", help="one page for all these runs")
+    report.add_argument(
+        "--all",
+        action="store_true",
+        help="also measurements that one on more images stands for",
+    )
     report.set_defaults(command="robust_accel.commands.report")
     return parser
 

@@ -1,153 +1,188 @@
-"""Pictures of a run: training, accuracy against eps and steps, loss surface, adversarial images."""
+"""Pictures of a run: each chart as PNG and SVG, by matplotlib."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
-from robust_accel.run_folder import RunFolder
+from robust_accel.reporting.charts import (
+    Chart,
+    Examples,
+    Lines,
+    Matrix,
+    Surface,
+    Waterfall,
+    pixels,
+)
+
+# Okabe and Ito's, which the colour-blind tell apart
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
+_ANNOTATED = 20  # classes of a matrix whose cells show their numbers
+
+
+def draw(chart: Chart, folder: Path) -> Path:
+    """Write ``folder/NAME.png`` and ``folder/NAME.svg``; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{chart.name}.png"
+    if isinstance(chart, Lines):
+        _draw_lines(chart, path)
+    elif isinstance(chart, Waterfall):
+        _draw_waterfall(chart, path)
+    elif isinstance(chart, Matrix):
+        _draw_matrix(chart, path)
+    elif isinstance(chart, Surface):
+        _draw_surface(chart, path)
+    else:
+        _draw_examples(chart, path)
+    return path
 
 
 @contextmanager
-def _figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
-    """Axes to draw into, then saved to the path."""
+def _figure(path: Path, title: str, width: float, height: float, **options: Any) -> Iterator[Any]:
+    """Axes to draw into, then saved under the title, broken to the figure's width."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(*shape, layout="constrained", **options)
-    try:
-        yield axes
-        figure.savefig(path, dpi=120)
-    finally:
-        pyplot.close(figure)
+    # names from data sets may hold dollars: nothing is set as mathematics
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "robust-accel"}):
+        figure, axes = pyplot.subplots(
+            figsize=(width, height), layout="constrained", squeeze=False, **options
+        )
+        figure.suptitle("\n".join(wrap(title, int(13 * width))), fontsize=10)
+        try:
+            yield axes
+            figure.savefig(path, dpi=150, facecolor="white")
+            figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
+        finally:
+            pyplot.close(figure)
 
 
-def draw_training(folder: RunFolder) -> Path | None:
-    """Loss and accuracies over training; None where nothing was trained."""
-    metrics = folder.read_metrics()
-    steps = [line for line in metrics if "loss" in line]
-    validations = [line for line in metrics if "validation_robust_accuracy" in line]
-    if not steps:
-        return None
-    path = folder.path / "training.png"
-    with _figure(path, 1, 2, figsize=(10, 3.6)) as (left, right):
-        left.plot([s["epoch"] for s in steps], [s["loss"] for s in steps], color="tab:blue")
-        left.set(xlabel="epoch", ylabel="training loss")
-        for kind, color in (("clean", "tab:green"), ("robust", "tab:red")):
-            right.plot(
-                [s["epoch"] for s in steps],
-                [100 * s[f"{kind}_batch_accuracy"] for s in steps],
-                color=color,
-                alpha=0.35,
-                label=f"{kind}, training batch",
-            )
-            if validations:
-                right.plot(
-                    [v["epoch"] for v in validations],
-                    [100 * v[f"validation_{kind}_accuracy"] for v in validations],
-                    color=color,
-                    marker="o",
-                    markersize=3,
-                    label=f"{kind}, held-out split",
-                )
-        right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
-        right.legend(fontsize=8)
-    return path
+def _tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3, linewidth=0.6)
 
 
-def draw_sweep(folder: RunFolder, report: dict[str, Any]) -> Path | None:
-    """PGD accuracy against eps and against the number of steps (Figure 3 of DAT)."""
-    curves = {key: curve for key, curve in report.get("sweep", {}).items() if curve}
-    if not curves:
-        return None
-    path, norm = folder.path / "sweep.png", report["threat_model"]["norm"]
-    clean = report["clean_accuracy"]["accuracy"]
-    with _figure(path, 1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False) as axes:
-        for axis, (key, curve) in zip(axes[0], curves.items(), strict=True):
-            points = [(p[key], p["accuracy"]) for p in curve]
-            scale = 255 if key == "eps" and norm == "linf" else 1
-            if key == "eps":
-                points.insert(0, (0.0, clean))
+def _draw_lines(chart: Lines, path: Path) -> None:
+    with _figure(path, chart.title, 6.4, 4.2) as axes:
+        axis = axes[0, 0]
+        for line in chart.lines:
+            color = COLORS[line.color % len(COLORS)]
+            if len(line.low):
+                axis.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
             axis.plot(
-                [scale * x for x, _ in points], [100 * y for _, y in points], "o-", markersize=4
+                line.x,
+                line.y,
+                color=color,
+                alpha=0.4 if line.faint else 1,
+                linewidth=1.2 if line.faint else 1.8,
+                marker="o" if line.markers else None,
+                markersize=4,
+                label=line.name,
             )
-            unit = f"eps ({norm}{', / 255' if scale > 1 else ''})"
-            axis.set(
-                xlabel=unit if key == "eps" else "PGD steps", ylabel="accuracy (%)", ylim=(0, 100)
+        axis.set(xlabel=chart.x_label, ylabel=chart.y_label)
+        if chart.percent:
+            axis.set(ylim=(0, 102), yticks=range(0, 101, 20))
+        if all(float(x).is_integer() for line in chart.lines for x in line.x):
+            axis.locator_params(axis="x", integer=True)
+        if len(chart.lines) > 1:
+            axis.figure.legend(
+                loc="outside lower center",
+                ncols=2 if max(len(line.name) for line in chart.lines) < 36 else 1,
+                fontsize=8,
+                frameon=False,
             )
-            if key == "num_steps":
-                axis.set_xticks([x for x, _ in points])
-            axis.grid(alpha=0.3)
-    return path
+        _tidy(axis)
 
 
-def draw_surface(folder: RunFolder, report: dict[str, Any]) -> Path | None:
-    """Loss on the plane of the gradient's and a random direction."""
-    surface = report.get("sanity", {}).get("surface")
-    if surface is None:
-        return None
-    path = folder.path / "loss_surface.png"
-    along, aside = np.meshgrid(surface["axis"], surface["axis"], indexing="ij")
-    options = {"subplot_kw": {"projection": "3d"}, "figsize": (5.6, 4.6)}
-    with _figure(path, 1, 1, **options) as axis:
-        axis.plot_surface(along, aside, np.array(surface["loss"]), cmap="viridis", linewidth=0)
+def _draw_waterfall(chart: Waterfall, path: Path) -> None:
+    values = np.asarray(chart.values)
+    broken = np.concatenate([[0], values[:-1] - values[1:]])
+    with _figure(path, chart.title, max(4.8, 1.1 * len(values) + 1.2), 3.8) as axes:
+        axis = axes[0, 0]
+        bars = axis.bar(range(len(values)), values, color=COLORS[0], label="still right")
+        axis.bar(
+            range(len(values)), broken, bottom=values, color=COLORS[1], alpha=0.45, label="broken"
+        )
+        axis.bar_label(bars, [f"{v:.1f}" for v in values], label_type="center", color="white")
+        axis.set(ylabel="accuracy (%)", ylim=(0, 102), yticks=range(0, 101, 20))
+        axis.set_xticks(range(len(values)), chart.labels)
+        axis.set_xlabel("after the attack")
+        axis.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        _tidy(axis)
+        axis.grid(axis="x", visible=False)
+
+
+def shares(chart: Matrix) -> np.ndarray:
+    """Each row of counts as shares of its label's images, 0 where there are none."""
+    counts = np.asarray(chart.counts, dtype=float)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _draw_matrix(chart: Matrix, path: Path) -> None:
+    number, found = len(chart.classes), shares(chart)
+    size = min(max(4.6, 0.42 * number + 2.2), 12)
+    with _figure(path, chart.title, size, 0.88 * size) as axes:
+        axis = axes[0, 0]
+        image = axis.imshow(100 * found, cmap="Blues", vmin=0, vmax=100)
+        axis.figure.colorbar(image, ax=axis, shrink=0.75, label="of the label's images (%)")
+        axis.set(xlabel="prediction", ylabel="label")
+        every = 1 if number <= 50 else -(-number // 25)  # names that still fit
+        ticks, font = range(0, number, every), 8 if number <= 25 else 6
+        names = [chart.classes[i] for i in ticks]
+        short = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+        axis.set_xticks(ticks, short, fontsize=font, rotation=90 if max(map(len, short)) > 2 else 0)
+        axis.set_yticks(ticks, short, fontsize=font)
+        if number <= _ANNOTATED:
+            for (i, j), share in np.ndenumerate(found):
+                if chart.counts[i][j]:
+                    color = "white" if share > 0.55 else "black"
+                    text = str(chart.counts[i][j])
+                    axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+
+
+def _draw_surface(chart: Surface, path: Path) -> None:
+    along, aside = np.meshgrid(chart.axis, chart.axis, indexing="ij")
+    options = {"subplot_kw": {"projection": "3d"}}
+    with _figure(path, chart.title, 6.0, 5.0, **options) as axes:
+        axis = axes[0, 0]
+        axis.plot_surface(along, aside, np.asarray(chart.loss), cmap="viridis", linewidth=0)
         axis.set(
             xlabel="gradient's direction (eps)",
             ylabel="random direction (eps)",
-            zlabel="loss",
             xticks=(-2, -1, 0, 1, 2),
             yticks=(-2, -1, 0, 1, 2),
         )
-    return path
+        axis.set_zlabel("loss (nats)", labelpad=6)
+        axis.set_box_aspect(None, zoom=0.85)  # or the label of z is cut off
 
 
-def draw_certified(folder: RunFolder, report: dict[str, Any]) -> Path | None:
-    """Certified accuracy against the radius."""
-    if "certified" not in report:
-        return None
-    path, found = folder.path / "certified.png", report["certified"]
-    with _figure(path, 1, 1, figsize=(5, 3.6)) as axis:
-        curve = found["curve"]
-        axis.plot(curve["radius"], [100 * a for a in curve["accuracy"]])
-        axis.set(
-            xlabel="L2 radius (pixel units)",
-            ylabel="certified accuracy (%)",
-            ylim=(0, 100),
-            title=f"sigma {found['sigma']:.4g}, {found['images']} images",
-        )
-        axis.grid(alpha=0.3)
-    return path
-
-
-def draw_examples(folder: RunFolder) -> Path | None:
-    """Images as they are, perturbed, and the perturbation by itself, with predictions."""
-    if not folder.examples.exists():
-        return None
-    path, found = folder.path / "examples.png", load_file(folder.examples)
-    number = len(found["labels"])
-    delta = found["x_adv"] - found["x"]
-    # grey is nothing, black and white the largest change
-    magnified = 0.5 + delta / (2 * delta.abs().max().clamp(min=1e-12))
+def _draw_examples(chart: Examples, path: Path) -> None:
     rows = [
-        ("clean", found["x"], found["clean_predictions"]),
-        ("perturbed", found["x_adv"], found["adversarial_predictions"]),
-        ("perturbation, magnified", magnified, None),
+        ("as they are", chart.x, chart.clean),
+        ("perturbed", chart.x_adv, chart.adversarial),
+        (f"perturbation\nx {chart.magnification}", chart.perturbation, None),
     ]
-    with _figure(path, 3, number, figsize=(1.5 * number, 5.2), squeeze=False) as axes:
-        for line, (name, pixels, predictions) in zip(axes, rows, strict=True):
-            line[0].set_ylabel(name, fontsize=8)
-            for index, axis in enumerate(line):
-                image = pixels[index].permute(1, 2, 0).clamp(0, 1).numpy()
-                grey = image.shape[2] == 1
-                axis.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=1)
+    number = len(chart.labels)
+    with _figure(
+        path, chart.title, max(4.0, 1.5 * number + 0.6), 5.6, nrows=3, ncols=number
+    ) as axes:
+        for line, (name, images, predictions) in zip(axes, rows, strict=True):
+            line[0].set_ylabel(name, fontsize=9)
+            for index, (axis, image) in enumerate(zip(line, pixels(images), strict=True)):
+                axis.imshow(image, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 if predictions is not None:
-                    label, own = int(found["labels"][index]), int(predictions[index])
-                    color = "tab:green" if own == label else "tab:red"
-                    axis.set_title(f"{own} (is {label})", fontsize=8, color=color)
-    return path
+                    own, label = predictions[index], chart.labels[index]
+                    text = own if own == label else f"{own}\n(is {label})"
+                    color = COLORS[2] if own == label else COLORS[1]
+                    axis.set_title("\n".join(_short(text)), fontsize=8, color=color)
+
+
+def _short(text: str) -> list[str]:
+    """Lines that fit over an image."""
+    return [part for line in text.split("\n") for part in wrap(line, 16)[:2]]

@@ -1,0 +1,344 @@
+"""What the pictures of a run show, before anything is drawn: figures.py and page.py draw it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from robust_accel.reporting.views import (
+    Row,
+    Run,
+    attack_text,
+    source_text,
+    threat_text,
+    wilson_interval,
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve; y, low and high (a band) in percent where its chart is of shares."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    markers: bool = False
+    faint: bool = False
+    dashed: bool = False
+    color: int = 0
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves over a common axis."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    percent: bool = True
+
+
+@dataclass(frozen=True)
+class Waterfall:
+    """Accuracy in percent, clean and after each attack of AutoAttack."""
+
+    name: str
+    title: str
+    labels: Sequence[str]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Counts of predictions: [label][prediction]."""
+
+    name: str
+    title: str
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Loss at axis[i] along the gradient's direction and axis[j] along a random one."""
+
+    name: str
+    title: str
+    axis: Sequence[float]
+    loss: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images [n, C, H, W] in [0, 1] before and after the attack, and classes by name."""
+
+    name: str
+    title: str
+    x: Tensor
+    x_adv: Tensor
+    labels: Sequence[str]
+    clean: Sequence[str]
+    adversarial: Sequence[str]
+    magnification: int
+
+    @property
+    def perturbation(self) -> Tensor:
+        """Magnified, about grey."""
+        return (0.5 + self.magnification * (self.x_adv - self.x)).clamp(0, 1)
+
+
+Chart = Lines | Waterfall | Matrix | Surface | Examples
+
+
+def about(run: Run, row: Row) -> str:
+    """``PGD-20, linf, eps 8/255, 200 images``: the part of a title that tells the measurement."""
+    attack = row["attack"]["name"]
+    parts = ["clean" if attack == "none" else attack_text(row["attack"])]
+    parts += [threat_text(row.get("threat_model")), f"{row['images']['n']} images"]
+    return f"{run.name}: " + ", ".join(filter(None, parts))
+
+
+def training_charts(run: Run) -> list[Chart]:
+    """Loss and accuracies over training; nothing where nothing was trained."""
+    metrics = run.folder.read_metrics()
+    steps = [line for line in metrics if "loss" in line]
+    validations = [line for line in metrics if "validation_robust_accuracy" in line]
+    if not steps:
+        return []
+    epochs = [line["epoch"] for line in steps]
+    loss = Line("loss", epochs, [line["loss"] for line in steps])
+    lines = []
+    for color, kind in enumerate(("clean", "robust")):
+        batch = [100 * line[f"{kind}_batch_accuracy"] for line in steps]
+        lines.append(Line(f"{kind}, training batch", epochs, batch, faint=True, color=color))
+        if validations:
+            at = [line["epoch"] for line in validations]
+            held_out = [100 * line[f"validation_{kind}_accuracy"] for line in validations]
+            name = f"{kind}, held-out split"
+            lines.append(Line(name, at, held_out, markers=True, color=color))
+    title = f"{run.name}: {{}} over training"
+    attack = _training_attack(run)
+    return [
+        Lines(
+            "training_loss", title.format("loss"), "epoch", "training loss (nats)", [loss], False
+        ),
+        Lines(
+            "training_accuracy",
+            title.format("accuracy") + (f", {attack}" if attack else ""),
+            "epoch",
+            "accuracy (%)",
+            lines,
+        ),
+    ]
+
+
+def _training_attack(run: Run) -> str:
+    """The recipe's attack in short, as far as it tells."""
+    attack = run.report.get("recipe", {}).get("attack") or {}
+    words = [attack.get("name", ""), attack.get("norm", "")]
+    if isinstance(attack.get("eps"), float | int) and attack.get("norm"):
+        words = [attack["name"], threat_text(attack)]
+    return ", ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class SweepCurve:
+    """Rows of one sweep: the same images, and the same attack but for the point."""
+
+    key: str
+    rows: Sequence[Row]
+
+    @property
+    def points(self) -> list[tuple[float, Row]]:
+        return [(row["point"]["value"], row) for row in self.rows]
+
+
+def sweep_curves(run: Run) -> list[SweepCurve]:
+    """Sweeps, each in rising order of its points."""
+    groups: dict[str, list[Row]] = {}
+    for row in run.of("sweep"):
+        key = row["point"]["key"]
+        # what follows from the point itself
+        varies = {"eps": ("step_size",), "num_steps": ("num_steps",)}.get(key, ())
+        attack = {k: v for k, v in row["attack"].items() if k not in varies}
+        threat = {k: v for k, v in row["threat_model"].items() if k != key}
+        images = [source_text(row["images"]), row["images"].get("selection"), row["images"]["n"]]
+        group = json.dumps([key, attack, threat, images], sort_keys=True)
+        groups.setdefault(group, []).append(row)
+    curves = [sorted(rows, key=lambda row: row["point"]["value"]) for rows in groups.values()]
+    return [SweepCurve(rows[0]["point"]["key"], rows) for rows in curves]
+
+
+def sweep_name(curve: SweepCurve) -> str:
+    """What all points of a sweep have in common."""
+    row = curve.rows[0]
+    attack, threat = attack_text(row["attack"]), threat_text(row["threat_model"])
+    if curve.key == "eps":
+        threat = row["threat_model"]["norm"]
+    elif curve.key == "num_steps":
+        attack = "PGD"
+    return f"{attack}, {threat}, {row['images']['n']} images"
+
+
+def sweep_charts(run: Run) -> list[Chart]:
+    """Accuracy against eps, a chart a norm, and against steps or whatever else was varied."""
+    groups: dict[tuple[str, str], list[SweepCurve]] = {}
+    for curve in sweep_curves(run):
+        norm = curve.rows[0]["threat_model"]["norm"] if curve.key == "eps" else ""
+        groups.setdefault((curve.key, norm), []).append(curve)
+    charts: list[Chart] = []
+    for (key, norm), curves in groups.items():
+        scale = 255 if norm == "linf" and all(map(_in_levels, curves)) else 1
+        label = {
+            "eps": f"eps, {norm} ({'1/255 of' if scale > 1 else 'of'} the pixels' range)",
+            "num_steps": "steps of PGD",
+        }.get(key, key)
+        lines = [_sweep_line(curve, scale, number) for number, curve in enumerate(curves)]
+        name = {"eps": f"sweep_eps_{norm}", "num_steps": "sweep_steps"}.get(key, f"sweep_{key}")
+        against = {"num_steps": "steps"}.get(key, key)
+        title = f"{run.name}: accuracy against {against}"
+        if len(lines) == 1:
+            title += f", {lines[0].name}"
+        charts.append(Lines(name, title, label, "accuracy (%)", lines))
+    return charts
+
+
+def _in_levels(curve: SweepCurve) -> bool:
+    return all("/255" in threat_text(row["threat_model"]) for row in curve.rows)
+
+
+def _sweep_line(curve: SweepCurve, scale: float, color: int) -> Line:
+    points = [(scale * x, row["accuracy"], row["interval"]) for x, row in curve.points]
+    clean, n = curve.rows[0].get("clean_accuracy"), curve.rows[0]["images"]["n"]
+    if clean is not None and curve.key in ("eps", "num_steps"):
+        points.insert(0, (0.0, clean, wilson_interval(clean, n)))
+    x, y, bands = zip(*points, strict=True)
+    return Line(
+        sweep_name(curve),
+        x,
+        [100 * share for share in y],
+        [100 * band[0] for band in bands],
+        [100 * band[1] for band in bands],
+        markers=True,
+        color=color,
+    )
+
+
+def waterfalls(run: Run) -> list[Chart]:
+    """Accuracy after each attack, a chart for each run of AutoAttack."""
+    charts: list[Chart] = []
+    for number, row in enumerate(run.of("accuracy", "autoattack")):
+        after = row.get("after")
+        if after:
+            labels = ["clean", *(found["attack"] for found in after)]
+            values = [row["clean_accuracy"], *(found["accuracy"] for found in after)]
+            shares = [100 * value for value in values]
+            charts.append(Waterfall(f"autoattack_{number}", about(run, row), labels, shares))
+    return charts
+
+
+def certified_chart(run: Run) -> list[Chart]:
+    """Certified accuracy against the radius, each curve as far as it is known, with its band."""
+    lines = []
+    for number, row in enumerate(run.of("certificate")):
+        if curve := row.get("curve"):
+            n = row["images"]["n"]
+            bands = [wilson_interval(share, n) for share in curve["accuracy"]]
+            lines.append(
+                Line(
+                    f"{attack_text(row['attack']).removeprefix('certificate, ')}, {n} images",
+                    curve["radius"],
+                    [100 * share for share in curve["accuracy"]],
+                    [100 * low for low, _ in bands],
+                    [100 * high for _, high in bands],
+                    color=number,
+                )
+            )
+    if not lines:
+        return []
+    title = f"{run.name}: certified accuracy" + (f", {lines[0].name}" if len(lines) == 1 else "")
+    label = "L2 radius (of the pixels' range)"
+    return [Lines("certified", title, label, "certified accuracy (%)", lines)]
+
+
+def confusions(run: Run, rows: Sequence[Row]) -> list[Chart]:
+    """A matrix for each row that has one."""
+    return [
+        Matrix(
+            f"confusion_{number}",
+            about(run, row),
+            run.class_names(len(row["confusion"])),
+            row["confusion"],
+        )
+        for number, row in enumerate(rows)
+        if row.get("confusion")
+    ]
+
+
+def surfaces(run: Run) -> list[Chart]:
+    """The loss about some images, of each sanity suite."""
+    return [
+        Surface(
+            f"loss_surface_{number}",
+            f"{run.name}: loss about the images, {threat_text(row.get('threat_model'))}".rstrip(
+                ", "
+            ),
+            row["surface"]["axis"],
+            row["surface"]["loss"],
+        )
+        for number, row in enumerate(run.of("sanity"))
+        if row.get("surface")
+    ]
+
+
+def examples(run: Run) -> list[Chart]:
+    """The images that were kept, if they are of the model that the report is of."""
+    if not run.folder.examples.exists():
+        return []
+    with safe_open(run.folder.examples, "pt") as file:
+        metadata = file.metadata() or {}
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if metadata.get("function") != run.model.get("function") or not len(found["labels"]):
+        return []
+    names = {
+        key: [run.class_name(int(index)) for index in found[key]]
+        for key in ("labels", "clean_predictions", "adversarial_predictions")
+    }
+    words = [attack_text(json.loads(metadata["attack"]))]
+    words += [threat_text(json.loads(metadata["threat_model"]))]
+    return [
+        Examples(
+            "examples",
+            f"{run.name}: {', '.join(words)}; {metadata['selection']} images, right or not",
+            found["x"],
+            found["x_adv"],
+            names["labels"],
+            names["clean_predictions"],
+            names["adversarial_predictions"],
+            _magnification(found["x_adv"] - found["x"]),
+        )
+    ]
+
+
+def _magnification(delta: Tensor) -> int:
+    """The largest power of two, at least 1, that shows every change between black and white."""
+    largest = float(delta.abs().max())
+    factor = 1
+    while largest > 0 and 2 * factor * largest <= 0.5 and factor < 1024:
+        factor *= 2
+    return factor
+
+
+def pixels(images: Tensor) -> Any:
+    """[n, C, H, W] in [0, 1] -> uint8 [n, H, W, 3]; more than three channels: the first three."""
+    images = images.clamp(0, 1)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return (255 * images).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

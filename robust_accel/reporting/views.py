@@ -1,0 +1,283 @@
+"""Runs as the views see them: rows of report.json, which of them to quote, how a number is written.
+
+A row is one measurement with its own norm, eps, images and attack; ``evaluation/ledger.py`` fills
+them in. report.md, report.html, the model card and the exports show what stands here.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_accel.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+# top-level results of reports that were written before the ledger
+_BEFORE = ("clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified")
+_VERSIONS = ("quick", "rand", "standard")  # of AutoAttack, the weakest first
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with what was measured of its model.
+
+    Args:
+        name: The folder's, or its path where several runs of a view share the name.
+        report: ``report.json``.
+        rows: The measurements to show.
+    """
+
+    folder: RunFolder
+    name: str
+    report: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return self.report.get("model") or {}
+
+    def of(self, purpose: str, attack: str | None = None) -> list[Row]:
+        """Rows of a purpose, and of an attack if one is named."""
+        rows = [row for row in self.rows if row["purpose"] == purpose]
+        return [row for row in rows if attack in (None, row["attack"]["name"])]
+
+    def class_name(self, index: int) -> str:
+        """A class's name, or its number where no names are known."""
+        names = self.model.get("class_names") or []
+        return str(names[index]) if 0 <= index < len(names) else str(index)
+
+    def class_names(self, number: int) -> list[str]:
+        return [self.class_name(index) for index in range(number)]
+
+
+def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[Run]:
+    """The runs in these folders.
+
+    Args:
+        everything: Of the ledger, also rows that a larger measurement stands for.
+
+    Raises:
+        ValueError: Nothing was measured in one of them, or before there was a ledger.
+    """
+    folders = [Path(path) for path in paths]
+    names = [folder.name or str(folder.resolve().name) for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        report = RunFolder(folder).read_report()
+        if not report:
+            raise ValueError(f"{folder}: no report.json: nothing was measured there yet")
+        if "measurements" not in report and any(key in report for key in _BEFORE):
+            raise ValueError(
+                f"{folder}: report.json is from before the ledger of measurements: measure the "
+                f"model again by robust-accel evaluate {folder}"
+            )
+        name = name if names.count(name) == 1 else str(folder)
+        rows = _ledger_rows(folder, report) if everything else report.get("measurements", [])
+        runs.append(Run(RunFolder(folder), name, report, rows))
+    return runs
+
+
+def _ledger_rows(folder: Path, report: dict[str, Any]) -> list[Row]:
+    from robust_accel.evaluation.ledger import read_records, shown
+
+    function = str((report.get("model") or {}).get("function"))
+    return shown(read_records(folder), function, everything=True)
+
+
+# How numbers are written.
+
+
+def eps_text(eps: float) -> str:
+    """``8/255`` where eps is a multiple of 1/255, else four digits.
+
+    Fifths (0.2 is 51/255) stay decimals, as everybody writes them.
+    """
+    steps = round(255 * eps)
+    # as close as fp32 comes
+    if steps > 0 and steps % 51 and math.isclose(steps / 255, eps, rel_tol=1e-6):
+        return f"{steps}/255"
+    return f"{eps:.4g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def interval_text(interval: Sequence[float]) -> str:
+    return f"[{percent(interval[0])}, {percent(interval[1])}]"
+
+
+def accuracy_text(row: Row) -> str:
+    """``75.00 [68.57, 80.48]``, in percent; empty where the row has no accuracy."""
+    if row.get("accuracy") is None:
+        return ""
+    interval = f" {interval_text(row['interval'])}" if row.get("interval") else ""
+    return percent(row["accuracy"]) + interval
+
+
+def threat_text(threat: dict[str, Any] | None) -> str:
+    return "" if threat is None else f"{threat['norm']}, eps {eps_text(threat['eps'])}"
+
+
+def attack_text(attack: dict[str, Any]) -> str:
+    """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``."""
+    name = attack["name"]
+    if name == "pgd":
+        restarts = attack.get("restarts", 1)
+        return f"PGD-{attack['num_steps']}" + (f" x{restarts}" if restarts > 1 else "")
+    if name == "autoattack":
+        search = attack.get("search", "fp32")
+        about = f", {search} search" if search != "fp32" else ""
+        return f"AutoAttack {attack['version']}{about}"
+    if name == "certify":
+        return f"certificate, {attack['method']}, sigma {attack['sigma']:.4g}"
+    return {"none": "none", "sanity": "sanity checks"}.get(name, name)
+
+
+def settings_text(attack: dict[str, Any]) -> str:
+    """All settings of an attack."""
+    return "; ".join(f"{k} {plain(v)}" for k, v in attack.items() if k != "name" and v is not None)
+
+
+def plain(value: Any) -> str:
+    """A setting or fact: numbers with four digits, lists with commas."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def source_text(images: dict[str, Any]) -> str:
+    """Where images are from: path, configuration and split, then what else was said."""
+    source = {k: v for k, v in images.get("source", {}).items() if v is not None}
+    words = [str(source.pop(key)) for key in ("path", "config", "split") if key in source]
+    rest = ", ".join(f"{key} {plain(value)}" for key, value in source.items())
+    return " ".join(words) + (f" ({rest})" if rest else "")
+
+
+def finding(row: Row) -> str:
+    """How many images met NaN or Inf; empty where none did."""
+    positions = {i for found in row.get("non_finite", {}).values() for i in found}
+    if not positions:
+        return ""
+    return f"{len(positions)} image{'s' if len(positions) > 1 else ''} met NaN or Inf"
+
+
+def cell(row: Row | None) -> str:
+    """A number with its interval, its attack and its images."""
+    if row is None:
+        return "not measured"
+    attack = "" if row["attack"]["name"] == "none" else attack_text(row["attack"])
+    draws = f"mean of {row['draws']} draws" if row.get("draws") else ""
+    # the column says so already
+    about = [attack.removeprefix("AutoAttack "), f"n={row['images']['n']}", draws, finding(row)]
+    return f"{accuracy_text(row)} ({', '.join(filter(None, about))})"
+
+
+# Which rows are quoted.
+
+
+def pick(rows: Iterable[Row]) -> Row | None:
+    """Of one attack against one threat model, the row to quote.
+
+    PGD: of the most images, then with the most steps in all. AutoAttack: standard before rand
+    before quick, then of the most images. Of equals the latest.
+    """
+
+    def rank(row: Row) -> tuple[float, ...]:
+        attack, n = row["attack"], row["images"]["n"]
+        if attack["name"] == "autoattack":
+            version = attack.get("version")
+            return (_VERSIONS.index(version) if version in _VERSIONS else -1, n)
+        if attack["name"] == "certify":
+            return (n, attack["n"])
+        return (n, attack.get("num_steps", 0) * attack.get("restarts", 1))
+
+    return max(reversed(list(rows)), key=rank, default=None)
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """What is quoted of a run against one threat model on one set of images."""
+
+    source: str
+    threat: dict[str, Any] | None
+    clean: Row | None
+    pgd: Row | None
+    autoattack: Row | None
+    certified: tuple[Row, dict[str, Any]] | None  # the row, and its point of that radius
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in (self.clean, self.pgd, self.autoattack) if row is not None]
+
+
+def quoted(run: Run) -> list[Quoted]:
+    """One entry a set of images and threat model, in the order that they were measured in.
+
+    A certificate of radius eps stands beside attacks of that eps in L2; where there is none, at
+    its smallest radius. Clean accuracy stands in each entry, and alone if nothing else is there.
+    """
+    rows = run.of("accuracy") + run.of("certificate")
+    found = []
+    for source in dict.fromkeys(source_text(row["images"]) for row in rows):
+        own = [row for row in rows if source_text(row["images"]) == source]
+        clean = pick(row for row in own if row["attack"]["name"] == "none")
+        certificate = pick(row for row in own if row["purpose"] == "certificate")
+        threats: list[dict[str, Any] | None] = _unique(
+            row["threat_model"] for row in own if row.get("threat_model")
+        )
+        points = {p["radius"]: p for p in (certificate or {}).get("radii", []) if p["radius"] > 0}
+        if points and not any(t and t["norm"] == "l2" and t["eps"] in points for t in threats):
+            threats.append({"norm": "l2", "eps": min(points)})
+        for threat in threats or [None]:
+            against = [row for row in own if threat and row.get("threat_model") == threat]
+            point = points.get(threat["eps"]) if threat and threat["norm"] == "l2" else None
+            found.append(
+                Quoted(
+                    source,
+                    threat,
+                    clean,
+                    pick(row for row in against if row["attack"]["name"] == "pgd"),
+                    pick(row for row in against if row["attack"]["name"] == "autoattack"),
+                    (certificate, point) if certificate and point else None,
+                )
+            )
+    return found
+
+
+def _unique(values: Iterable[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    return list({json.dumps(value, sort_keys=True): value for value in values}.values())
+
+
+def same_attack(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Of these rows, that with the row's attack, settings and threat model; of the most images."""
+    return pick(
+        other
+        for other in rows
+        if other["attack"] == row["attack"] and other.get("threat_model") == row.get("threat_model")
+    )
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95% interval of a share of n independent images (Wilson 1927)."""
+    z = 1.959963984540054
+    middle, half = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)),
+    )
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def difference(one: Row, other: Row) -> tuple[float, float, float]:
+    """Accuracy of one less that of another on other images, and its 95% interval.
+
+    Newcombe's interval (1998, method 10), from both Wilson intervals.
+    """
+    p, q = one["accuracy"], other["accuracy"]
+    (p_low, p_high), (q_low, q_high) = one["interval"], other["interval"]
+    low = p - q - math.hypot(p - p_low, q_high - q)
+    high = p - q + math.hypot(p_high - p, q - q_low)
+    return p - q, low, high
