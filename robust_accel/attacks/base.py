@@ -12,28 +12,83 @@ LossFn = Callable[[Tensor], Tensor]
 """x: [B, C, H, W] in [0, 1] -> losses [B], the function that an attack climbs."""
 
 
+class JudgedLoss(Protocol):
+    """A ``LossFn`` that can tell, from the same forward pass, which images are predicted wrongly.
+
+    ``robust_accel.objectives.cross_entropy_of(model, labels)`` is one.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [0, 1] -> losses [B]."""
+        ...
+
+    def judged(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses [B], and whether the prediction is wrong: [B], bool."""
+        ...
+
+
 class Attack(Protocol):
     """Maps images to adversarial images; knows neither the model nor the labels.
 
     What it promises is checked on the first batch of a training: with an attribute ``eps`` (and
     ``norm``, L-inf if it has none), no image is moved further, or than ``reach`` if it has that,
-    and some are moved, unless ``may_stay`` is true. ``doubt`` may be a warning about its settings.
+    and some are moved, unless ``may_stay`` is true. Two more attributes speak of its settings:
+    ``fault``, ``key: ...``, is an error in a recipe and a warning in a script, ``doubt`` a warning.
     """
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return x_adv: shape, dtype and device of x, in [0, 1], detached."""
+        """Return x_adv: shape, dtype and device of x, in [0, 1], detached.
+
+        Some attacks (DDN) refuse a ``loss_fn`` that is no ``JudgedLoss``.
+        """
         ...
 
 
-_seen: ContextVar[list[Tensor] | None] = ContextVar("seen", default=None)
+class Seen:
+    """What the gradients were that attacks have taken in a block of ``gradients_seen``.
+
+    Attributes:
+        calls: How many gradients of a batch were taken.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._nonzero: Tensor | None = None
+        self._non_finite: dict[int, Tensor] = {}  # by the number of images of a call
+
+    @property
+    def any_nonzero(self) -> bool:
+        """Whether any of them was anywhere finite and not zero."""
+        return self._nonzero is not None and bool(self._nonzero)
+
+    def non_finite(self, images: int) -> Tensor:
+        """Whose loss or gradient was NaN or infinite in any call: [images], bool, on the CPU.
+
+        Args:
+            images: Of the batch that was attacked. Which of them a call on fewer or more was about
+                cannot be told: if it has met such a value, all are marked.
+        """
+        found = torch.zeros(images, dtype=torch.bool)
+        for number, flags in self._non_finite.items():
+            found |= flags.cpu() if number == images else flags.any().cpu()
+        return found
+
+    def _add(self, nonzero: Tensor, non_finite: Tensor) -> None:
+        self.calls += 1
+        self._nonzero = nonzero if self._nonzero is None else self._nonzero | nonzero
+        before = self._non_finite.get(len(non_finite))
+        self._non_finite[len(non_finite)] = non_finite if before is None else before | non_finite
+
+
+_seen: ContextVar[Seen | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
-def gradients_seen() -> Iterator[list[Tensor]]:
-    """Collects, for each gradient that is taken in the block, whether it is anywhere not zero."""
-    seen: list[Tensor] = []
+def gradients_seen() -> Iterator[Seen]:
+    """Collects what each gradient is that an attack takes in the block."""
+    seen = Seen()
     token = _seen.set(seen)
     try:
         yield seen
@@ -42,19 +97,47 @@ def gradients_seen() -> Iterator[list[Tensor]]:
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
-    """Gradient of the summed loss in x, [B, C, H, W]; no parameter gradient is touched."""
+    """Gradient of the summed loss in x, see ``loss_and_input_gradient``."""
     return loss_and_input_gradient(loss_fn, x)[1]
 
 
 def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [B], detached, and the gradient of their sum in x.
+    """Losses [B], detached, and the gradient of their sum in x, [B, C, H, W].
 
-    Summed, not averaged: a mean's gradient underflows to sign(0) in fp16.
+    Summed, not averaged: a mean's gradient underflows to sign(0) in fp16. Entries that are NaN or
+    infinite are 0, so that one pixel's does not keep the others from moving; ``gradients_seen``
+    tells. No parameter's gradient is touched.
 
     Raises:
         RuntimeError: Under ``torch.inference_mode``.
         ValueError: ``loss_fn`` does not return one number an image.
     """
+    loss, _, grad = _differentiated(lambda z: (loss_fn(z), None), x)
+    return loss, grad
+
+
+def verdict_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether predictions are wrong [B], bool, and the gradient as above, from one forward pass.
+
+    Raises:
+        ValueError: ``loss_fn`` is no ``JudgedLoss``.
+    """
+    judged: Callable[[Tensor], tuple[Tensor, Tensor]] | None = getattr(loss_fn, "judged", None)
+    if judged is None:
+        raise ValueError(
+            "this attack must see which images are predicted wrongly, and a plain function of "
+            "losses does not tell: pass robust_accel.objectives.cross_entropy_of(model, labels), "
+            "or an object that also has judged(x) -> (losses [B], wrong [B])"
+        )
+    _, wrong, grad = _differentiated(judged, x)
+    assert wrong is not None
+    return wrong, grad
+
+
+def _differentiated(
+    judged: Callable[[Tensor], tuple[Tensor, Tensor | None]], x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Losses [B], what came with them, and the gradient of the losses' sum in x."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "an attack needs gradients, which torch.inference_mode() rules out: use "
@@ -62,14 +145,16 @@ def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]
         )
     with torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        loss = loss_fn(x).float()
+        loss, wrong = judged(x)
+        loss = loss.float()
         if loss.shape != x.shape[:1]:
             raise ValueError(
                 f"loss_fn must return one loss an image, [{len(x)}], got {list(loss.shape)}: an "
                 "attack climbs x -> cross_entropy(model(x), labels, reduction='none'), not a model"
             )
         (grad,) = torch.autograd.grad(loss.sum(), x)
-    seen = _seen.get()
+    loss, seen = loss.detach(), _seen.get()
+    finite = grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if seen is not None:
-        seen.append(grad.any())
-    return loss.detach(), grad
+        seen._add(finite.any(), ~(loss.isfinite() & grad.isfinite().flatten(1).all(dim=1)))
+    return loss, wrong, finite

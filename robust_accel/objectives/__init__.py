@@ -1,7 +1,7 @@
 """What the attack climbs and what is trained: one file an objective, one line a name."""
 
 from robust_accel.objectives.adversarial import Adversarial
-from robust_accel.objectives.base import Classifier, Objective
+from robust_accel.objectives.base import Classifier, LogitLoss, Objective, cross_entropy_of
 from robust_accel.objectives.mart import Mart
 from robust_accel.objectives.smoothing import Smoothing
 from robust_accel.objectives.trades import Trades
@@ -14,8 +14,10 @@ __all__ = [
     "OBJECTIVES",
     "Adversarial",
     "Classifier",
+    "LogitLoss",
     "Mart",
     "Objective",
     "Smoothing",
     "Trades",
+    "cross_entropy_of",
 ]

@@ -1,6 +1,7 @@
 """The protocol that every objective follows, and what several of them share."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -26,7 +27,8 @@ class Objective(Protocol):
     ) -> Callable[[Tensor], Tensor]:
         """Return the function x_adv -> [B] that the attack climbs.
 
-        What does not depend on x_adv (TRADES' clean prediction) is computed here, once.
+        What does not depend on x_adv (TRADES' clean prediction) is computed here, once. Attacks
+        that look at predictions (DDN) need a ``LogitLoss``, or an object with its two methods.
         """
         ...
 
@@ -37,9 +39,45 @@ class Objective(Protocol):
         ...
 
 
-def cross_entropy_of(classifier: Classifier, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """The plain cross-entropy as an attack climbs it: x_adv -> [B]."""
-    return lambda x_adv: cross_entropy(classifier(x_adv), labels, reduction="none")
+@dataclass(frozen=True, eq=False)
+class LogitLoss:
+    """A loss of the logits as an attack climbs it, which can tell who is predicted wrongly.
+
+    Attributes:
+        logits_of: x [B, C, H, W] -> logits, or log-probabilities, [B, K].
+        labels: The classes [B] that are right, or probabilities [B, K] of which the largest is.
+        losses_of: logits [B, K] -> losses [B].
+    """
+
+    logits_of: Classifier
+    labels: Tensor
+    losses_of: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [0, 1] -> losses [B]."""
+        return self.losses_of(self.logits_of(x))
+
+    def judged(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses [B], and whether the prediction is wrong: [B], bool."""
+        logits = self.logits_of(x)
+        labels = self.labels.argmax(dim=1) if self.labels.ndim > 1 else self.labels
+        return self.losses_of(logits), predicted(logits.detach()) != labels
+
+
+def cross_entropy_of(classifier: Classifier, labels: Tensor) -> LogitLoss:
+    """The plain cross-entropy as an attack climbs it: x_adv -> [B].
+
+    Args:
+        labels: [B] class indices, or [B, K] probabilities.
+    """
+    return LogitLoss(
+        classifier, labels, lambda logits: cross_entropy(logits, labels, reduction="none")
+    )
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of the largest logit, -1 where one is NaN: [B, K] -> [B]."""
+    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
 
 
 def logits_of_both(

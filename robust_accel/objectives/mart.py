@@ -22,7 +22,8 @@ class Mart(Settings):
 
     Args:
         beta: The paper's lambda, >= 0.
-        batchnorm: As of ``Trades``.
+        batchnorm: How x and x_adv go through BatchNorm: ``apart``, one forward each as in the
+            authors' code, or ``together`` as one batch of 2B.
 
     Source: Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified
     Examples" (ICLR), equation (11).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from robust_accel.objectives.base import Classifier
+from robust_accel.objectives.base import Classifier, cross_entropy_of
 from robust_accel.settings import Number, Settings
 
 
@@ -71,12 +71,10 @@ class NoisyBatch:
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        def loss_fn(x_adv: Tensor) -> Tensor:
-            return cross_entropy(
-                _mean_log_probability(self._logits(classifier, x_adv)), labels, reduction="none"
-            )
-
-        return loss_fn
+        # the class that is judged is that of the copies' mean probability
+        return cross_entropy_of(
+            lambda x_adv: _mean_log_probability(self._logits(classifier, x_adv)), labels
+        )
 
     def loss(
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor

@@ -10,6 +10,7 @@ from torch.nn.functional import log_softmax
 
 from robust_accel.objectives.base import (
     Classifier,
+    LogitLoss,
     cross_entropy_of,
     labeled_cross_entropy,
     logits_of_both,
@@ -27,8 +28,10 @@ class Trades(Settings):
     Args:
         beta: >= 0.
         label_smoothing: in [0, 1); of the first term.
-        batchnorm: How x and x_adv go through BatchNorm: ``apart``, one forward each, as the
-            authors' code does, or ``together`` as one batch of 2B.
+        batchnorm: How x and x_adv go through BatchNorm: ``apart``, one forward each, or
+            ``together`` as one batch of 2B. The authors' code forwards x, x_adv and x again, for
+            the KL's target: ``apart`` but for BatchNorm's running statistics, which see x twice
+            there, and for dropout, which draws anew.
         online_targets: Take the clean prediction of the second term as a constant target, as the
             online targets of UAT do; TRADES also moves it.
         attack_loss: What the attack climbs: ``kl``, as the authors do, or the ``cross_entropy`` to
@@ -57,7 +60,11 @@ class Trades(Settings):
             clean = log_softmax(classifier(x), dim=1)
         if self.attack_loss == "cross_entropy":
             return cross_entropy_of(classifier, clean.argmax(dim=1))
-        return lambda x_adv: kl_divergence(clean, log_softmax(classifier(x_adv), dim=1))
+        return LogitLoss(
+            classifier,
+            clean.argmax(dim=1),
+            lambda logits: kl_divergence(clean, log_softmax(logits, dim=1)),
+        )
 
     def loss(
         self,
