@@ -24,6 +24,7 @@ class Applied:
         norm, eps: The attack's ball, if it declares one.
         largest, median: Over the images, of their perturbation in that norm (L-inf if none).
         weights_moved: Tensors that weight perturbation has moved; None without it.
+        non_finite: Images whose loss or gradient was NaN or infinite during the attack.
     """
 
     images: int
@@ -33,6 +34,7 @@ class Applied:
     largest: float
     median: float
     weights_moved: int | None = None
+    non_finite: int = 0
 
     @classmethod
     def of(cls, attack: Any, x: Tensor, x_adv: Tensor) -> "Applied":
@@ -40,8 +42,10 @@ class Applied:
 
         Raises:
             RuntimeError: The attack should have moved the images and did not, or further than it
-                promises (L-inf and L2 balls alone can be measured here).
+                promises (L-inf and L2 balls alone can be measured here), or to where no number is.
         """
+        if not x_adv.isfinite().all():
+            raise RuntimeError(f"{attack!r} returned pixels that are NaN or infinite")
         norm, eps = str(getattr(attack, "norm", "linf")).lower(), getattr(attack, "eps", None)
         known = norm in ("linf", "l2")
         order = 2 if norm == "l2" else float("inf")
@@ -64,8 +68,11 @@ class Applied:
             f"attacked {self.moved} of {self.images} images, {self.norm} perturbation{ball}: "
             f"median {self.median:.4g}, largest {self.largest:.4g}"
         )
-        moved = self.weights_moved
-        return text if moved is None else f"{text}; {moved} weight tensors perturbed"
+        if self.weights_moved is not None:
+            text += f"; {self.weights_moved} weight tensors perturbed"
+        if self.non_finite:
+            text += f"; {self.non_finite} images met gradients or losses that are not finite"
+        return text
 
 
 class MinMax:
@@ -101,9 +108,10 @@ class MinMax:
         self.calls = 0
         self.applied: Applied | None = None
         self._blind = False  # the gradient in the pixels was zero everywhere, so far
-        doubt = getattr(attack, "doubt", None)
-        if doubt is not None:
-            logger.warning("%s", doubt)
+        self._non_finite = 0  # images of the batch that met such a gradient or loss
+        for doubt in (getattr(attack, "fault", None), getattr(attack, "doubt", None)):
+            if doubt is not None:
+                logger.warning("%s: %s", type(attack).__name__, doubt)
 
     def loss(
         self,
@@ -206,11 +214,14 @@ class MinMax:
             return self._perturb(classifier, objective, x, labels)
         with gradients_seen() as seen:
             x_adv = self._perturb(classifier, objective, x, labels)
-        blind = bool(seen) and not any(map(bool, seen))
+        self._non_finite = int(seen.non_finite(len(x)).sum())
+        blind = seen.calls > 0 and not seen.any_nonzero
         if blind and self._blind:
+            why = "zero everywhere; a model that rounds, detaches or saturates has none"
+            if self._non_finite:
+                why = f"zero, NaN or infinite everywhere (not finite on {self._non_finite} images)"
             raise RuntimeError(
-                f"{self.attack!r} attacks nothing: the gradient of the loss in the pixels is zero "
-                "everywhere; a model that rounds, detaches or saturates has none"
+                f"{self.attack!r} attacks nothing: the gradient of the loss in the pixels is {why}"
             )
         self._blind = blind
         return x_adv
@@ -226,5 +237,13 @@ class MinMax:
             if self._blind and torch.equal(x, x_adv):
                 return  # the next batch tells
             found = Applied.of(self.attack, x, x_adv)
-            self.applied = replace(found, weights_moved=weights_moved)
+            self.applied = replace(found, weights_moved=weights_moved, non_finite=self._non_finite)
             logger.info("%s", self.applied)
+            if self._non_finite:
+                logger.warning(
+                    "%d of %d images met gradients or losses in the first attack that are NaN or "
+                    "infinite: their pixels are attacked where they are finite alone; does the "
+                    "model divide, or take a root or a logarithm, at black pixels?",
+                    self._non_finite,
+                    len(x),
+                )

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from robust_accel.attacks import ATTACKS, DDN, FGSMRS, NFGSM, PGD, NoAttack
-from robust_accel.attacks.base import input_gradient
+from robust_accel.attacks.base import gradients_seen, input_gradient
+from robust_accel.objectives import cross_entropy_of
 
 EPS = 8 / 255
 BALL_ATTACKS = {
@@ -28,10 +28,6 @@ def classifier() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
     )
-
-
-def loss_of(model: nn.Module, labels: Tensor):
-    return lambda x: cross_entropy(model(x), labels, reduction="none")
 
 
 def problem(num_images: int = 6, dtype: torch.dtype = torch.float32):
@@ -60,7 +56,7 @@ def test_every_named_attack_is_tested_here():
 def test_result_lies_in_the_ball_and_in_the_box(attack, spread):
     x, labels, model = problem()
     x = (x.round() + spread * (torch.rand_like(x) - 0.5)).clamp(0, 1)
-    x_adv = attack(loss_of(model, labels), x)
+    x_adv = attack(cross_entropy_of(model, labels), x)
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert excess(attack, x_adv, x) <= 1e-6
@@ -79,7 +75,7 @@ def test_the_budget_is_used(attack):
 @pytest.mark.parametrize("attack", params(MOVING))
 def test_raises_the_loss_of_each_image(attack):
     x, labels, model = problem(24)
-    loss_fn = loss_of(model, labels)
+    loss_fn = cross_entropy_of(model, labels)
     with torch.no_grad():
         gain = loss_fn(attack(loss_fn, x)) - loss_fn(x)
     assert (gain > 0).all()
@@ -89,7 +85,7 @@ def test_raises_the_loss_of_each_image(attack):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_result_is_detached_and_like_the_input(attack, dtype):
     x, labels, model = problem(dtype=dtype)
-    x_adv = attack(loss_of(model, labels), x.clone().requires_grad_())
+    x_adv = attack(cross_entropy_of(model, labels), x.clone().requires_grad_())
     assert not x_adv.requires_grad
     assert x_adv.grad_fn is None
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
@@ -99,7 +95,7 @@ def test_result_is_detached_and_like_the_input(attack, dtype):
 def test_the_images_are_left_as_they_were(attack):
     x, labels, model = problem()
     before = x.clone()
-    attack(loss_of(model, labels), x)
+    attack(cross_entropy_of(model, labels), x)
     assert torch.equal(x, before)
     assert not x.requires_grad
     assert x.grad is None
@@ -108,7 +104,7 @@ def test_the_images_are_left_as_they_were(attack):
 @pytest.mark.parametrize("attack", params(EVERY))
 def test_a_generator_decides_everything_and_the_global_one_is_left_alone(attack):
     x, labels, model = problem()
-    loss_fn = loss_of(model, labels)
+    loss_fn = cross_entropy_of(model, labels)
     state = torch.get_rng_state()
     first, second = (
         attack(loss_fn, x, generator=torch.Generator().manual_seed(7)) for _ in range(2)
@@ -120,7 +116,7 @@ def test_a_generator_decides_everything_and_the_global_one_is_left_alone(attack)
 @pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "fgsm-rs", "n-fgsm"])
 def test_without_a_generator_the_global_one_is_used(name):
     x, labels, model = problem()
-    loss_fn = loss_of(model, labels)
+    loss_fn = cross_entropy_of(model, labels)
 
     def run(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -134,9 +130,9 @@ def test_without_a_generator_the_global_one_is_used(name):
 def test_an_image_does_not_depend_on_the_others_in_its_batch(name):
     # double precision: sums of another order must not flip a sign
     x, labels, model = problem(dtype=torch.float64)
-    together = MOVING[name](loss_of(model, labels), x)
+    together = MOVING[name](cross_entropy_of(model, labels), x)
     for i in range(len(x)):
-        alone = MOVING[name](loss_of(model, labels[i : i + 1]), x[i : i + 1])
+        alone = MOVING[name](cross_entropy_of(model, labels[i : i + 1]), x[i : i + 1])
         torch.testing.assert_close(together[i], alone[0], rtol=0, atol=1e-9)
 
 
@@ -182,7 +178,7 @@ def test_one_image_without_gradient_does_not_disturb_the_others(attack):
 @pytest.mark.parametrize("attack", params(MOVING))
 def test_works_where_gradients_are_switched_off(attack):
     x, labels, model = problem()
-    loss_fn = loss_of(model, labels)
+    loss_fn = cross_entropy_of(model, labels)
     expected = attack(loss_fn, x, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         found = attack(loss_fn, x, generator=torch.Generator().manual_seed(7))
@@ -193,7 +189,7 @@ def test_works_where_gradients_are_switched_off(attack):
 @pytest.mark.parametrize("attack", params(MOVING))
 def test_bf16_autocast_keeps_the_images_and_the_ball_in_fp32(attack):
     x, labels, model = problem(24)
-    loss_fn = loss_of(model, labels)
+    loss_fn = cross_entropy_of(model, labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
         x_adv = attack(loss_fn, x)
@@ -208,8 +204,73 @@ def test_bf16_autocast_keeps_the_images_and_the_ball_in_fp32(attack):
 @pytest.mark.parametrize("attack", params(EVERY))
 def test_no_parameter_is_given_a_gradient(attack):
     x, labels, model = problem()
-    attack(loss_of(model, labels), x)
+    attack(cross_entropy_of(model, labels), x)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Root(nn.Module):
+    """A network whose gradient is infinite at black pixels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.sqrt())
+
+
+@pytest.mark.parametrize("attack", params(EVERY))
+def test_gradients_that_are_not_finite_hold_no_other_pixel_and_no_other_image(attack):
+    x, labels, model = problem(dtype=torch.float64)
+    loss_fn = cross_entropy_of(Root(model), labels)
+    x = x.clamp(0.6, 1)  # no attack reaches black from here
+    clean = attack(loss_fn, x, generator=torch.Generator().manual_seed(7))
+    spoilt = x.clone()
+    spoilt[:3, :, :3] = 0
+    with gradients_seen() as seen:
+        x_adv = attack(loss_fn, spoilt, generator=torch.Generator().manual_seed(7))
+    assert x_adv.isfinite().all()
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+    torch.testing.assert_close(x_adv[3:], clean[3:], rtol=0, atol=1e-12)
+    if isinstance(attack, NoAttack):
+        return
+    assert not torch.equal(x_adv[:3, :, 3:], spoilt[:3, :, 3:]) or isinstance(attack, DDN)
+    assert seen.non_finite(6).tolist() == [True] * 3 + [False] * 3
+    if not isinstance(attack, NFGSM):
+        assert excess(attack, x_adv, spoilt) <= 1e-6
+
+
+def test_of_several_calls_each_image_is_told_apart_and_of_parts_none_is():
+    def loss_fn(x: Tensor) -> Tensor:
+        return x.sqrt().sum((1, 2, 3))
+
+    x = torch.ones(4, 1, 2, 2)
+    with gradients_seen() as seen:
+        assert not seen.any_nonzero
+        for black in (0, 2):
+            spoilt = x.clone()
+            spoilt[black, 0, 0, 0] = 0
+            grad = input_gradient(loss_fn, spoilt)
+            assert grad[black].flatten().tolist() == [0, 0.5, 0.5, 0.5]
+    assert seen.any_nonzero and seen.calls == 2
+    assert seen.non_finite(4).tolist() == [True, False, True, False]
+    with gradients_seen() as seen:
+        input_gradient(loss_fn, x)
+        input_gradient(loss_fn, x[:2])
+        assert not seen.non_finite(4).any()
+        input_gradient(loss_fn, 0 * x[:2])
+    assert seen.non_finite(4).all()  # of which two of the four it was cannot be told
+    with gradients_seen() as seen:
+        input_gradient(lambda x: x.sum((1, 2, 3)) + torch.tensor([0, torch.inf, torch.nan, 0]), x)
+    assert seen.non_finite(4).tolist() == [False, True, True, False]
+    assert gradients_are_forgotten(x)
+
+
+def gradients_are_forgotten(x: Tensor) -> bool:
+    with gradients_seen() as seen:
+        pass
+    input_gradient(lambda x: x.sum((1, 2, 3)), x)
+    return seen.calls == 0
 
 
 def test_input_gradient_is_that_of_the_summed_loss():
@@ -220,7 +281,7 @@ def test_input_gradient_is_that_of_the_summed_loss():
 
 def test_no_attack_returns_the_images():
     x, labels, model = problem()
-    assert torch.equal(NoAttack()(loss_of(model, labels), x), x)
+    assert torch.equal(NoAttack()(cross_entropy_of(model, labels), x), x)
 
 
 BAD = [

@@ -64,3 +64,45 @@ def test_processes_that_drift_or_send_nothing_are_an_error(monkeypatch, equal, s
     monkeypatch.setattr(first_step, "digest_of_parameters", lambda *_: ("", equal))
     with pytest.raises(RuntimeError, match=fault):
         check_first_step(robust, two, QSGD(), compression, None)
+
+
+class Root(nn.Module):
+    """Its gradient is not finite at black pixels, nor anything where ``spoilt``."""
+
+    def __init__(self, spoilt: bool = False) -> None:
+        super().__init__()
+        self.head, self.spoilt = nn.Linear(12, 5), spoilt
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.sqrt().flatten(1)) * (torch.nan if self.spoilt else 1)
+
+
+def test_gradients_that_are_not_finite_are_told_and_counted(caplog):
+    x = X.clamp(0.2, 1)
+    x[:3, 0] = 0
+    attack = PGD(num_steps=2, random_start=False)
+    robust = RobustModel(Root(), attack, mean=0.0, std=1.0)
+    robust(x, LABELS)
+    found = check_first_step(robust, Accelerator(cpu=True), QSGD(), GradientCompression(), None)
+    assert (found["attack"]["non_finite"], found["attack"]["moved"]) == (3, 4)
+    assert "3 of 4 images met gradients or losses" in caplog.text
+    assert "3 images met gradients or losses that are not finite" in in_words(robust, found)
+    honest = model(attack)
+    honest(X, LABELS)
+    assert honest.min_max.applied.non_finite == 0
+    assert "finite" not in str(honest.min_max.applied)
+
+
+def test_a_model_without_any_finite_gradient_is_an_error():
+    robust = RobustModel(Root(spoilt=True), PGD(num_steps=2), mean=0.0, std=1.0)
+    robust(X, LABELS)
+    with pytest.raises(RuntimeError, match=r"attacks nothing.*NaN or infinite.*on 4 images"):
+        robust(X, LABELS)
+
+
+def test_an_attack_that_returns_no_numbers_is_an_error():
+    def attack(loss_fn, x, *, generator=None):
+        return torch.where(x == x[0], torch.nan, x)
+
+    with pytest.raises(RuntimeError, match="returned pixels that are NaN"):
+        model(attack)(X, LABELS)
