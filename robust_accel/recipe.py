@@ -305,22 +305,22 @@ class _Builder:
                 built["schedule"].check(train.epochs)
             except ValueError as error:
                 self.fault_of("schedule", error)
-        evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
         if built["certify"].sigma is None:
             sigma = getattr(built["objective"], "sigma", None)
             built["certify"] = built["certify"].model_copy(update={"sigma": sigma})
             if sigma is None and "certify" in required:
                 self.fault("certify.sigma", "missing: the objective has no sigma to certify with")
-        if "evaluate" not in required:
+        fault = getattr(attack, "fault", None)
+        if fault is not None and "attack" in required:
+            self.fault_of("attack", ValueError(f"attack.{fault}"))
+        try:
+            evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
+        except ValueError as error:
+            if "evaluate" in required:
+                self.fault_of("evaluate", ValueError(f"evaluate.{error}"))
             return
-        if evaluate.eps is None:
+        if evaluate.eps is None and "evaluate" in required:
             self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
-        elif evaluate.norm == "linf" and evaluate.eps > 1:
-            self.fault(
-                "evaluate.eps",
-                f"{evaluate.eps} is not allowed: in pixel units an L-inf eps is at most 1, "
-                "like 8/255",
-            )
 
     def fault(self, dotted: str, message: str) -> None:
         self.faults.append(f"{origin_of(self.origins, dotted)}: {dotted}: {message}")

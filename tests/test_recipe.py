@@ -274,7 +274,7 @@ def test_fractions_and_exponents_are_numbers(small: Path) -> None:
 
 
 def test_overrides_work_in_any_order(small: Path) -> None:
-    overrides = ["communication.bits=4", "communication.name=qsgd", "attack.step_size=1/255"]
+    overrides = ["communication.bits=4", "communication.name=qsgd", "attack.step_size=4/255"]
     one, other = load_recipe(small, overrides), load_recipe(small, overrides[::-1])
     assert_same(one, other)
     assert one.settings["communication"]["bits"] == 4

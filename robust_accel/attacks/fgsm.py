@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import project, random_start
+from robust_accel.attacks.steps import unfit_step
 from robust_accel.settings import Number, Settings
 
 
@@ -16,7 +17,9 @@ class FGSMRS(Settings):
 
     Args:
         eps: Radius of the L-inf ball in pixel units, in (0, 1].
-        step_size: Length of the step in pixel units; 1.25 eps when not given.
+        step_size: Length of the step in pixel units; 1.25 eps when not given. One shorter than eps
+            reaches the ball's edge from some starts only: a warning; a recipe refuses one longer
+            than 2 eps.
 
     Source: Wong et al. 2020 (arXiv 2001.03994), the one-shot oracle of DAT-FGSM.
     """
@@ -24,13 +27,36 @@ class FGSMRS(Settings):
     eps: Annotated[Number, Gt(0), Le(1)] = 8 / 255
     step_size: Annotated[Number, Gt(0)] | None = None
 
+    @property
+    def step_length(self) -> float:
+        """``step_size``, or what the rule gives."""
+        return self._rule if self.step_size is None else self.step_size
+
+    @property
+    def fault(self) -> str | None:
+        """Why the step is none for this ball; None where it is one."""
+        return self._unfit if self.step_length > self.eps else None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the step may be too short: some starts are nearer to the edge, others not."""
+        return self._unfit if self.step_length <= self.eps else None
+
+    @property
+    def _unfit(self) -> str | None:
+        found = unfit_step(1, self.step_length, self.eps, self._rule)
+        return None if found is None else f"step_size: {found}"
+
+    @property
+    def _rule(self) -> float:
+        return 1.25 * self.eps
+
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         x = x.detach()
-        step_size = 1.25 * self.eps if self.step_size is None else self.step_size
         start = (x + random_start(x, self.eps, "linf", generator)).clamp(0, 1)
-        step = step_size * input_gradient(loss_fn, start).sign()
+        step = self.step_length * input_gradient(loss_fn, start).sign()
         return project(start + step, x, self.eps, "linf")
 
 

@@ -4,11 +4,12 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
+from robust_accel.attacks.steps import default_step, unfit_step
 from robust_accel.settings import Norm, Number, Settings
 
 _GAUSSIAN_START = 0.001  # Zhang et al. 2019 (arXiv 1901.08573), Algorithm 1
@@ -31,7 +32,9 @@ class PGD(Settings):
         eps: Radius of the ball in pixel units, > 0 (``8/255`` is accepted); L-inf: at most 1.
         num_steps: Number of steps, >= 1.
         step_size: Length of a step in pixel units, > 0; 2.5 eps / num_steps, at most eps, when not
-            given (Madry et al.'s rule; 2/255 for 10 steps in 8/255).
+            given (Madry et al.'s rule; 2/255 for 10 steps in 8/255). A recipe refuses steps that
+            cannot reach the ball's edge, and steps longer than 2 eps, which end where one of 2 eps
+            does.
         random_start: Start uniformly in the ball (true), at x (false), or near x with the noise
             of TRADES (``gaussian``: standard deviation 0.001).
 
@@ -41,9 +44,7 @@ class PGD(Settings):
     norm: Norm = "linf"
     eps: Annotated[Number, Gt(0)] = 8 / 255
     num_steps: Annotated[int, Ge(1)] = 10
-    step_size: Annotated[Number, Gt(0)] = Field(
-        default_factory=lambda known: min(2.5 / known.get("num_steps", 1), 1) * known.get("eps", 1)
-    )
+    step_size: Annotated[Number, Gt(0)] | None = None
     random_start: bool | Literal["gaussian"] = True
 
     @field_validator("eps")
@@ -54,15 +55,19 @@ class PGD(Settings):
         return eps
 
     @property
-    def doubt(self) -> str | None:
-        """Why these steps hardly search the ball; None where they do."""
-        way = self.num_steps * self.step_size
-        about = f"PGD with eps {self.eps:.4g}: {self.num_steps} steps of {self.step_size:.4g}"
-        if way < self.eps * (1 - 1e-6):
-            return f"{about} get no further than {way:.4g} and cannot reach the ball's edge"
-        if self.step_size > 2 * self.eps * (1 + 1e-6):
-            return f"{about} leap over the whole ball"
-        return None
+    def step_length(self) -> float:
+        """``step_size``, or what the rule gives."""
+        return self._rule if self.step_size is None else self.step_size
+
+    @property
+    def fault(self) -> str | None:
+        """Why these steps do not search the ball; None where they do."""
+        found = unfit_step(self.num_steps, self.step_length, self.eps, self._rule)
+        return None if found is None else f"step_size: {found}"
+
+    @property
+    def _rule(self) -> float:
+        return default_step(self.num_steps, self.eps)
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
@@ -73,8 +78,9 @@ class PGD(Settings):
             x_adv = x + torch.empty_like(x).normal_(std=_GAUSSIAN_START, generator=generator)
         elif self.random_start:
             x_adv = (x + random_start(x, self.eps, self.norm, generator)).clamp(0, 1)
+        step_length = self.step_length
         for _ in range(self.num_steps):
-            step = self.step_size * ascent_direction(input_gradient(loss_fn, x_adv), self.norm)
+            step = step_length * ascent_direction(input_gradient(loss_fn, x_adv), self.norm)
             x_adv = project(x_adv + step, x, self.eps, self.norm)
         # last iterate: choosing the best one would cost a forward, and training wants no choice
         return x_adv

@@ -1,10 +1,11 @@
 """The recipe's ``evaluate`` section."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt
 
 from robust_accel.attacks import PGD
+from robust_accel.attacks.steps import default_step, unfit_step
 from robust_accel.settings import Norm, Number, Settings
 
 
@@ -13,7 +14,9 @@ class PGDSettings(Settings):
 
     Args:
         num_steps: Steps of a restart.
-        step_size: In pixel units; eps / 4 when not given.
+        step_size: In pixel units; when not given eps / 4, and 2.5 eps / num_steps, at most eps,
+            below ten steps. Steps that cannot reach the ball's edge are refused, and such that leap
+            over it (longer than 2 eps).
         restarts: Random starts; an image counts as robust if it survives all.
     """
 
@@ -29,8 +32,9 @@ class SweepSettings(Settings):
     there again: both curves can only fall.
 
     Args:
-        eps: Radii in pixel units, with ``evaluate.pgd``'s steps of eps / 4.
-        num_steps: Numbers of steps at the threat model's eps, with its step size.
+        eps: Radii in pixel units, with ``evaluate.pgd``'s number of steps; their length is that of
+            the rule there.
+        num_steps: Numbers of steps at the threat model's eps, of ``evaluate.pgd``'s step size.
     """
 
     eps: tuple[Annotated[Number, Gt(0)], ...] = ()
@@ -89,10 +93,44 @@ class EvaluateSettings(Settings):
     seed: Annotated[int, Ge(0)] = 0
 
     def with_threat_model_of(self, attack: Any) -> "EvaluateSettings":
-        """Fill norm and eps from the training attack where they were left out."""
-        norm = self.norm or getattr(attack, "norm", "linf")
+        """Fill norm and eps from the training attack where they were left out.
+
+        Eps stays None where neither says it.
+
+        Raises:
+            ValueError: ``key: ...``: there is no such ball, or PGD's steps are none of this one.
+        """
+        own = str(getattr(attack, "norm", "linf")).lower()
+        norm = self.norm or own
+        if norm not in get_args(Norm):
+            allowed = " or ".join(get_args(Norm))
+            raise ValueError(f"norm: the attack's, {own!r}, cannot be measured: give {allowed}")
         eps = self.eps or getattr(attack, "eps", None)
-        return self.model_copy(update={"norm": norm, "eps": eps})
+        if eps is not None and self.eps is None and norm != own:
+            raise ValueError(f"eps: missing: the attack's {eps:.4g} is one of {own}, not of {norm}")
+        filled = self.model_copy(update={"norm": norm, "eps": eps})
+        if eps is not None:
+            filled._check_pgd()
+        return filled
+
+    def _check_pgd(self) -> None:
+        """All that ``make_pgd`` will be asked for, before anything is spent."""
+        sweep = self.sweep or SweepSettings()
+        radii = [("eps", self.eps or 0), *(("sweep.eps", eps) for eps in sweep.eps)]
+        for key, eps in radii:
+            if self.norm == "linf" and eps > 1:
+                raise ValueError(
+                    f"{key}: {eps} is not allowed: in pixel units an L-inf eps is at most 1, "
+                    "like 8/255"
+                )
+        if self.pgd is None:
+            return
+        self.make_pgd(self.pgd.num_steps, self.pgd.step_size)
+        for num_steps in sweep.num_steps:
+            try:
+                self.make_pgd(num_steps, self.pgd.step_size)
+            except ValueError as error:
+                raise ValueError(f"sweep.num_steps: {num_steps} is not allowed: {error}") from None
 
     @property
     def sanity_settings(self) -> SanitySettings:
@@ -101,8 +139,19 @@ class EvaluateSettings(Settings):
     def make_pgd(
         self, num_steps: int, step_size: float | None = None, eps: float | None = None
     ) -> PGD:
-        """PGD with this threat model, or another radius; steps of a quarter of it if not given."""
+        """PGD with this threat model, or another radius.
+
+        Args:
+            step_size: In pixel units; by the rule of ``PGDSettings`` when not given.
+
+        Raises:
+            ValueError: ``pgd.step_size: ...``: it is none for this ball.
+        """
         eps = self.eps if eps is None else eps
         assert self.norm is not None and eps is not None
-        step_size = eps / 4 if step_size is None else step_size
-        return PGD(norm=self.norm, eps=eps, step_size=step_size, num_steps=num_steps)
+        rule = max(eps / 4, default_step(num_steps, eps))
+        given = rule if step_size is None else step_size
+        fault = unfit_step(num_steps, given, eps, rule)
+        if fault is not None:
+            raise ValueError(f"pgd.step_size: {fault}")
+        return PGD(norm=self.norm, eps=eps, step_size=given, num_steps=num_steps)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robust_accel import RobustModel
-from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD
+from robust_accel.attacks import FGSMRS, NFGSM, PGD
 
 X = torch.full((4, 3, 5, 5), 0.5)
 
@@ -94,21 +94,34 @@ def test_more_steps_reach_a_higher_loss():
 )
 def test_steps_follow_from_radius_and_number_where_not_given(options, step_size):
     attack = PGD(**options)
-    assert attack.step_size == pytest.approx(step_size)
-    assert attack.doubt is None
+    assert attack.step_length == pytest.approx(step_size)
+    assert attack.step_size == options.get("step_size")
+    assert attack.fault is None
+
+
+@pytest.mark.parametrize("num_steps", range(1, 31))
+def test_the_rule_reaches_the_edge_of_every_ball_and_leaps_over_none(num_steps):
+    for eps in (1e-4, 8 / 255, 1.0, 40.0):
+        assert PGD(norm="l2", eps=eps, num_steps=num_steps).fault is None
+        # and the least and the longest that a fault's own sentence allows
+        for step in (eps / num_steps, 2 * eps):
+            assert PGD(norm="l2", eps=eps, num_steps=num_steps, step_size=step).fault is None
 
 
 @pytest.mark.parametrize(
     ("options", "doubt"),
     [
         ({"eps": 0.3, "step_size": 2 / 255}, r"10 steps of 0\.007843 get no further than 0\.07843"),
-        ({"norm": "l2", "eps": 1.0, "step_size": 0.01}, "cannot reach the ball's edge"),
-        ({"eps": 0.01, "step_size": 0.1}, "leap over the whole ball"),
+        (
+            {"norm": "l2", "eps": 1.0, "step_size": 0.01},
+            "from the start, in a ball of eps 1: leave it out",
+        ),
+        ({"eps": 0.01, "step_size": 0.1}, "leap over a ball of eps 0.01: leave it out"),
     ],
 )
 def test_steps_that_hardly_search_the_ball_are_told_where_they_train(options, doubt, caplog):
     attack = PGD(**options)
-    assert re.search(doubt, attack.doubt)
+    assert re.search(f"^step_size: .*{doubt}", attack.fault)
     RobustModel(torch.nn.Linear(2, 2), attack)
     assert re.search(doubt, caplog.text)
 
@@ -125,7 +138,7 @@ def test_a_larger_ball_is_searched_as_far():
         torch.testing.assert_close(x_adv - x, eps * weight.view(1, 1, 1, 2))
 
 
-@pytest.mark.parametrize("attack", [PGD(), FGSMRS(), NFGSM(), DDN(eps=1.0)])
+@pytest.mark.parametrize("attack", [PGD(), FGSMRS(), NFGSM()])
 def test_a_loss_that_is_not_one_number_an_image_is_refused(attack):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     x = torch.rand(4, 3, 2, 2)

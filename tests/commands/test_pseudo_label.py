@@ -25,7 +25,7 @@ SMALL = (
     "train.epochs=3",
     "train.select=last",
     "attack.num_steps=1",
-    "attack.step_size=0.1",
+    "attack.step_size=0.2",
     "evaluate.autoattack=null",
     "evaluate.pgd.num_steps=1",
 )

@@ -298,9 +298,9 @@ def test_evaluate_reports_what_it_did() -> None:
     assert clean["interval"][0] < 0.75 < clean["interval"][1]
     assert pgd["threat_model"] == {"norm": "linf", "eps": 0.02}
     assert (pgd["images"]["n"], pgd["seed"], pgd["clean_accuracy"]) == (20, 4, 0.75)
-    assert (pgd["attack"]["num_steps"], pgd["attack"]["step_size"]) == (3, 0.005)
+    assert (pgd["attack"]["num_steps"], pgd["attack"]["step_size"]) == (3, 0.02 * 2.5 / 3)
     expected = correct_flags(
-        classifier, images, under_attack(PGD(eps=0.02, step_size=0.005, num_steps=3)),
+        classifier, images, under_attack(PGD(eps=0.02, num_steps=3)),
         settings, Process(), num_images=20,
     )  # fmt: skip
     assert pgd["accuracy"] == expected.double().mean().item()
