@@ -219,7 +219,7 @@ class MinMax:
         if blind and self._blind:
             why = "zero everywhere; a model that rounds, detaches or saturates has none"
             if self._non_finite:
-                why = f"zero, NaN or infinite everywhere (not finite on {self._non_finite} images)"
+                why = f"zero or NaN everywhere (on {self._non_finite} images it is not finite)"
             raise RuntimeError(
                 f"{self.attack!r} attacks nothing: the gradient of the loss in the pixels is {why}"
             )
@@ -242,8 +242,8 @@ class MinMax:
             if self._non_finite:
                 logger.warning(
                     "%d of %d images met gradients or losses in the first attack that are NaN or "
-                    "infinite: their pixels are attacked where they are finite alone; does the "
-                    "model divide, or take a root or a logarithm, at black pixels?",
+                    "infinite: pixels where they are NaN are not attacked; does the model divide, "
+                    "or take a root or a logarithm, at black pixels?",
                     self._non_finite,
                     len(x),
                 )

@@ -60,7 +60,7 @@ class Seen:
 
     @property
     def any_nonzero(self) -> bool:
-        """Whether any of them was anywhere finite and not zero."""
+        """Whether any of them was anywhere neither zero nor NaN."""
         return self._nonzero is not None and bool(self._nonzero)
 
     def non_finite(self, images: int) -> Tensor:
@@ -75,8 +75,9 @@ class Seen:
             found |= flags.cpu() if number == images else flags.any().cpu()
         return found
 
-    def _add(self, nonzero: Tensor, non_finite: Tensor) -> None:
+    def _add(self, finite: Tensor, grad: Tensor) -> None:
         self.calls += 1
+        nonzero, non_finite = (grad.abs() > 0).any(), ~finite  # NaN is not > 0
         self._nonzero = nonzero if self._nonzero is None else self._nonzero | nonzero
         before = self._non_finite.get(len(non_finite))
         self._non_finite[len(non_finite)] = non_finite if before is None else before | non_finite
@@ -104,9 +105,10 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
 def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [B], detached, and the gradient of their sum in x, [B, C, H, W].
 
-    Summed, not averaged: a mean's gradient underflows to sign(0) in fp16. Entries that are NaN or
-    infinite are 0, so that one pixel's does not keep the others from moving; ``gradients_seen``
-    tells. No parameter's gradient is touched.
+    Summed, not averaged: a mean's gradient underflows to sign(0) in fp16. So that no pixel keeps
+    the others from moving, an entry that is NaN is 0 and an infinite one, which still tells a
+    direction, as long as the image's longest other; ``gradients_seen`` tells of both. No
+    parameter's gradient is touched.
 
     Raises:
         RuntimeError: Under ``torch.inference_mode``.
@@ -154,7 +156,14 @@ def _differentiated(
             )
         (grad,) = torch.autograd.grad(loss.sum(), x)
     loss, seen = loss.detach(), _seen.get()
-    finite = grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    finite = grad.isfinite()
     if seen is not None:
-        seen._add(finite.any(), ~(loss.isfinite() & grad.isfinite().flatten(1).all(dim=1)))
-    return loss, wrong, finite
+        seen._add(finite.flatten(1).all(dim=1) & loss.isfinite(), grad)
+    return loss, wrong, _as_numbers(grad, finite)
+
+
+def _as_numbers(grad: Tensor, finite: Tensor) -> Tensor:
+    """NaN as 0, and infinite entries as long as the image's longest other; 1 if there is none."""
+    most = torch.where(finite, grad, 0).flatten(1).abs().amax(dim=1).view(-1, 1, 1, 1)
+    most = torch.where(most > 0, most, 1)
+    return grad.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).clamp(-most, most)

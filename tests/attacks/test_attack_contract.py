@@ -240,6 +240,18 @@ def test_gradients_that_are_not_finite_hold_no_other_pixel_and_no_other_image(at
         assert excess(attack, x_adv, spoilt) <= 1e-6
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_infinite_gradient_is_a_direction_and_nan_is_none(norm):
+    weight = torch.tensor([2.0, -2.0, 0.0, 1.0, -1.0, 0.0]).view(1, 1, 1, 6)  # 0 * inf is NaN
+    x = torch.tensor([0.0, 0.0, 0.0, 0.25, 0.25, 0.25]).view(1, 1, 1, 6)
+    step = PGD(norm=norm, eps=0.1, num_steps=1, random_start=False)(
+        lambda z: (weight * z.sqrt()).sum((1, 2, 3)), x
+    )
+    pixel = 0.1 if norm == "linf" else 0.1 / 4**0.5
+    expected = torch.tensor([pixel, 0, 0, pixel, -pixel, 0]).view(1, 1, 1, 6)
+    torch.testing.assert_close(step - x, expected)
+
+
 def test_of_several_calls_each_image_is_told_apart_and_of_parts_none_is():
     def loss_fn(x: Tensor) -> Tensor:
         return x.sqrt().sum((1, 2, 3))
@@ -251,7 +263,7 @@ def test_of_several_calls_each_image_is_told_apart_and_of_parts_none_is():
             spoilt = x.clone()
             spoilt[black, 0, 0, 0] = 0
             grad = input_gradient(loss_fn, spoilt)
-            assert grad[black].flatten().tolist() == [0, 0.5, 0.5, 0.5]
+            assert grad[black].flatten().tolist() == [0.5, 0.5, 0.5, 0.5]
     assert seen.any_nonzero and seen.calls == 2
     assert seen.non_finite(4).tolist() == [True, False, True, False]
     with gradients_seen() as seen:
