@@ -2,14 +2,12 @@
 
 import copy
 import dataclasses
-import difflib
 import importlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -26,7 +24,7 @@ from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
 from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, Settings, close_to, faults_of, listed
 
 Built = TypeVar("Built")
 
@@ -35,9 +33,9 @@ def _trackers_at_hand(names: tuple[str, ...]) -> tuple[str, ...]:
     at_hand = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
         if name not in at_hand:
-            known = _list(LOGGER_TYPE_TO_CLASS)
+            known = listed(LOGGER_TYPE_TO_CLASS)
             raise ValueError(
-                f"{name!r} is not installed or unknown; installed: {_list(at_hand) or 'none'}; "
+                f"{name!r} is not installed or unknown; installed: {listed(at_hand) or 'none'}; "
                 f"Accelerate knows {known}"
             )
     return names
@@ -210,7 +208,9 @@ class _Builder:
         for key in map(str, self.values):
             if key in SECTIONS:
                 continue
-            self.fault(key, f"unknown section{_close(key, SECTIONS)}; allowed: {_list(SECTIONS)}")
+            self.fault(
+                key, f"unknown section{close_to(key, SECTIONS)}; allowed: {listed(SECTIONS)}"
+            )
         for key in required:
             if key not in given:
                 self.fault(key, "missing: this section is required")
@@ -248,14 +248,8 @@ class _Builder:
             if isinstance(component, OptimizerSettings):
                 check_optimizer(component)
         except ValidationError as error:
-            by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
-            for fault in error.errors():
-                if fault["type"] == "default_factory_not_called":  # of another key's fault
-                    continue
-                dotted, message = _explain(fault, spec)
-                by_key.setdefault(".".join((key, *dotted)), {})[message] = None
-            for dotted_key, messages in by_key.items():
-                self.fault(dotted_key, "; or ".join(messages))
+            for dotted, message in faults_of(error, spec):
+                self.fault(f"{key}.{dotted}".rstrip("."), message)
             return None, {}
         except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
             self.fault_of(key, error)
@@ -277,8 +271,8 @@ class _Builder:
             except (ImportError, AttributeError, TypeError, ValueError) as error:
                 self.fault(f"{key}.name", f"{name!r} cannot be imported: {error}")
                 return None
-        found = "missing" if name is None else f"{name!r} is unknown{_close(name, family)}"
-        self.fault(f"{key}.name", f"{found}; allowed: {_list(family)}, or package.module:Class")
+        found = "missing" if name is None else f"{name!r} is unknown{close_to(name, family)}"
+        self.fault(f"{key}.name", f"{found}; allowed: {listed(family)}, or package.module:Class")
         return None
 
     def _check_together(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
@@ -330,39 +324,3 @@ class _Builder:
         named_key = re.match(rf"{section}\.([\w.]+):? (.*)", str(error), re.DOTALL)
         dotted, message = named_key.groups() if named_key else ("", str(error))
         self.fault(f"{section}.{dotted}".rstrip("."), message)
-
-
-def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
-    """One pydantic fault as its keys, and: what was found, what is allowed."""
-    keys: list[str] = []
-    for part in fault["loc"]:
-        fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
-        if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
-            message = f"unknown key{_close(part, fields)}; allowed: {_list(fields)}"
-            return [*keys, str(part)], message
-        if part in fields or isinstance(part, int):  # else it tells a union's members apart
-            keys.append(str(part))
-        spec = _nested(fields[part].annotation) if part in fields else None
-    if fault["type"] == "missing":
-        return keys, "missing: this key is required"
-    message = fault["msg"].removeprefix("Value error, ")
-    if not keys:  # a complaint about keys together names them itself
-        return keys, message
-    return keys, f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
-
-
-def _nested(annotation: Any) -> Any:
-    """The settings class in a field's annotation, if there is one."""
-    for member in (annotation, *get_args(annotation)):
-        if inspect.isclass(member) and issubclass(member, BaseModel):
-            return member
-    return None
-
-
-def _close(name: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -1,9 +1,13 @@
-"""What every component's settings share: unknown keys are refused, and fractions are numbers."""
+"""What every component's settings share: faults in one form each, and fractions are numbers."""
 
-from typing import Annotated, Literal
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+AnySettings = TypeVar("AnySettings", bound="Settings")
 Norm = Literal["linf", "l2"]
 
 
@@ -25,3 +29,68 @@ def parse_fraction(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(parse_fraction)]
+
+
+def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
+    """The settings of these values.
+
+    Raises:
+        ValueError: All faults, ``key: what was found, what is allowed`` each.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        faults = faults_of(error, cls)
+    raise ValueError("; ".join(f"{key}: {message}".removeprefix(": ") for key, message in faults))
+
+
+def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
+    """pydantic's faults as (dotted key, what was found and what is allowed), one a key.
+
+    Args:
+        spec: The settings that were to be built.
+    """
+    by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
+    for fault in error.errors():
+        if fault["type"] == "default_factory_not_called":  # of another key's fault
+            continue
+        keys, message = _explain(fault, spec)
+        by_key.setdefault(".".join(keys), {})[message] = None
+    return [(key, "; or ".join(messages)) for key, messages in by_key.items()]
+
+
+def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
+    """One pydantic fault as its keys, and: what was found, what is allowed."""
+    keys: list[str] = []
+    for part in fault["loc"]:
+        fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
+        if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
+            message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"
+            return [*keys, str(part)], message
+        if part in fields or isinstance(part, int):  # else it tells a union's members apart
+            keys.append(str(part))
+        spec = _nested(fields[part].annotation) if part in fields else None
+    if fault["type"] == "missing":
+        return keys, "missing: this key is required"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not keys:  # a complaint about keys together names them itself
+        return keys, message
+    return keys, f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _nested(annotation: Any) -> Any:
+    """The settings class in a field's annotation, if there is one."""
+    for member in (annotation, *get_args(annotation)):
+        if inspect.isclass(member) and issubclass(member, BaseModel):
+            return member
+    return None
+
+
+def close_to(name: object, known: Iterable[str], number: int = 1) -> str:
+    """`` (did you mean ...?)`` with the names that are close, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=number)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

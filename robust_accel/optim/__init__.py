@@ -1,6 +1,5 @@
 """Outer minimisation, step (A4): LAMB of this package, timm's other optimizers, and schedules."""
 
-import difflib
 import inspect
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from robust_accel.optim.schedules import (
     Schedule,
     make_scheduler,
 )
-from robust_accel.settings import Number, Settings, parse_fraction
+from robust_accel.settings import Number, Settings, close_to, parse_fraction
 
 __all__ = [
     "LAMB",
@@ -126,7 +125,7 @@ def _options(settings: OptimizerSettings) -> dict[str, Any]:
         if key not in known:
             raise ValueError(
                 f"optimizer.{key} is not an option of {settings.name}"
-                f"{_suggest(key, known)}; allowed: {', '.join(sorted(known))}"
+                f"{close_to(key, known, 3)}; allowed: {', '.join(sorted(known))}"
             )
     return {key: _number(value) for key, value in options.items()}
 
@@ -138,7 +137,7 @@ def _known_options(name: str) -> set[str]:
     names = [str(known) for known in timm.optim.list_optimizers()]
     if name not in names:
         raise ValueError(
-            f"optimizer.name: unknown optimizer {name!r}{_suggest(name, names)};"
+            f"optimizer.name: unknown optimizer {name!r}{close_to(name, names, 3)};"
             f" allowed: {', '.join(names)}"
         )
     if timm.optim.get_optimizer_info(name).second_order:
@@ -150,11 +149,6 @@ def _known_options(name: str) -> set[str]:
     parameters = inspect.signature(cls).parameters.values()
     keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     return (keywords | {"filter_bias_and_bn"}) - common
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _number(value: Any) -> Any:
