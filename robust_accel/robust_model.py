@@ -11,7 +11,12 @@ from torch.nn.functional import cross_entropy
 from robust_accel.attack_context import AttackMode
 from robust_accel.attacks import Attack
 from robust_accel.min_max import MinMax
-from robust_accel.models import ModelSettings, PixelClassifier, create_classifier
+from robust_accel.models import (
+    ModelSettings,
+    PixelClassifier,
+    create_classifier,
+    normalized,
+)
 from robust_accel.objectives import AWP, Objective
 from robust_accel.pixels import InputSpace
 
@@ -30,8 +35,9 @@ class RobustModel(nn.Module):
         model: A timm model's name, any module from images to logits, or a ``PixelClassifier``.
         attack: The inner maximisation, for example ``PGD(eps="8/255")``.
         objective: The outer loss; adversarial training (1) when not given.
-        mean, std, size: See ``PixelClassifier``; not with a ``PixelClassifier``. Where the script
-            normalises, mean and std are those by which it does, when left out.
+        mean, std, size: See ``PixelClassifier``; not with a ``PixelClassifier``. Left out, mean and
+            std are those by which the script normalises, else a timm model's own
+            (``pretrained_cfg``), else none: the model reads [0, 1].
         input_space: ``pixel``: ``forward`` takes images in [0, 1]. ``normalized``: the script has
             normalised them already by ``input_mean`` and ``input_std``, and they are brought back
             to [0, 1] first, so that eps keeps its unit.
@@ -77,11 +83,12 @@ class RobustModel(nn.Module):
         if isinstance(model, nn.Module):
             refuse_robust_inside(model)
         if isinstance(model, str):
-            model = create_classifier(ModelSettings(name=model)).model
+            made = create_classifier(ModelSettings(name=model))
+            model, size = made.model, made.size if size is None else size
         if not isinstance(model, PixelClassifier):
             mean = input_mean if mean is None else mean
             std = input_std if std is None else std
-            model = PixelClassifier(model, mean=mean, std=std, size=size)
+            model = normalized(model, ("as given", {"mean": mean, "std": std}), size=size)
         elif (mean, std, size) != (None, None, None):
             raise ValueError("mean, std and size are the PixelClassifier's own: set them there")
         self.classifier = model

@@ -14,9 +14,12 @@ from robust_accel.models import (
     check_fits,
     create_classifier,
     model_folder,
+    timm_name,
 )
 from robust_accel.recipe import Recipe, recipe_from_settings
 from robust_accel.run_folder import RunFolder
+
+_OPEN = ("checkpoint", "mean", "std", "size")  # of a run's model
 
 
 def recipe_of(
@@ -29,40 +32,49 @@ def recipe_of(
     """The recipe that a run was trained by, or a bare one for any other model.
 
     Args:
-        model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
-        overrides: ``section.key=value``; ``model.checkpoint=FILE`` loads other weights than timm's.
+        model: A run folder, a timm model's name, or a timm folder (also as ``local-dir:FOLDER``).
+        overrides: ``section.key=value``; ``model.checkpoint=FILE`` loads other weights. Of a run's
+            model only ``checkpoint``, ``mean``, ``std`` and ``size`` may be changed.
         required: Sections that must be there.
         defaults: Settings of a model that is no run.
 
     Raises:
-        ValueError: ``model`` is a folder, but no run.
+        ValueError: There is no such model, or the run has not been trained to its end.
     """
     run = RunFolder(model)
-    if run.recipe.exists():
+    is_run = run.recipe.exists()
+    if is_run:
+        model_folder(model)
         settings: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
         source = str(run.recipe)
         settings["output"] = model
     else:
-        if Path(model).is_dir():
-            raise ValueError(f"{model}: no recipe.yaml there; a timm folder is local-dir:{model}")
+        name = _named(model)
         own_weights = not any(text.startswith("model.checkpoint=") for text in overrides)
-        settings = {"model": {"name": model, "pretrained": own_weights}} | (defaults or {})
+        settings = {"model": {"name": name, "pretrained": own_weights}} | (defaults or {})
         source = model
-    return recipe_from_settings(settings, overrides, source, required=required)
+    recipe = recipe_from_settings(settings, overrides, source, required=required)
+    fixed = [key for key in _overridden(recipe) if key not in _OPEN]
+    if is_run and fixed:
+        raise ValueError(
+            f"command line: model.{fixed[0]} is not allowed: {run.model} holds the network; "
+            f"allowed: {', '.join(f'model.{key}' for key in _OPEN)}"
+        )
+    return recipe
 
 
 def load_model(model: str | Path) -> PixelClassifier:
     """A trained model as RobustBench's are: a module on [0, 1] pixels, in eval mode, on the CPU.
 
     Args:
-        model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
+        model: A run folder, a timm model's name, or a timm folder (also as ``local-dir:FOLDER``).
 
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
     """
     if RunFolder(model).recipe.exists():
         return _classifier_of(recipe_of(str(model), (), required=("model",)), str(model)).eval()
-    return create_classifier(ModelSettings(name=str(model), pretrained=True)).eval()
+    return create_classifier(ModelSettings(name=_named(str(model)), pretrained=True)).eval()
 
 
 def load_classifier(
@@ -89,6 +101,28 @@ def _classifier_of(recipe: Recipe, model: str) -> PixelClassifier:
     if RunFolder(model).recipe.exists():
         # the folder holds the timm model; what is outside of that is the recipe's
         about = recipe.model.model_dump(include={"mean", "std", "size"})
+        if "checkpoint" in _overridden(recipe):
+            about["checkpoint"] = recipe.model.checkpoint
         name = f"local-dir:{model_folder(model)}"
-        settings = ModelSettings(name=name, pretrained=True, **about)
+        settings = ModelSettings(name=name, pretrained="checkpoint" not in about, **about)
     return create_classifier(settings)
+
+
+def _overridden(recipe: Recipe) -> list[str]:
+    """Keys of the model that the command line sets."""
+    return [
+        key.removeprefix("model.")
+        for key, origin in recipe.origins.items()
+        if origin == "command line" and key.startswith("model.")
+    ]
+
+
+def _named(model: str) -> str:
+    """What timm is asked for, or ValueError: no run has this name, nor has timm."""
+    try:
+        return timm_name(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{model}: no model: {str(error).removeprefix('name: ')}; wanted is a run folder, a "
+            "timm model's name, or a timm folder"
+        ) from error

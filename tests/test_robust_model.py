@@ -213,7 +213,7 @@ def test_a_model_that_a_script_feeds_normalised_images_goes_on_to_see_these():
 
 def test_grey_images_may_be_given_to_a_model_of_colours():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
-    RobustModel(model, PGD_3, mean=(0.5,) * 3)(GOOD[:, :1], torch.tensor([0, 1]))
+    RobustModel(model, PGD_3, mean=(0.5,) * 3, std=1.0)(GOOD[:, :1], torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -254,7 +254,7 @@ BAD = [
     ({"input_std": 0.5}, "neither"),
     ({"input_space": "normalized", "input_mean": 0.5, "input_std": 0.0}, "input_std"),
     ({"input_space": "normalized", "input_mean": 0.5, "input_std": (0.2, 0, 0.2)}, "input_std"),
-    ({"std": 0.0}, "std must be > 0"),
+    ({"mean": 0.5, "std": 0.0}, "std must be > 0"),
 ]
 
 

@@ -1,22 +1,24 @@
 """Classifiers on pixels: any timm model by name, and CIFAR's own networks."""
 
 import robust_accel.models.cifar  # noqa: F401  (registers the CIFAR models with timm)
-from robust_accel.models.classifier import (
+from robust_accel.models.classifier import PixelClassifier, logits_of, normalized
+from robust_accel.models.creation import (
     ModelSettings,
-    PixelClassifier,
     check_fits,
     create_classifier,
-    logits_of,
-    model_folder,
-    save_model,
+    timm_name,
 )
+from robust_accel.models.timm_folder import beyond_timm, model_folder, save_model
 
 __all__ = [
     "ModelSettings",
     "PixelClassifier",
+    "beyond_timm",
     "check_fits",
     "create_classifier",
     "logits_of",
     "model_folder",
+    "normalized",
     "save_model",
+    "timm_name",
 ]

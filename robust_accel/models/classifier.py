@@ -1,37 +1,40 @@
-"""Classifiers on pixels: any timm model by name, with normalisation and resizing inside."""
+"""Classifiers on pixels: any module, with normalisation and resizing inside."""
 
-import copy
-import difflib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import timm
 import torch
-from annotated_types import Ge
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from robust_accel.data import ImageSet
 from robust_accel.pixels import per_channel
-from robust_accel.run_folder import RunFolder
-from robust_accel.settings import Number, Settings
+
+Numbers = float | Sequence[float] | Tensor
 
 
 class PixelClassifier(nn.Module):
     """Maps pixels in [0, 1] to logits: resize, normalise, then the model as it is.
 
+    Nothing is assumed of the model: what is not given is not done.
+
     Args:
         model: Images [B, C, H, W] to logits [B, K], or to an output with ``.logits``
             (transformers' image classifiers).
-        mean, std: Of the pixels, one number a channel or one for all. Left out, they are a timm
-            model's own (``pretrained_cfg``); a module that has none is taken to read [0, 1].
+        mean, std: Of the pixels, one number a channel or one for all; both or neither, which is
+            for a model that reads [0, 1]. ``normalized`` takes a timm model's own.
         size: Height and width that the model wants. Images are resized inside, so that eps is
             measured at the data's own resolution.
         freeze_backbone: Train the classifier of a timm model alone; all below it keeps its weights
             and its BatchNorm statistics, and stays in eval mode.
+        statistics_source: Whose mean and std these are, for reports.
+
+    Attributes:
+        statistics_source: The same; where it was not given, what was done.
+        class_names: Of the classes in the order of the logits, where they are known; may be set.
+        weights_source: Which weights were loaded, where ``create_classifier`` has loaded some.
+
+    Raises:
+        ValueError: Statistics or size are no such numbers.
     """
 
     mean: Tensor
@@ -41,24 +44,34 @@ class PixelClassifier(nn.Module):
         self,
         model: nn.Module,
         *,
-        mean: float | Sequence[float] | Tensor | None = None,
-        std: float | Sequence[float] | Tensor | None = None,
+        mean: Numbers | None = None,
+        std: Numbers | None = None,
         size: int | tuple[int, int] | None = None,
         freeze_backbone: bool = False,
+        statistics_source: str | None = None,
     ) -> None:
         super().__init__()
-        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        mean = cfg.get("mean", 0.0) if mean is None else mean
-        std = cfg.get("std", 1.0) if std is None else std
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std go together, got mean {mean} and std {std}")
+        self.statistics_source = statistics_source or _told(model, mean)
+        self.class_names: tuple[str, ...] | None = None
+        self.weights_source: str | None = None
         self.model = model
         self.model_args: dict[str, Any] = {}  # that build the same timm model again
         self.class_names: tuple[str, ...] | None = None
         self.size = (size, size) if isinstance(size, int) else size
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size must be a number of pixels >= 1, or two, got {size}")
         # not persistent: the state dict holds the model's own keys and nothing else
+        mean, std = (0.0, 1.0) if mean is None or std is None else (mean, std)
         self.register_buffer("mean", per_channel(mean, "mean"), persistent=False)
         self.register_buffer("std", per_channel(std, "std"), persistent=False)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be > 0 in each channel, got {std}")
+        if not bool(self.mean.isfinite().all()):
+            raise ValueError(f"mean must be finite, got {mean}")
+        if len({1, self.mean.numel(), self.std.numel()}) > 2:
+            raise ValueError(f"mean and std are of different numbers of channels: {mean}, {std}")
         self._frozen = freeze_backbone
         if freeze_backbone:
             trained = {id(p) for module in self._heads() for p in module.parameters()}
@@ -101,6 +114,66 @@ class PixelClassifier(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def normalized(
+    model: nn.Module,
+    *sources: tuple[str, Mapping[str, Numbers | None]],
+    size: int | tuple[int, int] | None = None,
+    freeze_backbone: bool = False,
+) -> PixelClassifier:
+    """The model with the first mean and the first std that a source knows; a timm model's own last.
+
+    Args:
+        model: As ``PixelClassifier`` takes it.
+        sources: What to call it, and its ``mean`` and ``std``, where it has them.
+        size, freeze_backbone: See ``PixelClassifier``.
+
+    Returns:
+        A classifier that says where both are from (``statistics_source``).
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    name = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
+    whose = f"timm's pretrained_cfg of {name or type(model).__name__}"
+    if cfg.get("source") == "local-dir":
+        whose = f"{cfg['file']}/config.json"
+    channels = getattr(model, "in_chans", None)
+    found: dict[str, Numbers] = {}
+    said: dict[str, str] = {}
+    for source, known in (*sources, (whose, cfg)):
+        for key in ("mean", "std"):
+            if key not in found and (value := known.get(key)) is not None:
+                found[key], averaged = _for_channels(value, channels)
+                said[key] = source + (" (averaged over the channels)" if averaged else "")
+    if len({*said.values()}) > 1:
+        said = {"": "; ".join(f"{key}: {source}" for key, source in said.items())}
+    return PixelClassifier(
+        model,
+        mean=found.get("mean"),
+        std=found.get("std"),
+        size=size,
+        freeze_backbone=freeze_backbone,
+        statistics_source=next(iter(said.values()), None),
+    )
+
+
+def _for_channels(value: Numbers, channels: int | None) -> tuple[Numbers, bool]:
+    """Statistics of so many channels: ImageNet's three on grey images, say, are averaged."""
+    flat = torch.as_tensor(value, dtype=torch.float64).flatten()
+    if channels is None or flat.numel() in (1, channels):
+        return value, False
+    return flat.mean().item(), True
+
+
+def _told(model: nn.Module, mean: Numbers | None) -> str:
+    """What a classifier says of its statistics, if nobody says it for it."""
+    if mean is not None:
+        return "mean and std as given"
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    said = "none: the module reads [0, 1]"
+    if {"mean", "std"} <= cfg.keys():
+        said += f" (its pretrained_cfg is not applied: mean {cfg['mean']}, std {cfg['std']})"
+    return said
+
+
 def logits_of(output: object, model: nn.Module) -> Tensor:
     """The logits [B, K] in what a classifier returns.
 
@@ -127,172 +200,4 @@ def logits_of(output: object, model: nn.Module) -> Tensor:
     raise TypeError(
         f"{type(model).__name__} is no classifier that is known here: it returned {found}; wanted "
         "are logits [B, K], or an output or mapping with logits"
-    )
-
-
-class ModelSettings(Settings):
-    """The recipe's ``model`` section.
-
-    Args:
-        name: A timm model (``timm.list_models()``), with this package's ``preact_resnet18``,
-            ``wide_resnet28_10`` and their smaller widths, or ``local-dir:FOLDER``.
-        num_classes, in_chans: Taken from the data when not given.
-        pretrained: Load timm's weights.
-        checkpoint: Weights to start from: a run folder, a timm folder, or a file (safetensors, or a
-            torch checkpoint, of which nothing but tensors is read).
-        new_head: Start with a fresh classifier; where the number of classes differs, this is so
-            in any case.
-        freeze_backbone: Train the classifier alone, see ``PixelClassifier``.
-        mean, std: See ``PixelClassifier``.
-        size: Height and width that the model wants, if not the data's own.
-        options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
-    """
-
-    name: str
-    num_classes: Annotated[int, Ge(2)] | None = None
-    in_chans: Annotated[int, Ge(1)] | None = None
-    pretrained: bool = False
-    checkpoint: str | None = None
-    new_head: bool = False
-    freeze_backbone: bool = False
-    mean: Number | tuple[Number, ...] | None = None
-    std: Number | tuple[Number, ...] | None = None
-    size: Annotated[int, Ge(1)] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-def create_classifier(
-    settings: ModelSettings, *, num_classes: int | None = None, in_chans: int | None = None
-) -> PixelClassifier:
-    """Build the model that the settings name; classes and channels are the data's, if not set.
-
-    Raises:
-        ValueError: timm has no such model, it refuses its options, or weights do not fit it.
-    """
-    name = settings.name
-    if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")) and not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4)
-        hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
-        raise ValueError(f"name: timm has no model {name!r} ({hint})")
-    shape = {
-        "num_classes": settings.num_classes or num_classes,
-        "in_chans": settings.in_chans or in_chans,
-    }
-    options = {key: value for key, value in shape.items() if value} | settings.options
-    try:
-        model: Any = timm.create_model(name, pretrained=settings.pretrained, **options)
-    except (TypeError, RuntimeError, AssertionError, FileNotFoundError) as error:
-        raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
-    if settings.checkpoint is not None:
-        _load_checkpoint(model, settings.checkpoint)
-    if settings.new_head:
-        model.reset_classifier(model.num_classes)
-    statistics: dict[str, Any] = {}
-    for key, value in (("mean", settings.mean), ("std", settings.std)):
-        own = model.pretrained_cfg[key]
-        if len(own) != options.get("in_chans", len(own)):
-            # timm's three-channel ImageNet statistics on grey images, say: their average
-            own = sum(own) / len(own)
-        statistics[key] = own if value is None else value
-    classifier = PixelClassifier(
-        model, **statistics, size=settings.size, freeze_backbone=settings.freeze_backbone
-    )
-    classifier.model_args = _args_of_folder(name) | options
-    classifier.model_args.pop("num_classes", None)  # timm's folder has it elsewhere
-    return classifier
-
-
-def model_folder(run: str | Path) -> Path:
-    """The timm folder that a run has left.
-
-    Raises:
-        ValueError: There is none yet.
-    """
-    folder = RunFolder(run).model
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: no model there yet: has the run been trained to its end?")
-    return folder
-
-
-def _args_of_folder(name: str) -> dict[str, Any]:
-    """The arguments with which the model of a ``local-dir:`` was built."""
-    if not name.startswith("local-dir:"):
-        return {}
-    config = Path(name.removeprefix("local-dir:")) / "config.json"
-    return json.loads(config.read_text()).get("model_args", {})
-
-
-def _load_checkpoint(model: Any, path: str) -> None:
-    """Load weights in place; a classifier of another number of classes is left out.
-
-    Raises:
-        ValueError: The file cannot be read, or does not hold this model.
-    """
-    try:
-        folder = model_folder(path) if RunFolder(path).recipe.exists() else Path(path)
-        file = folder / "model.safetensors" if folder.is_dir() else folder
-        weights = timm.models.load_state_dict(str(file))
-    except Exception as error:  # torch and safetensors have an error for each kind of damage
-        raise ValueError(
-            f"checkpoint: {path} cannot be read: {str(error) or 'no such file'}"
-        ) from error
-    own = model.state_dict()
-    heads = model.pretrained_cfg["classifier"]
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    for key in [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]:
-        if key in weights and key in own and weights[key].shape != own[key].shape:
-            weights[key] = own[key]
-    wrong = [f"{key} is missing" for key in own if key not in weights]
-    wrong += [f"{key} is not the model's" for key in weights if key not in own]
-    wrong += [
-        f"{key} is {list(weights[key].shape)}, not {list(value.shape)}"
-        for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    if wrong:
-        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{rest}"
-        )
-    model.load_state_dict(weights)
-
-
-def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:
-    """Raise ValueError unless the classifier takes images of this shape and has enough classes."""
-    shape = "x".join(map(str, images.shape))
-    try:
-        # a copy: an eval/train round trip would unfreeze what was frozen
-        with torch.no_grad():
-            logits = copy.deepcopy(classifier).eval()(torch.zeros(1, *images.shape))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(
-            f"name: the model does not take the data's images of {shape} ({error}); "
-            "model.size resizes them inside the model"
-        ) from error
-    if logits.shape[1] < num_classes:
-        raise ValueError(
-            f"num_classes: the model has {logits.shape[1]} classes, the data {num_classes}"
-        )
-
-
-def save_model(classifier: PixelClassifier, folder: Path) -> None:
-    """Write the model as a timm folder: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
-
-    Args:
-        classifier: From ``create_classifier``; its mean and std go into ``pretrained_cfg``.
-        folder: Made when it is not there.
-    """
-    # without the prefix that torch.compile puts before each key; safetensors wants plain layout
-    model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    channels = classifier.model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
-    statistics = {
-        "mean": classifier.mean.flatten().expand(channels).tolist(),
-        "std": classifier.std.flatten().expand(channels).tolist(),
-    }
-    timm.models.save_for_hf(
-        model,
-        str(folder),
-        model_config={"pretrained_cfg": statistics, "model_args": classifier.model_args},
-        safe_serialization=True,
     )

@@ -13,6 +13,7 @@ from robust_accel.models import (
     ModelSettings,
     PixelClassifier,
     create_classifier,
+    normalized,
     save_model,
 )
 
@@ -53,14 +54,29 @@ def test_a_module_that_says_nothing_reads_pixels():
     assert torch.equal(model.seen, x)
 
 
-def test_normalises_as_a_timm_model_asks():
+def test_nothing_is_assumed_of_a_bare_module_and_what_is_done_is_said():
     x = torch.rand(2, 3, 32, 32)
     model = timm.create_model("test_resnet", num_classes=4, **AS_IMAGENET).eval()
-    equal(PixelClassifier(model)(x), model(normalised(x, IMAGENET_MEAN, IMAGENET_STD)))
-    given = PixelClassifier(model, mean=0.5, std=0.5)(x)  # what the user gives goes before it
-    equal(given, model(2 * x - 1))
-    compiled = torch.compile(model, backend="eager")
-    equal(PixelClassifier(compiled).mean.flatten(), torch.tensor(IMAGENET_MEAN))
+    bare = PixelClassifier(model)
+    equal(bare(x), model(x))
+    assert bare.statistics_source.startswith("none: the module reads [0, 1]")
+    assert "0.485" in bare.statistics_source  # that there are others, too
+    assert PixelClassifier(Recorder()).statistics_source == "none: the module reads [0, 1]"
+    assert PixelClassifier(model, mean=0.5, std=0.5).statistics_source == "mean and std as given"
+
+
+def test_who_asks_for_a_timm_models_own_statistics_gets_them():
+    x = torch.rand(2, 3, 32, 32)
+    model = timm.create_model("test_resnet", num_classes=4, **AS_IMAGENET).eval()
+    for asked in (normalized(model), normalized(torch.compile(model, backend="eager"))):
+        equal(asked.mean.flatten(), torch.tensor(IMAGENET_MEAN))
+        assert asked.statistics_source.startswith("timm's pretrained_cfg of test_resnet")
+    equal(normalized(model)(x), model(normalised(x, IMAGENET_MEAN, IMAGENET_STD)))
+    # what the user gives goes before it
+    given = normalized(model, ("as given", {"mean": 0.5, "std": None}))
+    equal(given.mean, torch.full((1, 1, 1, 1), 0.5))
+    equal(given.std.flatten(), torch.tensor(IMAGENET_STD))
+    assert given.statistics_source.startswith("mean: as given; std: timm's pretrained_cfg of")
 
 
 def test_adds_nothing_to_the_models_own_state_dict():
@@ -117,11 +133,17 @@ def test_a_model_works_in_its_own_type_and_pixels_stay_as_they_are(dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"std": 0.0}, "std must be > 0"),
-        ({"std": (0.2, 0.0, 0.2)}, "std must be > 0"),
-        ({"std": (0.2, -0.1, 0.2)}, "std must be > 0"),
-        ({"std": float("nan")}, "std must be > 0"),
-        ({"mean": [[0.5, 0.5]]}, "mean must be one number or one a channel"),
+        ({"mean": 0.5, "std": 0.0}, "std must be > 0"),
+        ({"mean": 0.5, "std": (0.2, 0.0, 0.2)}, "std must be > 0"),
+        ({"mean": 0.5, "std": (0.2, -0.1, 0.2)}, "std must be > 0"),
+        ({"mean": 0.5, "std": float("nan")}, "std must be > 0"),
+        ({"mean": float("nan"), "std": 1.0}, "mean must be finite"),
+        ({"mean": [[0.5, 0.5]], "std": 1.0}, "mean must be one number or one a channel"),
+        ({"mean": (0.5,) * 3, "std": (0.5,) * 4}, "different numbers of channels"),
+        ({"mean": 0.5}, "mean and std go together"),
+        ({"std": 0.5}, "mean and std go together"),
+        ({"size": 0}, "size must be"),
+        ({"size": (8, -8)}, "size must be"),
     ],
 )
 def test_impossible_statistics_are_refused(arguments, message):
@@ -249,7 +271,7 @@ def test_a_compiled_model_is_saved_under_timms_keys(tmp_path):
     classifier.model = torch.compile(classifier.model, backend="eager")
     save_model(classifier, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    equal(PixelClassifier(loaded)(x), expected)
+    equal(normalized(loaded)(x), expected)
 
 
 # Fine-tuning: what a model starts from, and what of it learns

@@ -1,0 +1,281 @@
+"""Classifiers by name: any timm model, its folders, and the weights that it starts from."""
+
+import copy
+import difflib
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import huggingface_hub
+import timm
+import torch
+from annotated_types import Ge
+from pydantic import Field
+from torch import nn
+
+from robust_accel.data import ImageSet
+from robust_accel.models.checkpoint_files import few, find_weights
+from robust_accel.models.classifier import PixelClassifier, normalized
+from robust_accel.models.timm_folder import (
+    WEIGHTS,
+    Surroundings,
+    beside,
+    model_folder,
+    names_of,
+    read_config,
+    surroundings,
+)
+from robust_accel.run_folder import RunFolder
+from robust_accel.settings import Number, Settings
+
+logger = logging.getLogger(__name__)
+
+_HUB = ("hf-hub:", "hf_hub:")
+_LOCAL = "local-dir:"
+
+
+class ModelSettings(Settings):
+    """The recipe's ``model`` section.
+
+    Args:
+        name: A timm model (``timm.list_models()``), with this package's ``preact_resnet18``,
+            ``wide_resnet28_10`` and their smaller widths, or a timm folder (``local-dir:FOLDER``).
+        num_classes, in_chans: Taken from the data when not given.
+        pretrained: Load timm's weights.
+        checkpoint: Weights to start from: a run folder, a timm folder, or a file (safetensors, or a
+            torch checkpoint, of which nothing but tensors is read), see ``checkpoint_files.py``.
+            The mean, std and size that stand beside the weights hold, where none are given here.
+        new_head: Start with a fresh classifier; where the number of classes differs, this is so
+            in any case.
+        freeze_backbone: Train the classifier alone, see ``PixelClassifier``.
+        mean, std: See ``PixelClassifier``; the timm model's own when not given.
+        size: Height and width that the model wants, if not the data's own.
+        options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
+    """
+
+    name: str
+    num_classes: Annotated[int, Ge(2)] | None = None
+    in_chans: Annotated[int, Ge(1)] | None = None
+    pretrained: bool = False
+    checkpoint: str | None = None
+    new_head: bool = False
+    freeze_backbone: bool = False
+    mean: Number | tuple[Number, ...] | None = None
+    std: Number | tuple[Number, ...] | None = None
+    size: Annotated[int, Ge(1)] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def create_classifier(
+    settings: ModelSettings, *, num_classes: int | None = None, in_chans: int | None = None
+) -> PixelClassifier:
+    """Build the model that the settings name; classes and channels are the data's, if not set.
+
+    Returns:
+        A classifier that says whose mean and std (``statistics_source``) and which weights
+        (``weights_source``) it has, with the ``class_names`` that were kept with its weights.
+
+    Raises:
+        ValueError: There is no such model, timm refuses its options, or weights do not fit it.
+    """
+    name = timm_name(settings.name)
+    shape = {
+        "num_classes": settings.num_classes or num_classes,
+        "in_chans": settings.in_chans or in_chans,
+    }
+    options = {key: value for key, value in shape.items() if value} | settings.options
+    try:
+        model: Any = timm.create_model(name, pretrained=settings.pretrained, **options)
+    except Exception as error:  # timm, torch, safetensors and the hub have an error for each fault
+        raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
+    named = start = _surroundings(name, model)
+    weights_source = name if settings.pretrained else None
+    in_file: dict[str, Any] = {}
+    if settings.checkpoint is not None:
+        start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint)
+        _check_same(settings, in_file)
+    if settings.new_head:
+        model.reset_classifier(model.num_classes)
+    given = {"mean": settings.mean, "std": settings.std}
+    both = None not in given.values()
+    classifier = normalized(
+        model,
+        ("the recipe's model.mean and model.std" if both else "the recipe", given),
+        (str(weights_source), in_file),
+        (start.said, start.statistics),
+        size=settings.size or start.size or named.size,
+        freeze_backbone=settings.freeze_backbone,
+    )
+    classifier.weights_source = weights_source
+    loaded = weights_source is not None and not settings.new_head
+    if loaded and start.class_names is not None and len(start.class_names) == model.num_classes:
+        classifier.class_names = start.class_names
+    classifier.model_args = _args_of_folder(name) | options
+    classifier.model_args.pop("num_classes", None)  # timm's folder has it elsewhere
+    return classifier
+
+
+def timm_name(name: str) -> str:
+    """What timm is asked for: a name of its own, ``local-dir:FOLDER``, or ``hf-hub:NAME``.
+
+    Raises:
+        ValueError: ``name: ...``: nothing of that name is known, and where it was looked for.
+    """
+    folder = Path(name.removeprefix(_LOCAL))
+    if name.startswith(_HUB):
+        return name
+    try:
+        if not name.startswith(_LOCAL) and timm.is_model(name):
+            _check_tag(name)
+            return name
+        if (folder / "config.json").exists():
+            read_config(folder)
+            return f"{_LOCAL}{folder}"
+    except ValueError as error:
+        raise ValueError(f"name: {error}") from error
+    raise ValueError(f"name: {_nothing_there(name, folder)}")
+
+
+def _check_tag(name: str) -> None:
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        base = name.partition(".")[0]
+        tags = [tag for tag in timm.list_pretrained(f"{base}*") if tag.partition(".")[0] == base]
+        raise ValueError(
+            f"timm has {base}, but no weights {name}; it has {few(tags, number=8) or 'none'}"
+        ) from None
+
+
+def _nothing_there(name: str, folder: Path) -> str:
+    """Where a model was looked for, and which names are close."""
+    run = RunFolder(folder)
+    if run.recipe.exists():
+        return (
+            f"{folder} is a run: local-dir:{run.model} names its network, and "
+            f"model.checkpoint={folder} starts from its weights"
+        )
+    if folder.is_dir():
+        return (
+            f"{folder} is a folder, but holds neither recipe.yaml (a run) nor config.json (a "
+            "timm folder)"
+        )
+    if folder.is_file():
+        return f"{folder} is a file: name its network, and model.checkpoint={folder} its weights"
+    others = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
+    close = difflib.get_close_matches(str(folder), others, n=3)
+    if name.startswith(_LOCAL):
+        return f"no folder {folder}" + (f" (close: {', '.join(close)})" if close else "")
+    if "/" not in name:
+        close += difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4)
+    hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
+    hub = f"; hf-hub:{name} would be the hub's" if name.count("/") == 1 else ""
+    return f"no folder {name!r}, and timm has no model {name!r} ({hint}{hub})"
+
+
+def _surroundings(name: str, model: Any) -> Surroundings:
+    """What stands in the config.json of a folder or a hub's model, or timm's names of classes."""
+    if name.startswith(_LOCAL):
+        return surroundings(name.removeprefix(_LOCAL))
+    if name.startswith(_HUB):
+        repository, _, revision = name.partition(":")[2].partition("@")
+        config = huggingface_hub.hf_hub_download(
+            repository, "config.json", revision=revision or None
+        )
+        return surroundings(Path(config).parent)
+    return Surroundings(class_names=names_of(model.pretrained_cfg.get("label_names")))
+
+
+def _args_of_folder(name: str) -> dict[str, Any]:
+    """The arguments with which the model of a ``local-dir:`` was built."""
+    if not name.startswith(_LOCAL):
+        return {}
+    return dict(read_config(name.removeprefix(_LOCAL)).get("model_args") or {})
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[str, Any], str]:
+    """Load weights in place; a classifier of another number of classes is left out.
+
+    Returns:
+        What stands beside the weights, the pixels' statistics among them, and what was loaded.
+
+    Raises:
+        ValueError: ``checkpoint: ...``: it cannot be read, or does not hold this model.
+    """
+    try:
+        file = _file_of(path)
+        own = model.state_dict()
+        found = find_weights(file, own)
+        around = beside(file)
+        said, weights = f"{path} ({found.said})", dict(found.weights)
+        new = [key for key in _head_keys(model) if weights[key].shape != own[key].shape]
+        if new:
+            said += f"; of other classes, and new here: {', '.join(new)}"
+            weights |= {key: own[key] for key in new}
+        wrong = [
+            f"{key} is {list(weights[key].shape)}, not {list(value.shape)}"
+            for key, value in own.items()
+            if weights[key].shape != value.shape
+        ]
+        if wrong:
+            raise ValueError(f"does not fit: {few(wrong, '; ')}")
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path} for {type(model).__name__}: {error}") from error
+    model.load_state_dict(weights)
+    logger.info("checkpoint: %s", said)
+    if new:
+        around = Surroundings(around.statistics, around.size, None, around.said)
+    return around, dict(found.statistics), said
+
+
+def _file_of(path: str) -> Path:
+    """The file of weights that a run, a timm folder or a path stands for."""
+    folder = model_folder(path) if RunFolder(path).recipe.exists() else Path(path)
+    if not folder.is_dir():
+        return folder
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(
+        f"it holds neither recipe.yaml (a run) nor weights ({', '.join(WEIGHTS)}): name the file"
+    )
+
+
+def _head_keys(model: Any) -> list[str]:
+    """Keys of the weights from features to logits."""
+    heads = model.pretrained_cfg["classifier"]
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    keys = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
+    return [key for key in keys if key in model.state_dict()]
+
+
+def _check_same(settings: ModelSettings, in_file: dict[str, Any]) -> None:
+    """Raise ValueError where the recipe says another mean or std than the weights come with."""
+    for key, value in in_file.items():
+        given = getattr(settings, key)
+        if given is None:
+            continue
+        if not torch.allclose(torch.as_tensor(given, dtype=value.dtype), value, atol=1e-4):
+            raise ValueError(
+                f"{key}: {given} is not allowed: {settings.checkpoint} holds the {key} that its "
+                f"network was trained with, {[round(v, 4) for v in value.tolist()]}: leave "
+                f"model.{key} out"
+            )
+
+
+def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:
+    """Raise ValueError unless the classifier takes images of this shape and has enough classes."""
+    shape = "x".join(map(str, images.shape))
+    try:
+        # a copy: an eval/train round trip would unfreeze what was frozen
+        with torch.no_grad():
+            logits = copy.deepcopy(classifier).eval()(torch.zeros(1, *images.shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"name: the model does not take the data's images of {shape} ({error}); "
+            "model.size resizes them inside the model"
+        ) from error
+    if logits.shape[1] < num_classes:
+        raise ValueError(
+            f"num_classes: the model has {logits.shape[1]} classes, the data {num_classes}"
+        )

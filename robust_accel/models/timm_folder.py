@@ -1,0 +1,164 @@
+"""The folder that timm loads, config.json and model.safetensors, and what timm does not keep there.
+
+What ``PixelClassifier`` does outside of the network, timm ignores: it stands in config.json under
+``robust_accel``, and ``create_classifier`` restores it.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from robust_accel.models.classifier import PixelClassifier
+from robust_accel.run_folder import RunFolder
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_OWN = "robust_accel"  # our section of config.json
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands beside weights, and how images are to be prepared for them.
+
+    Attributes:
+        statistics: ``mean`` and ``std``, where they are known.
+        size: To which images are resized inside, or None.
+        class_names: In the order of the logits, or None.
+        said: Where this stands.
+    """
+
+    statistics: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    said: str = ""
+
+
+def model_folder(run: str | Path) -> Path:
+    """The timm folder that a run has left.
+
+    Raises:
+        ValueError: There is none yet.
+    """
+    folder = RunFolder(run)
+    if not (folder.model / "config.json").exists():
+        steps = folder.steps()
+        at = f", its last checkpoint is {steps[-1].name}" if steps else ""
+        raise ValueError(
+            f"{folder.model}: no model there yet: has the run been trained to its end{at}? "
+            "train --resume goes on"
+        )
+    return folder.model
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        ValueError: There is none, or it is not timm's.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no config.json there: no timm folder") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{file}: it names no architecture of timm: no timm folder")
+    return config
+
+
+def beside(file: Path) -> Surroundings:
+    """What is known of a file of weights: from the config.json beside it, or the run it is of."""
+    if file.name in WEIGHTS:
+        try:
+            return surroundings(file.parent)
+        except ValueError:  # no timm folder
+            pass
+    for parent in [*file.parents][1:3]:  # RUN/checkpoints/best.safetensors, .../step-N/...
+        run = RunFolder(parent)
+        if not run.recipe.exists() or run.checkpoints not in file.parents:
+            continue
+        if (run.model / "config.json").exists():
+            return surroundings(run.model)
+        model: dict[str, Any] = yaml.safe_load(run.recipe.read_text()).get("model") or {}
+        known = {key: model[key] for key in ("mean", "std") if model.get(key) is not None}
+        size = None if model.get("size") is None else (model["size"], model["size"])
+        return Surroundings(known, size, None, str(run.recipe))
+    return Surroundings()
+
+
+def surroundings(folder: str | Path) -> Surroundings:
+    """What a timm folder's config.json says of images and classes.
+
+    Raises:
+        ValueError: It is no timm folder.
+    """
+    config = read_config(folder)
+    cfg: dict[str, Any] = config.get("pretrained_cfg") or config
+    size = (config.get(_OWN) or {}).get("size")
+    names = config.get("label_names") or cfg.get("label_names") or cfg.get("labels")
+    return Surroundings(
+        {key: cfg[key] for key in ("mean", "std") if cfg.get(key) is not None},
+        None if size is None else (int(size[0]), int(size[1])),
+        names_of(names),
+        f"{folder}/config.json",
+    )
+
+
+def names_of(label_names: Any) -> tuple[str, ...] | None:
+    """timm's ``label_names``, a list or a mapping from indices, as a name a class, or None."""
+    if isinstance(label_names, Mapping):
+        by_index = {int(index): name for index, name in label_names.items()}
+        if sorted(by_index) != list(range(len(by_index))):
+            return None  # with gaps, which nothing here has
+        label_names = [by_index[i] for i in range(len(by_index))]
+    return tuple(map(str, label_names)) if label_names else None
+
+
+def save_model(classifier: PixelClassifier, folder: Path) -> None:
+    """Write the model as a timm folder: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+
+    Args:
+        classifier: From ``create_classifier``; its mean and std go into ``pretrained_cfg``, its
+            class names into ``label_names``, its size where only this package looks.
+        folder: Made when it is not there.
+    """
+    # without the prefix that torch.compile puts before each key; safetensors wants plain layout
+    model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    channels = classifier.model_args.get("in_chans", model.pretrained_cfg["input_size"][0])
+    statistics = {
+        "mean": classifier.mean.flatten().expand(channels).tolist(),
+        "std": classifier.std.flatten().expand(channels).tolist(),
+    }
+    config: dict[str, Any] = {"pretrained_cfg": statistics, "model_args": classifier.model_args}
+    names = classifier.class_names
+    if names != names_of(model.pretrained_cfg.get("label_names")):  # those of other classes go
+        labels = ("label_names", "label_descriptions")
+        cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in labels}
+        model.pretrained_cfg = cfg
+        if names is not None:
+            config["label_names"] = list(names)
+    if classifier.size is not None:
+        config[_OWN] = {"size": list(classifier.size), "resize": "bilinear, antialiased"}
+    timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+
+
+def beyond_timm(config: Mapping[str, Any]) -> list[str]:
+    """What a saved model does that timm alone does not, in sentences' parts; nothing if equal.
+
+    Args:
+        config: The folder's ``config.json``.
+    """
+    own = config.get(_OWN) or {}
+    if "size" not in own:
+        return []
+    height, width = own["size"]
+    return [f"resizes inside to {height}x{width} ({own['resize']}): timm alone does not"]
