@@ -56,7 +56,9 @@ def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
             continue
         keys, message = _explain(fault, spec)
         by_key.setdefault(".".join(keys), {})[message] = None
-    return [(key, "; or ".join(messages)) for key, messages in by_key.items()]
+    # where a union's member complains of a key inside, the others complain of the whole
+    whole = [key for key in by_key if any(other.startswith(f"{key}.") for other in by_key)]
+    return [(key, "; or ".join(by_key[key])) for key in by_key if key not in whole]
 
 
 def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
@@ -64,6 +66,8 @@ def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
     keys: list[str] = []
     for part in fault["loc"]:
         fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
+        if spec is not None and getattr(spec, "__name__", None) == part:
+            continue  # a union's member
         if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
             message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"
             return [*keys, str(part)], message

@@ -357,3 +357,12 @@ def test_a_component_built_later_gets_file_and_key(small: Path) -> None:
         load_recipe(small).checked("data", refuse)
     with pytest.raises(RecipeError, match=r"^command line: data.path: nothing there$"):
         load_recipe(small, ["data.path=x"]).checked("data", refuse)
+
+
+def test_a_fault_inside_of_a_union_is_told_by_its_own_key() -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("quickstart", ["evaluate.sanity.image=3"])
+    assert str(error.value) == (
+        "command line: evaluate.sanity.image: unknown key (did you mean images?); "
+        "allowed: images, transfer_from"
+    )

@@ -1,6 +1,7 @@
 """One call that measures any module on images that are at hand."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
+from robust_accel.evaluation.arrays import as_images, as_labels
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
+from robust_accel.settings import checked
+
+logger = logging.getLogger(__name__)
 
 
 class TensorImages:
@@ -41,9 +46,13 @@ class TensorImages:
 
 def measure(
     model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
+    x: Any,
+    labels: Any,
     *,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
+    size: int | tuple[int, int] | None = None,
+    other: nn.Module | None = None,
     folder: str | Path | None = None,
     accelerator: Accelerator | None = None,
     **settings: Any,
@@ -53,51 +62,128 @@ def measure(
     Under ``accelerate launch`` every process calls it, and the work is shared.
 
     Args:
-        model: Images in [0, 1] to logits [B, K] (or ``.logits``); normalisation is inside, or a
-            timm model's own mean and std. Left in the mode that it was in.
-        x: [N, C, H, W], floating point, in [0, 1].
-        labels: [N], class indices.
+        model: Images [B, C, H, W] in [0, 1] to logits [B, K] (or ``.logits``). Nothing is assumed:
+            a module that wants normalised images needs ``mean`` and ``std``, timm's too. Left in
+            the mode that it was in.
+        x: [N, C, H, W], floating point, in [0, 1]: a tensor, an array, or a list of images.
+        labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
+        mean, std: By which images are normalised inside, one number a channel or one for all; both
+            or neither. Not with a ``PixelClassifier`` (``load_model``) or ``RobustModel``, which
+            have their own.
+        size: Height and width to which images are resized inside; eps is at x's own. The same.
+        other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
         folder: Where outcomes are kept, so that a killed evaluation goes on.
         settings: Of ``EvaluateSettings``: ``eps="8/255"``, ``norm="linf"``,
             ``autoattack="standard"``, ``pgd={"num_steps": 20}``, ``sanity=True``, ...
 
     Returns:
-        What ``report.json`` holds of a run's evaluation.
+        What ``report.json`` holds of a run's evaluation, and as ``model`` what was done to images
+        before the module saw them: ``mean``, ``std``, ``size``, and in words whose they are
+        (``said``).
 
     Raises:
-        ValueError: Images, labels or settings are not as said above.
+        ValueError: Model, images, labels or settings are not as said above.
     """
-    given = EvaluateSettings(**settings).with_threat_model_of(None)
-    if given.eps is None:
-        raise ValueError("eps is missing: the radius in pixel units, like eps='8/255'")
-    if not x.is_floating_point() or x.ndim != 4 or len(x) == 0 or len(x) != len(labels):
-        raise ValueError(
-            "x must be floating point [N, C, H, W] with one label an image, got "
-            f"{x.dtype} {list(x.shape)} and labels {list(labels.shape)}"
-        )
-    low, high = (value.item() for value in x.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"x must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
-    if isinstance(model, RobustModel):
-        model = model.classifier  # which reads [0, 1], whatever a script feeds the wrapper
-    classifier = model if isinstance(model, PixelClassifier) else PixelClassifier(model)
+    given = _settings(settings, other)
+    x, labels = as_images(x), as_labels(labels)
+    if len(x) != len(labels):
+        raise ValueError(f"labels must be one an image, got {len(labels)} for {len(x)} images")
+    classifier = _classifier(model, "model", mean=mean, std=std, size=size)
+    foreign = None if other is None else _classifier(other, "other")
     accelerator = Accelerator() if accelerator is None else accelerator
-    classifier.to(accelerator.device)
-    training = [(m, m.training) for m in classifier.modules()]
+    measured = [classifier] if foreign is None else [classifier, foreign]
+    training = [(m, m.training) for c in measured for m in c.modules()]
     try:
-        classifier.eval()
-        with torch.no_grad():
-            num_classes = classifier(x[:1].to(accelerator.device)).shape[1]
-        highest = int(labels.max())
-        if int(labels.min()) < 0 or highest >= num_classes:
-            raise ValueError(
-                f"labels must be 0 to {num_classes - 1}, the model's classes, got {highest}"
-            )
-        images: ImageSet = TensorImages(x.float(), labels.long())
-        kept = None if folder is None else RunFolder(folder)
-        return evaluate(
-            classifier, images, given, accelerator, num_classes=num_classes, folder=kept
+        for part in measured:
+            part.to(accelerator.device).eval()
+        num_classes = _num_classes(classifier, x[:1].to(accelerator.device))
+        images: ImageSet = TensorImages(x, _indices(labels, num_classes))
+        result = evaluate(
+            classifier,
+            images,
+            given,
+            accelerator,
+            num_classes=num_classes,
+            folder=None if folder is None else RunFolder(folder),
+            other=foreign,
         )
     finally:
         for module, mode in training:
             module.training = mode
+    about = {
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "size": None if classifier.size is None else list(classifier.size),
+        "said": classifier.statistics_source,
+    }
+    return {"model": about} | result
+
+
+def _settings(values: dict[str, Any], other: nn.Module | None) -> EvaluateSettings:
+    """The settings, with a norm and an eps."""
+    given = checked(EvaluateSettings, values).with_threat_model_of(None)
+    if given.eps is None:
+        raise ValueError("eps is missing: the radius in pixel units, like eps='8/255'")
+    if given.norm == "linf" and given.eps > 1:
+        raise ValueError(
+            f"eps: {given.eps} is not allowed: in pixel units an L-inf eps is at most 1, like 8/255"
+        )
+    if given.sanity and given.sanity_settings.transfer_from is not None:
+        raise ValueError(
+            "sanity.transfer_from is not taken here: give the module, other=load_model(...)"
+        )
+    if other is not None and not given.sanity:
+        raise ValueError("other is for sanity's check of another model's images: add sanity=True")
+    return given
+
+
+def _classifier(
+    model: Any, name: str, *, mean: Any = None, std: Any = None, size: Any = None
+) -> PixelClassifier:
+    """The module on pixels, and nothing done to them that nobody asked for."""
+    if isinstance(model, RobustModel):
+        model = model.classifier  # which reads [0, 1], whatever a script feeds the wrapper
+    if isinstance(model, PixelClassifier):
+        if any(value is not None for value in (mean, std, size)):
+            raise ValueError("mean, std and size are the PixelClassifier's own: set them there")
+        return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{name} must be a module, got {type(model).__name__}: robust_accel.load_model loads "
+            "a run or a timm model"
+        )
+    classifier = PixelClassifier(model, mean=mean, std=std, size=size)
+    if "is not applied" in classifier.statistics_source:
+        logger.warning("%s: %s", name, classifier.statistics_source)
+    return classifier
+
+
+@torch.no_grad()
+def _num_classes(classifier: PixelClassifier, x: Tensor) -> int:
+    """K, from one image."""
+    try:
+        num_classes = classifier(x).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        shape = "x".join(map(str, x.shape[1:]))
+        raise ValueError(
+            f"the model does not take images of {shape} ({error}); size= resizes them inside"
+        ) from error
+    if num_classes < 2:
+        raise ValueError("the model must have a logit for each class, two at least, got one")
+    return num_classes
+
+
+def _indices(labels: Tensor, num_classes: int) -> Tensor:
+    """Class indices [N], of the model's classes; labels are [N], or one-hot [N, K]."""
+    if labels.ndim == 2:
+        if labels.shape[1] != num_classes:
+            raise ValueError(
+                f"labels are one-hot of {labels.shape[1]} classes, the model has {num_classes}"
+            )
+        return labels.argmax(dim=1)
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"labels must be 0 to {num_classes - 1}, the model's classes, got {lowest} to {highest}"
+        )
+    return labels

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from robust_accel import PixelClassifier, measure
 from robust_accel.data import MemoryImages
@@ -60,19 +63,146 @@ def test_it_is_what_evaluate_measures(
     assert list((tmp_path / "autoattack").iterdir())
 
 
+def test_a_model_is_measured_as_it_is_and_what_was_done_is_said() -> None:
+    """A timm network that was trained on [0, 1], whatever its pretrained_cfg says."""
+    x = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = timm.create_model("wide_resnet10_1", num_classes=5).eval()
+        network.train()(x)  # BatchNorm statistics of [0, 1]
+    mean, std, size = (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), 12
+    for given in ({}, {"mean": mean, "std": std}, {"mean": mean, "std": std, "size": size}):
+        reads = PixelClassifier(network, **given).eval()
+        with torch.no_grad():
+            labels = reads(x).argmax(dim=1)
+        found = measure(network, x, labels, eps=0.01, pgd=None, **given)
+        assert found["clean_accuracy"]["accuracy"] == 1
+        about = found["model"]
+        torch.testing.assert_close(torch.tensor(about["mean"]), reads.mean.flatten())
+        torch.testing.assert_close(torch.tensor(about["std"]), reads.std.flatten())
+        assert about["size"] == (list(reads.size) if reads.size else None)
+        assert about["said"] == reads.statistics_source
+        assert ("the module reads [0, 1]" in about["said"]) == (not given)
+        assert measure(reads, x, labels, eps=0.01, pgd=None)["model"] == about
+        with pytest.raises(ValueError, match="PixelClassifier's own"):
+            measure(reads, x, labels, eps=0.01, pgd=None, mean=0.5, std=0.5)
+
+
+def test_timms_statistics_that_are_not_applied_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network = timm.create_model("wide_resnet10_1", num_classes=5)
+    measure(network, torch.rand(4, 3, 8, 8), [0, 1, 2, 3], eps=0.01, pgd=None)
+    assert "pretrained_cfg is not applied: mean (0.4914" in caplog.text
+
+
+IMAGES = {
+    "tensor": lambda x: x,
+    "double": lambda x: x.double(),
+    "with a gradient": lambda x: x.clone().requires_grad_(),
+    "array": lambda x: x.numpy(),
+    "permuted": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "flipped array": lambda x: np.flip(x.numpy()[..., ::-1].copy(), -1),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "list of tensors": list,
+    "list of arrays": lambda x: list(x.numpy()),
+    "nested list": lambda x: x.tolist(),
+}
+LABELS = {
+    "tensor": lambda y: y,
+    "int32": lambda y: y.int(),
+    "whole floats": lambda y: y.float(),
+    "list": lambda y: y.tolist(),
+    "array": lambda y: y.numpy(),
+    "list of tensors": list,
+    "column": lambda y: y[:, None],
+    "one-hot": lambda y: one_hot(y, 5),
+    "one-hot floats": lambda y: one_hot(y, 5).float().numpy(),
+    "one-hot booleans": lambda y: one_hot(y, 5).bool(),
+}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [*((kind, "tensor") for kind in IMAGES), *(("tensor", kind) for kind in LABELS)],
+)
+def test_images_and_labels_of_any_kind_give_the_same_numbers(
+    images: str, labels: str, problem: tuple[nn.Module, Tensor, Tensor]
+) -> None:
+    model, pixels, y = problem
+    x = pixels / 255
+    settings = SETTINGS | {"autoattack": None}
+    expected = measure(model, x, y, **settings)
+    found = measure(model, IMAGES[images](x), LABELS[labels](y), **settings)
+    for key in ("clean_accuracy", "pgd_accuracy"):
+        assert found[key] == expected[key]
+
+
+def test_the_call_of_the_readme(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, pixels, labels = problem
+    x, labels = IMAGES["permuted"](pixels[:4] / 255), labels[:4]  # AutoAttack's attacks want none
+    found = measure(model, x, labels, eps="8/255", autoattack="standard", sanity=True)
+    assert found["threat_model"] == {"norm": "linf", "eps": 8 / 255}
+    assert {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sanity"} <= found.keys()
+
+
+def test_another_models_images_are_tried_and_no_setting_is_passed_over(
+    problem: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, pixels, labels = problem
+    x = pixels / 255
+    other = RobustBenchStyle().train()
+    found = measure(model, x, labels, eps=0.03, sanity={"images": 10}, other=other)
+    assert other.training and other.net[1].num_batches_tracked == 0
+    assert "no other model" not in str(found["sanity"])
+    assert "no other model" in str(measure(model, x, labels, eps=0.03, sanity={"images": 10}))
+    with pytest.raises(ValueError, match=r"other=load_model"):
+        measure(model, x, labels, eps=0.03, sanity={"transfer_from": "resnet18"})
+    with pytest.raises(ValueError, match="add sanity=True"):
+        measure(model, x, labels, eps=0.03, other=other)
+
+
 def test_what_is_not_as_said_is_refused(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, pixels, labels = problem
     x = pixels / 255
     cases = [
-        ((pixels, labels), SETTINGS, "floating point"),
-        ((x[:0], labels[:0]), SETTINGS, "floating point"),
-        ((x, labels[:3]), SETTINGS, "one label an image"),
-        ((2 * x, labels), SETTINGS, r"lie in \[0, 1\]"),
-        ((x * torch.nan, labels), SETTINGS, r"lie in \[0, 1\]"),
-        ((x, labels + 3), SETTINGS, "labels must be 0 to 4"),
+        ((pixels, labels), SETTINGS, r"floating point.*uint8.*divide by 255"),
+        ((pixels.float(), labels), SETTINGS, r"lie in \[0, 1\], .*divide by 255"),
+        ((2 * x - 1, labels), SETTINGS, r"lie in \[0, 1\], .*undo the normalisation"),
+        ((x * torch.nan, labels), SETTINGS, r"lie in \[0, 1\].*NaN"),
+        ((x[:0], labels[:0]), SETTINGS, r"images \[N, C, H, W\]"),
+        ((x[0], labels[:1]), SETTINGS, r"x\[None\]"),
+        ((torch.rand(2, 8, 8, 3), labels[:2]), SETTINGS, r"x.permute\(0, 3, 1, 2\)"),
+        (([x[0], x[0, :, :2]], labels[:2]), SETTINGS, "x must be .* of one shape"),
+        ((["a"], labels[:1]), SETTINGS, "x must be a tensor"),
+        ((torch.rand(2, 3, 4, 5), labels[:2]), SETTINGS, "does not take images of 3x4x5.*size="),
+        ((x, labels[:3]), SETTINGS, "one an image, got 3 for 30"),
+        ((x, labels + 3), SETTINGS, "labels must be 0 to 4.*got 3 to 6"),
+        ((x, labels - 1), SETTINGS, "labels must be 0 to 4.*got -1 to 2"),
+        ((x, labels + 0.5), SETTINGS, r"class indices, got \d.5"),
+        ((x, labels * torch.nan), SETTINGS, "class indices, got nan"),
+        ((x, one_hot(labels, 6)), SETTINGS, "one-hot of 6 classes, the model has 5"),
+        ((x, torch.full((30, 5), 0.2)), SETTINGS, "probabilities"),
+        ((x, torch.eye(5)[labels] * 2), SETTINGS, "probabilities"),
+        ((x, torch.zeros(30, 5)), SETTINGS, "probabilities"),
+        ((x, torch.zeros(30, 5, 1)), SETTINGS, "labels must be"),
+        ((x, ["cat"] * 30), SETTINGS, "labels must be a tensor"),
+        ((x, None), SETTINGS, "labels must be"),
         ((x, labels), {}, "eps is missing"),
-        ((x, labels), SETTINGS | {"autoatack": "quick"}, "autoatack"),
+        ((x, labels), {"esp": "8/255"}, r"esp: unknown key \(did you mean eps\?\); allowed: norm,"),
+        ((x, labels), SETTINGS | {"autoatack": "quick"}, r"autoatack.*did you mean autoattack"),
+        ((x, labels), {"eps": 0.1, "pgd": {"num_step": 5}}, r"pgd.num_step: unknown .*num_steps"),
+        ((x, labels), {"eps": 0.1, "pgd": {"num_steps": 0}}, "pgd.num_steps: 0 is not allowed"),
+        ((x, labels), {"eps": 0.1, "sanity": {"image": 3}}, r"sanity.image: unknown .*images"),
+        ((x, labels), {"eps": 8}, "eps: 8.0 is not allowed.*8/255"),
+        ((x, labels), SETTINGS | {"mean": 0.5}, "mean and std go together"),
     ]
     for arguments, settings, message in cases:
         with pytest.raises(ValueError, match=message):
             measure(model, *arguments, **settings)
+    for no_model in ("resnet50", lambda x: x):
+        with pytest.raises(ValueError, match=r"must be a module.*load_model"):
+            measure(no_model, x, labels, **SETTINGS)  # type: ignore[arg-type]
+    one = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    with pytest.raises(ValueError, match="two at least"):
+        measure(one, x, labels * 0, **SETTINGS)
