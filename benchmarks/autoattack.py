@@ -30,7 +30,8 @@ def plain(args: argparse.Namespace) -> tuple[float, float]:
     """Seconds and robust accuracy of the reference, in this process."""
     torch.set_num_threads(args.threads)
     recipe = recipe_of(str(args.run), (), required=("model", "data", "evaluate"))
-    images, num_classes = load_test(recipe.data)
+    test = load_test(recipe.data)
+    images, num_classes = test.images, test.num_classes
     classifier = load_model(args.run).requires_grad_(False)
     ((x, labels),) = images.batches([torch.arange(args.images)], torch.device("cpu"))
     attack = AutoAttack(

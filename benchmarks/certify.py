@@ -123,9 +123,9 @@ def model_table(args: argparse.Namespace) -> None:
     """Time on this machine. Random weights take as many samples as an image that is undecided."""
     if RunFolder(args.model).recipe.exists():
         recipe = recipe_of(args.model, (), required=("model", "data"))
-        test, num_classes = load_test(recipe.data)
-        classifier = load_classifier(recipe, args.model, test, num_classes).eval()
-        ((images, _),) = test.batches([torch.arange(args.images)], torch.device("cpu"))
+        test = load_test(recipe.data)
+        classifier = load_classifier(recipe, args.model, test.images, test.num_classes).eval()
+        ((images, _),) = test.images.batches([torch.arange(args.images)], torch.device("cpu"))
     else:
         settings = ModelSettings(name=args.model, num_classes=10)
         classifier = create_classifier(settings, in_chans=3).eval()

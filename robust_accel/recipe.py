@@ -142,6 +142,7 @@ class Recipe:
         try:
             return build()
         except ValueError as error:
+            section = getattr(error, "section", section)  # of a key that another section holds
             key, _, _ = str(error).partition(":")
             origin = origin_of(self.origins, f"{section}.{key}")
             raise RecipeError(f"{origin}: {section}.{error}") from error

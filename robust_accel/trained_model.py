@@ -1,13 +1,16 @@
 """A model that is trained already, for the commands that use one."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from robust_accel.data import ImageSet
+from robust_accel.data import ImageSet, load_test
+from robust_accel.data.classes import compared_by_number, match_classes, renumbered
+from robust_accel.data.ids import Ids, IdsError
 from robust_accel.models import (
     ModelSettings,
     PixelClassifier,
@@ -17,6 +20,7 @@ from robust_accel.models import (
     timm_name,
 )
 from robust_accel.recipe import Recipe, recipe_from_settings
+from robust_accel.recipe_file import RecipeError
 from robust_accel.run_folder import RunFolder
 
 _OPEN = ("checkpoint", "mean", "std", "size")  # of a run's model
@@ -75,6 +79,67 @@ def load_model(model: str | Path) -> PixelClassifier:
     if RunFolder(model).recipe.exists():
         return _classifier_of(recipe_of(str(model), (), required=("model",)), str(model)).eval()
     return create_classifier(ModelSettings(name=_named(str(model)), pretrained=True)).eval()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained classifier, and the images that it is to be measured on.
+
+    Attributes:
+        images: Labelled by the classifier's classes.
+        num_classes: Of the classifier.
+        num_data_classes: Of the data.
+        selection: Which images of the test split they are.
+        notes: What a user should know of how the two were brought together.
+    """
+
+    classifier: PixelClassifier
+    images: ImageSet
+    num_classes: int
+    num_data_classes: int
+    selection: str
+    notes: tuple[str, ...]
+    _positions: tuple[int, ...] | None
+
+    def of_model(self, images: ImageSet) -> ImageSet:
+        """Other images of the same data, labelled by the classifier's classes."""
+        return renumbered(images, self._positions)
+
+
+def load_subject(recipe: Recipe, model: str, ids: Ids, section: str) -> Subject:
+    """Load a trained model and the test images, and bring their classes together by name.
+
+    Args:
+        ids: Which images, see ``load_test``.
+        section: Whose key ``ids`` is.
+
+    Raises:
+        RecipeError: They cannot be had, or do not go together.
+    """
+    try:
+        test = load_test(recipe.data, ids=ids)
+    except IdsError as error:
+        raise recipe.fault(section, error) from error
+    except ValueError as error:
+        raise recipe.fault("data", error) from error
+    classifier = load_classifier(recipe, model, test.images, test.num_classes)
+    num_classes = getattr(classifier.model, "num_classes", test.num_classes)
+    names = (test.class_names, classifier.class_names)
+    numbers = {"num_data": test.num_classes, "num_model": num_classes}
+    try:
+        positions = match_classes(*names, **numbers)
+    except ValueError as error:
+        raise RecipeError(f"{model}: {error}") from error
+    note = compared_by_number(*names, **numbers)
+    return Subject(
+        classifier=classifier,
+        images=renumbered(test.images, positions),
+        num_classes=num_classes,
+        num_data_classes=test.num_classes,
+        selection=test.selection,
+        notes=() if note is None else (note,),
+        _positions=positions,
+    )
 
 
 def load_classifier(

@@ -8,14 +8,13 @@ import torch
 from accelerate import Accelerator
 
 from robust_accel.commands import folder_for, is_main, say
-from robust_accel.data import load_test
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import certify_images, write_table
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import Ledger, refresh_report
 from robust_accel.reporting.report import certified_table, write_report
 from robust_accel.run_folder import RunFolder
-from robust_accel.trained_model import load_classifier, recipe_of
+from robust_accel.trained_model import load_subject, recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,9 +42,11 @@ def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     settings = recipe.certify
     if settings.doubt:
         say(settings.doubt)
-    images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
+    subject = load_subject(recipe, model, settings.ids, "certify")
+    for text in subject.notes:
+        say(text)
+    classifier, images = subject.classifier.eval(), subject.images
     index = torch.arange(0, len(images), settings.skip)[: settings.images]
-    classifier = load_classifier(recipe, model, images, num_classes).eval()
     folder = folder_for(model, recipe, classifier, overrides, "certify")
     accelerator = Accelerator()
     classifier.to(accelerator.device)
@@ -58,6 +59,7 @@ def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         ledger=Ledger(folder.path, accelerator),
         class_names=classifier.class_names,
         source=recipe.data.source,
+        kind=subject.selection,
     )
     record = certify_images(bench, index, settings)
     if accelerator.is_main_process:

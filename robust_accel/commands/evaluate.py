@@ -7,13 +7,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from robust_accel.commands import folder_for, is_main, say
-from robust_accel.data import load_data, load_test
+from robust_accel.data import load_data
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
-from robust_accel.trained_model import load_classifier, recipe_of
+from robust_accel.trained_model import load_classifier, load_subject, recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,17 +38,17 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         The folder that holds the report.
     """
     recipe = recipe_of(model, overrides, required=("data", "evaluate"))
-    images, num_classes = recipe.checked("data", lambda: load_test(recipe.data))
-    classifier = load_classifier(recipe, model, images, num_classes)
+    subject = load_subject(recipe, model, recipe.evaluate.ids, "evaluate")
+    classifier, images = subject.classifier, subject.images
     other = train = None
     if recipe.evaluate.sanity and (source := recipe.evaluate.sanity_settings.transfer_from):
         about = recipe_of(source, (), required=("model",))
-        other = load_classifier(about, source, images, num_classes)
+        other = load_classifier(about, source, images, subject.num_data_classes)
     if recipe.evaluate.train_images is not None:
-        train = recipe.checked("data", lambda: load_data(recipe.data)).train
+        train = subject.of_model(recipe.checked("data", lambda: load_data(recipe.data)).train)
     folder = folder_for(model, recipe, classifier, overrides, "evaluate")
-    for doubt in recipe.doubts:
-        say(doubt)
+    for text in (*subject.notes, *recipe.doubts):
+        say(text)
     accelerator = Accelerator()
     if other is not None:
         other.to(accelerator.device).eval()
@@ -58,12 +58,13 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         images,
         recipe.evaluate,
         accelerator,
-        num_classes=num_classes,
+        num_classes=subject.num_classes,
         folder=folder,
         other=other,
         train=train,
         class_names=classifier.class_names,
         source=recipe.data.source,
+        kind=subject.selection,
         say=say,
     )
     if accelerator.is_main_process:

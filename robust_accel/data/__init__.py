@@ -1,6 +1,13 @@
 """Images from a hub, a folder or parquet to batches: who trains on which image, and how."""
 
 from robust_accel.data.batches import Sampler, TrainingBatches
+from robust_accel.data.classes import (
+    ClassNames,
+    compared_by_number,
+    match_classes,
+    renumbered,
+)
+from robust_accel.data.ids import IMAGENET5000, Ids
 from robust_accel.data.images import (
     NO_LABEL,
     Batch,
@@ -11,31 +18,38 @@ from robust_accel.data.images import (
     seeded_generator,
 )
 from robust_accel.data.loading import (
-    CONFIDENCE,
-    PSEUDO_LABEL,
     Data,
+    EvaluationImages,
     load_data,
     load_test,
     load_to_label,
 )
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
+from robust_accel.data.unlabeled import CONFIDENCE, PSEUDO_LABEL
 
 __all__ = [
     "CONFIDENCE",
+    "IMAGENET5000",
     "NO_LABEL",
     "PSEUDO_LABEL",
     "Batch",
+    "ClassNames",
     "Data",
     "DataSettings",
+    "EvaluationImages",
     "FileImages",
+    "Ids",
     "ImageSet",
     "MemoryImages",
     "Sampler",
     "TrainingBatches",
     "UnlabeledSettings",
+    "compared_by_number",
     "crop_flip",
     "load_data",
     "load_test",
     "load_to_label",
+    "match_classes",
+    "renumbered",
     "seeded_generator",
 ]

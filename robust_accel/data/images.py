@@ -1,20 +1,24 @@
 """Images of one shape, in memory or in files, to batches in [0, 1] on the device."""
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from robust_accel.data.decoding import Pictures, UnusableImage
 from robust_accel.data.settings import DataSettings
 
 NO_LABEL = -1
+_HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
+_HASHED_IMAGES = 1000
 Batch = tuple[Tensor, Tensor]
 """Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device."""
 
@@ -69,6 +73,13 @@ class MemoryImages:
         labels = torch.cat([self.labels, other.labels])
         return MemoryImages(images, labels, augment=self.augment, seed=self.seed)
 
+    def digest(self) -> str:
+        """64 hex digits that tell these images, labels and their order from others."""
+        found = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
+
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
@@ -85,41 +96,93 @@ class FileImages:
     """Images decoded and transformed by timm's transforms, in worker processes."""
 
     def __init__(
-        self, rows: datasets.Dataset, labels: Tensor, settings: DataSettings, seed: int
+        self, pictures: Pictures, labels: Tensor, settings: DataSettings, seed: int
     ) -> None:
         assert settings.image_size is not None
-        self.rows = rows  # one column, of images
-        self.labels, self.settings, self.seed = labels, settings, seed
+        self.pictures, self.labels, self.settings, self.seed = pictures, labels, settings, seed
         self.shape = (3, settings.image_size, settings.image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "FileImages":
-        rows = self.rows.select(indices.tolist())
-        return FileImages(rows, self.labels[indices], self.settings, self.seed)
+        pictures = self.pictures.select(indices)
+        return FileImages(pictures, self.labels[indices], self.settings, self.seed)
 
     def pooled(self, other: "FileImages") -> "FileImages":
-        (own,), (name,) = self.rows.column_names, other.rows.column_names
-        rows = [self.rows, other.rows.rename_column(name, own) if name != own else other.rows]
         labels = torch.cat([self.labels, other.labels])
-        return FileImages(datasets.concatenate_datasets(rows), labels, self.settings, self.seed)
+        pictures = self.pictures.joined(other.pictures)
+        return FileImages(pictures, labels, self.settings, self.seed)
+
+    def digest(self) -> str:
+        """As of ``MemoryImages``, of all encoded bytes up to 1 GiB.
+
+        Of larger sets: of every image's number of bytes, and of 1000 images' content. It does not
+        depend on where the files lie, nor on when they were written.
+        """
+        sizes = self.pictures.sizes()
+        found = hashlib.sha256(sizes.tobytes() + self.labels.numpy().tobytes())
+        number = len(self)
+        if sizes.sum() > _HASHED_WHOLE:
+            number = min(_HASHED_IMAGES, number)
+        for index in np.linspace(0, len(self) - 1, number).round().astype(int):
+            found.update(self.pictures.content(int(index)))
+        return found.hexdigest()
 
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
-        loader = torch.utils.data.DataLoader(
+        """See ``ImageSet``.
+
+        Raises:
+            UnusableImage: A ``ValueError`` that names the image and says why.
+        """
+        loader: Iterable[Any] = DataLoader(
             _Decoded(self, epoch if self.settings.augment == "timm" else None),
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=self.settings.num_workers,
             pin_memory=device.type == "cuda",
+            collate_fn=_collate,
             generator=torch.Generator(),  # else it would draw from the attacks' stream
         )
-        for x, labels in loader:
+        for batch in loader:
+            if isinstance(batch, UnusableImage):
+                raise batch
+            x, labels = batch
             yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-class _Decoded(torch.utils.data.Dataset):
+def unusable(pictures: Pictures, num_workers: int) -> dict[int, str]:
+    """Which images cannot be decoded, by index, and why: each is decoded once."""
+    loader: Iterable[list[str]] = DataLoader(
+        _Tried(pictures),
+        batch_size=64,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    reasons = (reason for batch in loader for reason in batch)
+    return {index: reason for index, reason in enumerate(reasons) if reason}
+
+
+class _Tried(Dataset):
+    """Why an image cannot be decoded; nothing where it can."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.pictures.decode(index)
+        except UnusableImage as error:
+            return str(error)
+        return ""
+
+
+class _Decoded(Dataset):
     """One epoch's view of ``FileImages`` for the worker processes."""
 
     def __init__(self, images: FileImages, epoch: int | None) -> None:
@@ -133,11 +196,19 @@ class _Decoded(torch.utils.data.Dataset):
             std=(1, 1, 1),
         )
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        (image,) = self.images.rows[index].values()
-        image = image.convert("RGB")
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnusableImage:
+        try:
+            image = self.images.pictures.decode(index).convert("RGB")
+        except UnusableImage as error:
+            return UnusableImage(str(error))  # a worker's exception would become its traceback
         with _seeded(self.images.seed, self.epoch or 0, index):
             return self.transform(image), int(self.images.labels[index])
+
+
+def _collate(items: list[Any]) -> Any:
+    """A batch, or the error of its first image that has one."""
+    errors = (item for item in items if isinstance(item, UnusableImage))
+    return next(errors, None) or default_collate(items)
 
 
 @contextmanager

@@ -54,6 +54,10 @@ class DataSettings(Settings):
             ``timm`` (from files: random resized crop and mirror), or ``none``.
         image_size: Height and width that images from files are cropped and resized to.
         num_workers: Processes that decode images from files.
+        damaged: What to do about images that are missing, cannot be decoded, or have transparent
+            or more than 8-bit pixels of unknown range: ``refuse`` names the first (from files:
+            when training or evaluation comes to it), ``skip`` leaves them out and says which (from
+            files: each process first decodes all of them once).
         classes: Use only the images of these classes, numbered anew in the order given.
         unlabeled: More images to train on, see ``UnlabeledSettings``.
         sharding: ``global``: each epoch deals all images anew. ``fixed``: each worker keeps its
@@ -73,6 +77,7 @@ class DataSettings(Settings):
     augment: Literal["none", "crop_flip", "timm"] = "none"
     image_size: Annotated[int, Ge(1)] | None = None
     num_workers: Annotated[int, Ge(0)] = 4
+    damaged: Literal["refuse", "skip"] = "refuse"
     classes: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(2)] | None = None
     unlabeled: UnlabeledSettings | None = None
     sharding: Literal["global", "fixed"] = "global"

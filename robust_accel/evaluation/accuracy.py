@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from robust_accel.attacks import Attack
 from robust_accel.data import ImageSet
 from robust_accel.evaluation.bench import Attacker, Bench, Unit
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
+from robust_accel.objectives import cross_entropy_of
 
 
 def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
@@ -26,11 +26,7 @@ def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
         x_adv, left = x, torch.arange(len(x), device=x.device)
         for restart in range(restarts):
             own = labels[left]
-
-            def loss_fn(images: Tensor, own: Tensor = own) -> Tensor:
-                return cross_entropy(classifier(images), own, reduction="none")
-
-            found = attack(loss_fn, x[left], generator=generator)
+            found = attack(cross_entropy_of(classifier, own), x[left], generator=generator)
             x_adv = found if restart == 0 else x_adv.index_copy(0, left, found)
             if restart < restarts - 1:
                 with torch.no_grad():

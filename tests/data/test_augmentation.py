@@ -91,12 +91,9 @@ def from_files(
 ) -> ImageSet:
     options: dict[str, Any] = {"in_memory": False, "image_size": 16, "augment": augment}
     options |= {"num_workers": num_workers, "test_split": "train"}
-    (
-        images,
-        _,
-    ) = load_test(settings(path, **options))
+    images = load_test(settings(path, **options)).images
     assert isinstance(images, FileImages)
-    return FileImages(images.rows, images.labels, images.settings, seed)
+    return FileImages(images.pictures, images.labels, images.settings, seed)
 
 
 def test_file_augmentation_depends_on_epoch_and_index_alone(photos: Path) -> None:

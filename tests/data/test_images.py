@@ -73,7 +73,8 @@ def test_parquet_folder_gives_the_pixels_that_were_written(tmp_path: Path) -> No
 
 def test_one_parquet_file_and_its_only_split(tmp_path: Path) -> None:
     path = write_parquet(tmp_path, "only", [image(i) for i in range(4)])
-    images, num_classes = load_test(settings(path, test_split="train"))
+    test = load_test(settings(path, test_split="train"))
+    images, num_classes = test.images, test.num_classes
     assert (numbers(images), num_classes) == ([0, 1, 2, 3], 3)
     with pytest.raises(ValueError, match=r"^test_split: .* no split 'test'; it has \['train'\]"):
         load_data(settings(path))
@@ -107,13 +108,13 @@ def test_a_missing_path_is_said_to_be_missing(
 def test_grey_stays_one_channel_unless_some_images_have_colour(tmp_path: Path) -> None:
     grey = [image(i, mode="L") for i in range(3)]
     path = write_parquet(tmp_path, "grey", grey)
-    images, _ = load_test(settings(path, test_split="train"))
+    images = load_test(settings(path, test_split="train")).images
     assert images.shape == (1, 5, 6)
     assert isinstance(images, MemoryImages)
     assert images.images[1, 0].tolist() == np.asarray(grey[1]).tolist()
     # the first image must not decide that the others lose their colour
     path = write_parquet(tmp_path, "mixed", [grey[0], image(1), grey[2]])
-    images, _ = load_test(settings(path, test_split="train"))
+    images = load_test(settings(path, test_split="train")).images
     assert images.shape == (3, 5, 6)
     assert isinstance(images, MemoryImages)
     assert images.images[0].tolist() == [np.asarray(grey[0]).tolist()] * 3
@@ -177,10 +178,12 @@ def test_columns_are_found_by_type_and_may_be_named(tmp_path: Path) -> None:
     features = {"label": INT, "coarse": INT, "thumb": datasets.Image()}
     columns = {"coarse": [4, 5], "thumb": [image(7, (2, 2)), image(8, (2, 2))]}
     path = write_parquet(tmp_path, "train", [image(0), image(1)], [1, 0], features, **columns)
-    images, num_classes = load_test(settings(path, test_split="train", image_column="img"))
+    test = load_test(settings(path, test_split="train", image_column="img"))
+    images, num_classes = test.images, test.num_classes
     assert (images.labels.tolist(), num_classes, images.shape) == ([1, 0], 2, (3, 5, 6))
     named = {"image_column": "thumb", "label_column": "coarse"}
-    images, num_classes = load_test(settings(path, test_split="train", **named))
+    test = load_test(settings(path, test_split="train", **named))
+    images, num_classes = test.images, test.num_classes
     assert (images.labels.tolist(), num_classes, images.shape) == ([4, 5], 6, (3, 2, 2))
 
 
@@ -226,7 +229,7 @@ def test_sizes_choose_the_same_images_whatever_the_seed(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         assert numbers(getattr(one, split)) == numbers(getattr(two, split))
     # evaluation alone measures the same images as training's end
-    assert numbers(load_test(settings(tmp_path, **sizes))[0]) == numbers(one.test)
+    assert numbers(load_test(settings(tmp_path, **sizes)).images) == numbers(one.test)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,8 @@ def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any]
 def test_cifar10_as_the_hub_stores_it(tmp_path: Path) -> None:
     rows = datasets.load_dataset("parquet", data_files=str(CIFAR), split="train")
     rows.select(range(500)).to_parquet(tmp_path / "500.parquet")  # the hub's own bytes and schema
-    images, num_classes = load_test(settings(tmp_path / "500.parquet", test_split="train"))
+    test = load_test(settings(tmp_path / "500.parquet", test_split="train"))
+    images, num_classes = test.images, test.num_classes
     assert (len(images), images.shape, num_classes) == (500, (3, 32, 32), 10)
     assert len(images.labels.unique()) == 10
     ((x, _),) = images.batches([torch.arange(500)], CPU)

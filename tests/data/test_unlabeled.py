@@ -123,7 +123,7 @@ def test_classes_are_chosen_and_numbered_anew(labeled: Path) -> None:
     assert data.num_classes == 2
     found = dict(zip(numbers(data.train.images / 255), data.train.labels.tolist(), strict=True))
     assert found == {0: 1, 2: 0, 3: 1, 5: 0, 6: 1, 8: 0, 9: 1, 11: 0}
-    assert load_test(settings)[0].labels.tolist() == [1, 0]
+    assert load_test(settings).images.labels.tolist() == [1, 0]
     rows, images = load_to_label(DataSettings(path=str(labeled), classes=(2, 0), train_size=3))
     rest = load(labeled, None, classes=(2, 0), train_size=3).unlabeled
     assert torch.equal(images.images, rest.images)

@@ -1,0 +1,163 @@
+"""The images that ``data.unlabeled`` means, and the labels that some of them have."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from robust_accel.data.array_pickle import load_arrays
+from robust_accel.data.classes import Classes, renumbered_labels, tell
+from robust_accel.data.columns import (
+    class_names,
+    find_image_column,
+    find_label_column,
+    labels_of,
+)
+from robust_accel.data.decoding import Pictures, Source
+from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, seeded_generator
+from robust_accel.data.reading import by, drawn, read_images
+from robust_accel.data.settings import DataSettings, UnlabeledSettings
+from robust_accel.data.sources import load_splits, rows_of
+
+PSEUDO_LABEL, CONFIDENCE = "pseudo_label", "confidence"  # columns that `pseudo-label` writes
+NONE_LEFT_OUT = "path: not given, and data.train_size leaves no image out"
+
+
+def load_unlabeled(
+    own: UnlabeledSettings,
+    settings: DataSettings,
+    train: ImageSet,
+    rest: ImageSet,
+    classes: Classes,
+    seed: int,
+) -> ImageSet:
+    """Images that ``data.unlabeled`` names, decoded and augmented as ``data`` says.
+
+    Args:
+        train: Which they go with.
+        rest: What ``data.train_size`` leaves out.
+        classes: Of the data set.
+
+    Raises:
+        ValueError: ``unlabeled.key: ...``.
+    """
+    seed = seeded_generator(seed, 8).initial_seed()  # other crops than the labelled images'
+    try:
+        images = drawn(_read(own, settings, rest, classes, seed), own.size, "size")[0]
+        _check(images, train, classes.number)
+    except ValueError as error:
+        raise ValueError(f"unlabeled.{error}") from error
+    return images
+
+
+def rows_to_label(own: UnlabeledSettings) -> tuple[datasets.Dataset, str, str]:
+    """Rows that ``data.unlabeled.path`` names, their image column, and both in words."""
+    assert own.path is not None
+    rows = rows_of(load_splits(own.path, own.config), own.split, "split", own.path)
+    return rows, find_image_column(rows, own.image_column), f"split {own.split} of {own.path}"
+
+
+def _read(
+    own: UnlabeledSettings, settings: DataSettings, rest: ImageSet, classes: Classes, seed: int
+) -> ImageSet:
+    path = own.path
+    if path is None:
+        if len(rest) == 0:
+            raise ValueError(NONE_LEFT_OUT)
+        rest.labels = torch.full((len(rest),), NO_LABEL)
+        return rest
+    if Path(path).suffix in (".pickle", ".pkl"):
+        return _images_of_pickle(path, settings, seed)
+    rows, image_column, where = rows_to_label(own)
+    labels = torch.full((len(rows),), NO_LABEL)
+    column = own.label_column or (PSEUDO_LABEL if PSEUDO_LABEL in rows.features else None)
+    if column is not None:
+        labels = _labels(rows, find_label_column(rows, column), where, settings, classes)
+    numbers = _confident(rows, own.min_confidence, path)
+    pictures = Pictures.of(Source(rows, image_column, where), numbers)
+    return read_images(pictures, labels[numbers], settings, seed)[0]
+
+
+def _confident(rows: datasets.Dataset, least: float, path: str) -> Tensor:
+    """The rows whose teacher was that sure."""
+    if least <= 0:
+        return torch.arange(len(rows))
+    if CONFIDENCE not in rows.features:
+        raise ValueError(
+            f"min_confidence: {path} has no column {CONFIDENCE!r}; columns are {rows.column_names}"
+        )
+    confident = np.asarray(rows[CONFIDENCE][:]) >= least
+    if not confident.any():
+        raise ValueError(f"min_confidence: no image of {path} has {least:g}")
+    return torch.from_numpy(np.flatnonzero(confident))
+
+
+def _labels(
+    rows: datasets.Dataset, column: str, where: str, settings: DataSettings, train: Classes
+) -> Tensor:
+    """A column of labels in the numbers of the training data's classes, found by name."""
+    labels = labels_of(rows, column)
+    names = class_names(rows, column)
+    low, high = (int(value) for value in labels.aminmax())
+    if names is not None and not NO_LABEL <= low <= high < len(names):
+        raise ValueError(
+            f"label_column: labels are from {low} to {high}, allowed are 0 to {len(names) - 1}, "
+            f"and {NO_LABEL} for none"
+        )
+    number = len(names) if names else train.number  # of plain integers, `_check` looks at the range
+    own = Classes(number, names, f"column {column!r} of {where}")
+    try:
+        positions, doubt = own.positions_in(train)
+    except ValueError as error:
+        raise ValueError(f"label_column: {error}") from None
+    by_number = doubt is not None or (names is None and train.names is None)
+    # a teacher's numbers are those of the classes that it was trained on
+    if by_number and settings.classes is not None and column != PSEUDO_LABEL:
+        raise ValueError(
+            f"label_column: {own.where} gives numbers, but data.classes numbers classes anew, and "
+            "without names on both sides it cannot be told which class is meant"
+        )
+    if doubt and column != PSEUDO_LABEL:
+        tell(doubt)
+    return renumbered_labels(labels, positions)
+
+
+def _images_of_pickle(path: str, settings: DataSettings, seed: int) -> ImageSet:
+    """Carmon et al.'s file: ``data`` [N, H, W, C] uint8 and ``extrapolated_targets`` [N]."""
+    if not settings.in_memory:
+        raise ValueError(f"path: {path} is read with data.in_memory: true only")
+    arrays = load_arrays(path)
+    pixels = arrays.get("data")
+    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4:
+        found = {name: f"{a.dtype} {list(a.shape)}" for name, a in arrays.items()}
+        raise ValueError(f"path: {path} must hold 'data', uint8 [N, H, W, C], found {found}")
+    targets = arrays.get("extrapolated_targets", np.full(len(pixels), NO_LABEL))
+    if targets.shape != (len(pixels),) or not np.issubdtype(targets.dtype, np.integer):
+        raise ValueError(
+            f"path: 'extrapolated_targets' of {path} must be one integer an image, [{len(pixels)}],"
+            f" found {targets.dtype} {list(targets.shape)}"
+        )
+    labels = torch.from_numpy(targets.astype(np.int64))
+    if settings.classes is not None and bool((labels != NO_LABEL).any()):
+        raise ValueError(
+            f"path: 'extrapolated_targets' of {path} are numbers, but data.classes numbers classes "
+            "anew: it cannot be told which class is meant"
+        )
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return MemoryImages(images, labels, augment=settings.augment == "crop_flip", seed=seed)
+
+
+def _check(unlabeled: ImageSet, train: ImageSet, num_classes: int) -> None:
+    if unlabeled.shape != train.shape:
+        raise ValueError(
+            f"path: the unlabelled images are {by(unlabeled.shape)}, the labelled ones "
+            f"{by(train.shape)}"
+        )
+    low, high = (int(value) for value in unlabeled.labels.aminmax())
+    if low < NO_LABEL or high >= num_classes:
+        raise ValueError(
+            f"label_column: labels are from {low} to {high}, allowed are 0 to {num_classes - 1}, "
+            f"and {NO_LABEL} for none"
+        )
