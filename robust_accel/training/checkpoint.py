@@ -15,6 +15,9 @@ from torch import nn
 from robust_accel.comm.deepspeed import weights_only_loads
 from robust_accel.run_folder import RunFolder
 
+DataIdentity = dict[str, dict[str, int | str]]
+"""Of each set that training sees, how many images it has and their digest: ``Data.identity``."""
+
 
 @dataclass
 class Progress:
@@ -45,7 +48,7 @@ class Checkpoint:
     Accelerate keeps weights (safetensors), optimizer, loss scaler and the random states of each
     process (with DeepSpeed, its own files, read without executing anything); this adds
     ``progress.pt`` (``weights_only``) and the averaged weights. The order of the images needs no
-    state: it follows from the seed and the step.
+    state: it follows from the seed, the step and the data, whose identity is kept.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class Checkpoint:
         progress: Progress,
         parts: dict[str, Stateful],
         ema: nn.Module | None,
+        data: DataIdentity,
     ) -> None:
         self.folder, self.accelerator, self.progress = folder, accelerator, progress
-        self.parts, self.ema = parts, ema
+        self.parts, self.ema, self.data = parts, ema, data
 
     def save(self) -> None:
         """Write ``checkpoints/step-N`` whole, then remove the older ones."""
@@ -73,6 +77,7 @@ class Checkpoint:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state["progress"] = asdict(self.progress)
             state["num_processes"] = self.accelerator.num_processes
+            state["data"] = self.data
             torch.save(state, new / "progress.pt")
             if self.ema is not None:
                 save_weights(self.ema, new / "ema.safetensors")
@@ -91,7 +96,7 @@ class Checkpoint:
         with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with weights_only_loads() if with_deepspeed else nullcontext():
             self.accelerator.load_state(str(source))
-        state = torch.load(source / "progress.pt", map_location="cpu", weights_only=True)
+        state = _progress(source)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         for name, value in state["progress"].items():
@@ -99,6 +104,37 @@ class Checkpoint:
         if self.ema is not None:
             load_weights(self.ema, source / "ema.safetensors")
         return int(state["num_processes"])
+
+
+def check_same_data(folder: RunFolder, data: DataIdentity) -> None:
+    """Refuse to go on with other data than the newest checkpoint's.
+
+    Checkpoints that do not say what their data were pass.
+
+    Args:
+        data: From ``Data.identity``.
+
+    Raises:
+        ValueError: ``path: ...``: images are more, fewer or others, or have other labels.
+    """
+    known: DataIdentity = _progress(folder.steps()[-1]).get("data", data)
+    for name in sorted(known.keys() | data.keys()):
+        was, found = (_in_words(of.get(name)) for of in (known, data))
+        if was != found:
+            raise ValueError(
+                f"path: the run has trained on {was} as {name}, and now there are {found}: it goes "
+                "on only with the same data in the same order; restore them, or start another run"
+            )
+
+
+def _in_words(about: dict[str, int | str] | None) -> str:
+    if about is None:
+        return "no images"
+    return f"{about['images']} images (digest {str(about['digest'])[:12]})"
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint / "progress.pt", map_location="cpu", weights_only=True)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

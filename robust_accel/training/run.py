@@ -24,7 +24,14 @@ from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
-from robust_accel.training.checkpoint import Checkpoint, Progress, load_weights, save_weights
+from robust_accel.training.checkpoint import (
+    Checkpoint,
+    DataIdentity,
+    Progress,
+    check_same_data,
+    load_weights,
+    save_weights,
+)
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
 
@@ -49,6 +56,9 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     folder = RunFolder(recipe.output)
     continued = folder.check(recipe.settings, resume=resume)
     data = recipe.checked("data", lambda: load_data(recipe.data, seed=settings.seed))
+    identity = data.identity()
+    if continued:
+        recipe.checked("data", lambda: check_same_data(folder, identity))
     torch.manual_seed(settings.seed)  # the same first weights on every process
     classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    run = _Run(recipe, data, classifier, folder, accelerator, quiet=quiet)
+    run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
     run.open(continued)
     run.fit()
     return run.finish()
@@ -73,6 +83,7 @@ class _Run:
         self,
         recipe: Recipe,
         data: Data,
+        identity: DataIdentity,
         classifier: PixelClassifier,
         folder: RunFolder,
         accelerator: Accelerator,
@@ -117,6 +128,7 @@ class _Run:
             self.progress,
             {"schedule": schedule, "compression": compression},
             None if self.ema is None else self.ema.module,
+            identity,
         )
         self.metrics = Metrics(
             folder,
