@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from robust_accel.data import ImageSet, load_test
+from robust_accel.data import EvaluationImages, ImageSet, load_test
 from robust_accel.data.classes import compared_by_number, match_classes, renumbered
 from robust_accel.data.ids import Ids, IdsError
 from robust_accel.models import (
@@ -20,7 +20,6 @@ from robust_accel.models import (
     timm_name,
 )
 from robust_accel.recipe import Recipe, recipe_from_settings
-from robust_accel.recipe_file import RecipeError
 from robust_accel.run_folder import RunFolder
 
 _OPEN = ("checkpoint", "mean", "std", "size")  # of a run's model
@@ -116,21 +115,22 @@ def load_subject(recipe: Recipe, model: str, ids: Ids, section: str) -> Subject:
     Raises:
         RecipeError: They cannot be had, or do not go together.
     """
-    try:
-        test = load_test(recipe.data, ids=ids)
-    except IdsError as error:
-        raise recipe.fault(section, error) from error
-    except ValueError as error:
-        raise recipe.fault("data", error) from error
+
+    def load() -> EvaluationImages:
+        try:
+            return load_test(recipe.data, ids=ids)
+        except IdsError as error:
+            error.section = section
+            raise
+
+    test = recipe.checked("data", load)
     classifier = load_classifier(recipe, model, test.images, test.num_classes)
     num_classes = getattr(classifier.model, "num_classes", test.num_classes)
     names = (test.class_names, classifier.class_names)
-    numbers = {"num_data": test.num_classes, "num_model": num_classes}
-    try:
-        positions = match_classes(*names, **numbers)
-    except ValueError as error:
-        raise RecipeError(f"{model}: {error}") from error
-    note = compared_by_number(*names, **numbers)
+    about: Any = {"num_data": test.num_classes, "num_model": num_classes}
+    about |= {"data": recipe.data.path, "model": model}
+    positions = match_classes(*names, **about)
+    note = compared_by_number(*names, **about)
     return Subject(
         classifier=classifier,
         images=renumbered(test.images, positions),

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from robust_accel.attack_context import attack_context
+from robust_accel.attacks.base import gradients_seen
 from robust_accel.data import ImageSet, seeded_generator
 from robust_accel.evaluation.identity import (
     digest_of_function,
@@ -103,7 +104,7 @@ class Bench:
         units = [Unit(u, part) for u, part in enumerate(index.split(self.batch_size))]
 
         def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:
-            return self._judged(x, labels, unit, "clean")
+            return self._judged(x, labels, unit, {})
 
         found = self.share({"name": "none"}, units, compute, "clean")
         prediction = torch.tensor([p for f in found for p in f["prediction"]])
@@ -132,9 +133,13 @@ class Bench:
 
         def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:
             seed = self.seed + _SEED_STEP * unit.number
-            with global_state_kept(seed):
+            with global_state_kept(seed), gradients_seen() as seen:
                 x_adv = attacker.perturb(self.classifier, x, labels, seed)
-            return self._judged(x_adv, labels, unit, "attacked")
+            # what is no image has broken none
+            finite = x_adv.isfinite().flatten(1).all(dim=1)
+            x_adv = torch.where(finite.view(-1, 1, 1, 1), x_adv, x)
+            met = {"gradients": seen.non_finite(len(x)), "perturbations": ~finite.cpu()}
+            return self._judged(x_adv, labels, unit, met)
 
         found = self.share(attacker.about, units, compute, title or attacker.about["name"])
         outcomes = before
@@ -143,16 +148,21 @@ class Bench:
             outcomes = outcomes.after(part, verdict, torch.tensor(one["chosen"]).double())
         return outcomes.spent(found)
 
-    def _judged(self, x: Tensor, labels: Tensor, unit: Unit, what: str) -> dict[str, Any]:
+    def _judged(
+        self, x: Tensor, labels: Tensor, unit: Unit, non_finite: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """A unit's verdicts, and which of its images met what is not finite, by where."""
         key = (self.seed, unit.number, 11)
         verdict = self.verdict(x, labels, key)
         chosen = verdict.share if self.draws == 1 else self.verdict(x, labels, (*key, 1)).share
-        lost = unit.indices[verdict.prediction.cpu() == NOT_A_NUMBER].tolist()
+        non_finite["logits"] = verdict.prediction.cpu() == NOT_A_NUMBER
         return {
             "prediction": verdict.prediction.tolist(),
             "share": verdict.share.tolist(),
             "chosen": chosen.tolist(),
-            "non_finite": {f"{what} logits": lost} if lost else {},
+            "non_finite": {
+                where: unit.indices[met].tolist() for where, met in non_finite.items() if met.any()
+            },
         }
 
     @torch.no_grad()

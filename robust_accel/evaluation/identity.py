@@ -108,5 +108,6 @@ def facts_of(classifier: PixelClassifier, name: str) -> dict[str, Any]:
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
         "size": classifier.size,
+        "statistics": classifier.statistics_source,
         "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
     }

@@ -106,6 +106,7 @@ def measure(
             num_classes=num_classes,
             folder=None if folder is None else RunFolder(folder),
             other=foreign,
+            class_names=classifier.class_names,
         )
     finally:
         for module, mode in training:

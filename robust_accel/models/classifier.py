@@ -54,7 +54,6 @@ class PixelClassifier(nn.Module):
         if (mean is None) != (std is None):
             raise ValueError(f"mean and std go together, got mean {mean} and std {std}")
         self.statistics_source = statistics_source or _told(model, mean)
-        self.class_names: tuple[str, ...] | None = None
         self.weights_source: str | None = None
         self.model = model
         self.model_args: dict[str, Any] = {}  # that build the same timm model again

@@ -55,7 +55,9 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
     continued = folder.check(recipe.settings, resume=resume)
-    data = recipe.checked("data", lambda: load_data(recipe.data, seed=settings.seed))
+    data = recipe.checked(
+        "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
+    )
     identity = data.identity()
     if continued:
         recipe.checked("data", lambda: check_same_data(folder, identity))
@@ -250,8 +252,9 @@ class _Run:
             num_classes=self.data.num_classes,
             folder=self.folder,
             train=self.data.train,
-            class_names=classifier.class_names,
+            class_names=self.data.class_names,
             source=self.recipe.data.source,
+            kind=self.data.selection,
             say=self.say,
         )
         if self.accelerator.is_main_process:
@@ -354,4 +357,5 @@ def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
         recipe.model, num_classes=data.num_classes, in_chans=data.shape[0]
     )
     check_fits(classifier, data.train, data.num_classes)
+    classifier.class_names = data.class_names
     return classifier
