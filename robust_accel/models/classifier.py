@@ -129,7 +129,7 @@ def normalized(
     Returns:
         A classifier that says where both are from (``statistics_source``).
     """
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    cfg = _pretrained_cfg(model)
     name = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
     whose = f"timm's pretrained_cfg of {name or type(model).__name__}"
     if cfg.get("source") == "local-dir":
@@ -154,6 +154,12 @@ def normalized(
     )
 
 
+def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
+    """timm's description of a model, empty for any other module."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, Mapping) else {}
+
+
 def _for_channels(value: Numbers, channels: int | None) -> tuple[Numbers, bool]:
     """Statistics of so many channels: ImageNet's three on grey images, say, are averaged."""
     flat = torch.as_tensor(value, dtype=torch.float64).flatten()
@@ -166,7 +172,7 @@ def _told(model: nn.Module, mean: Numbers | None) -> str:
     """What a classifier says of its statistics, if nobody says it for it."""
     if mean is not None:
         return "mean and std as given"
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    cfg = _pretrained_cfg(model)
     said = "none: the module reads [0, 1]"
     if {"mean", "std"} <= cfg.keys():
         said += f" (its pretrained_cfg is not applied: mean {cfg['mean']}, std {cfg['std']})"
