@@ -306,7 +306,7 @@ def examples(run: Run) -> list[Chart]:
     with safe_open(run.folder.examples, "pt") as file:
         metadata = file.metadata() or {}
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if metadata.get("function") != run.model.get("function") or not len(found["labels"]):
+    if metadata.get("function", "unknown") != run.model.get("function") or not len(found["labels"]):
         return []
     names = {
         key: [run.class_name(int(index)) for index in found[key]]

@@ -30,6 +30,7 @@ from robust_accel.reporting.views import Run
 
 # one size for all: small images are drawn up, large ones are seen in 168 CSS pixels anyway
 _EDGE = 448
+_BLUES = [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]]
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -132,8 +133,7 @@ def plot(chart: Chart) -> dict[str, Any]:
     elif isinstance(chart, Matrix):
         data = [_heat(chart)]
         ticks = list(range(len(chart.classes)))
-        names = [_plain(name) for name in chart.classes]
-        short = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+        short = [_plain(n if len(n) <= 16 else n[:15] + "…") for n in chart.classes]
         every = max(1, len(ticks) // 20)  # names that still fit
         axis = {"tickvals": ticks[::every], "ticktext": short[::every]}
         layout["xaxis"] = axis | {"title": {"text": "prediction"}, "constrain": "domain"}
@@ -220,7 +220,7 @@ def _heat(chart: Matrix) -> dict[str, Any]:
         for label, row in zip(names, chart.counts, strict=True)
     ]
     heat: dict[str, Any] = {"type": "heatmap", "z": found.round(2).tolist(), "zmin": 0}
-    heat |= {"zmax": 100, "colorscale": "Blues", "reversescale": False, "hovertext": told}
+    heat |= {"zmax": 100, "colorscale": _BLUES, "hovertext": told}
     heat |= {"hovertemplate": "%{hovertext} (%{z:.1f}%)<extra></extra>"}
     heat["colorbar"] = {"title": {"text": "% of label"}, "thickness": 12}
     if len(names) <= 20:

@@ -177,11 +177,13 @@ def _sweeps(run: Run) -> Section:
 def _classes(run: Run) -> Section:
     tables: list[Table] = []
     matrices: list[Row] = []
+    shown: list[list[Row]] = []
     for entry in quoted(run):
         rows = [row for row in entry.rows if row.get("per_class")]
         matrices += [row for row in entry.rows if row not in matrices]
-        if not rows or (entry.threat and rows == [entry.clean]):
+        if not rows or rows in shown:  # of clean images alone, say, beside two threat models
             continue
+        shown.append(rows)
         by_class = [{found["class"]: found for found in row["per_class"]} for row in rows]
         worst = sorted(by_class[-1].values(), key=lambda c: (c["accuracy"], c["class"]))[:_WORST]
         lines = []
