@@ -55,6 +55,7 @@ def row(
         "threat_model": threat,
         "images": {
             "n": n,
+            "kind": "first",
             "selection": about.pop("selection", f"first {n}"),
             "source": about.pop("source", DIGITS),
             "digest": "d" * 64,
