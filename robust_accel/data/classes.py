@@ -44,6 +44,11 @@ class Classes:
         names = self.names and tuple(self.names[i] for i in classes)
         return Classes(len(classes), names, self.where)
 
+    @property
+    def named(self) -> bool:
+        """Whether there are names that say more than the numbers."""
+        return self.names is not None and not _are_numbers(self.names)
+
     def positions_in(self, train: "Classes") -> tuple[tuple[int, ...] | None, str | None]:
         """``match_classes``, and ``compared_by_number``, with those of a training split."""
         about: Any = {"num_data": self.number, "num_model": train.number}

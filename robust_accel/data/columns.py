@@ -67,7 +67,7 @@ class LabeledRows:
             positions, doubt = self.classes.positions_in(train)
         except ValueError as error:
             raise ValueError(f"test_split: {error}") from None
-        if doubt:
+        if doubt and (self.classes.named or train.named):
             tell(doubt)
         labels = renumbered_labels(self.labels, positions)
         return replace(self, labels=labels, classes=Classes(train.number, train.names, where))

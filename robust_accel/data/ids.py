@@ -87,9 +87,10 @@ def _imagenet5000() -> list[str]:
             if hashlib.sha256(numbers.encode()).hexdigest() != _IMAGENET5000_DIGEST:
                 raise IdsError(f"ids: {folder / name} is not the list that {IMAGENET5000} means")
             return lines
+    found = f"has no such file at {folders[0]}" if folders else "is not installed here"
     raise IdsError(
-        f"ids: {IMAGENET5000} is in the package robustbench, which is not installed here (pip "
-        f"install --no-deps robustbench); or give the path of its {name}"
+        f"ids: {IMAGENET5000} is {name} of the Python package robustbench, which {found}; the path "
+        "of that file will do too"
     )
 
 

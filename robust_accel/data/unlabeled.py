@@ -112,14 +112,13 @@ def _labels(
         positions, doubt = own.positions_in(train)
     except ValueError as error:
         raise ValueError(f"label_column: {error}") from None
-    by_number = doubt is not None or (names is None and train.names is None)
     # a teacher's numbers are those of the classes that it was trained on
-    if by_number and settings.classes is not None and column != PSEUDO_LABEL:
+    if doubt and settings.classes is not None and column != PSEUDO_LABEL:
         raise ValueError(
             f"label_column: {own.where} gives numbers, but data.classes numbers classes anew, and "
             "without names on both sides it cannot be told which class is meant"
         )
-    if doubt and column != PSEUDO_LABEL:
+    if doubt and column != PSEUDO_LABEL and (own.named or train.named):
         tell(doubt)
     return renumbered_labels(labels, positions)
 

@@ -90,7 +90,7 @@ def test_renumbering_keeps_the_images_and_what_has_no_label() -> None:
 
 
 def test_names_come_from_folders_and_from_class_labels_and_not_from_integers(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "folders", "train", {"dog": 2, "cat": 2, "owl": 1})
     write_folder(tmp_path / "folders", "test", {"dog": 1, "cat": 1})
@@ -101,6 +101,9 @@ def test_names_come_from_folders_and_from_class_labels_and_not_from_integers(
     chosen = load_data(settings(tmp_path / "folders", classes=(2, 0)))
     assert chosen.class_names == ("owl", "cat")
     assert sorted(names_of(chosen.train, chosen.class_names)) == ["cat", "cat", "owl"]
+    digits = load_data(settings("sklearn:digits"))
+    assert digits.class_names == tuple("0123456789")
+    assert not caplog.records
     plain = write_parquet(
         tmp_path / "plain", "train", [image(0), image(1)], [0, 1], {"label": datasets.Value("int8")}
     )

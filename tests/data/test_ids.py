@@ -1,6 +1,5 @@
 """Listed images of the test split: found by number or by name, or refused by name."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from picture_folders import write_folder
 
 from robust_accel.data import DataSettings, load_data, load_test
 from robust_accel.data.ids import IMAGENET5000
+from robust_accel.recipe import load_recipe
 
 
 def listed(tmp_path: Path, *lines: str) -> str:
@@ -124,14 +124,19 @@ def test_robustbenchs_list_is_that_of_its_package_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = pair(tmp_path / "data")
-    if "robustbench" not in sys.modules:
-        with pytest.raises(ValueError, match=r"^ids: robustbench/imagenet5000 is in the package"):
-            load_test(settings(path), ids=IMAGENET5000)
     package = tmp_path / "robustbench"
     (package / "helper_files").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('executed')")
     names = package / "helper_files" / "imagenet_test_image_ids.txt"
-    names.write_text("n01440764/ILSVRC2012_val_00000293.JPEG\n")
     monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^ids: .*Python package robustbench, which has no"):
+        load_test(settings(path), ids=IMAGENET5000)
+    names.write_text("n01440764/ILSVRC2012_val_00000293.JPEG\n")
     with pytest.raises(ValueError, match=r"^ids: .*imagenet_test_image_ids.txt is not the list"):
         load_test(settings(path), ids=IMAGENET5000)
+
+
+def test_the_error_names_the_section_that_holds_the_key() -> None:
+    recipe = load_recipe("quickstart")
+    with pytest.raises(ValueError, match=r": evaluate\.ids: \[360\] are no rows of split test"):
+        recipe.checked("data", lambda: load_test(recipe.data, ids=(360,)))
