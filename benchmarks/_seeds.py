@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from robust_accel.reporting.views import pick
 from robust_accel.statistics import paired_difference
 
-MEASURES = {"clean": "clean_accuracy", "PGD-20": "pgd_accuracy"}
+MEASURES = {"clean": "none", "PGD-20": "pgd"}  # by the attack's name in a report's rows
 Reports = Mapping[str, Mapping[int, dict[str, Any]]]
 """Name of a run -> seed -> its report."""
 
@@ -46,5 +47,13 @@ def _row(name: str, runs: Mapping[int, Any], baseline: Mapping[int, Any]) -> lis
     return row
 
 
+def row_of(report: dict[str, Any], attack: str) -> dict[str, Any] | None:
+    """What a report says of test images under an attack."""
+    rows = [row for row in report.get("measurements", []) if row["purpose"] == "accuracy"]
+    return pick(row for row in rows if row["attack"]["name"] == attack)
+
+
 def _percent(report: dict[str, Any], measure: str) -> float:
-    return 100 * report[measure]["accuracy"]
+    row = row_of(report, measure)
+    assert row is not None
+    return 100 * row["accuracy"]

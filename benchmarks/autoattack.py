@@ -22,7 +22,8 @@ from pyautoattack import AutoAttack
 
 from robust_accel.data import load_test
 from robust_accel.evaluation.autoattack import ATTACKS_OF
-from robust_accel.run_folder import RunFolder, read_lines
+from robust_accel.evaluation.ledger import read_records
+from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_model, recipe_of
 
 
@@ -74,14 +75,15 @@ def ours(
     command += [f"evaluate.images={args.images}", f"evaluate.autoattack_images={args.images}"]
     command += [f"evaluate.batch_size={args.batch_size}", f"evaluate.search={search}"]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    found = folder.read_report()["autoattack_accuracy"]
-    return found["seconds"], found["accuracy"]
+    (found,) = (r for r in read_records(folder.path) if r["attack"]["name"] == "autoattack")
+    return found["wall_seconds"], found["accuracy"]
 
 
 def broken(folder: RunFolder) -> set[int]:
-    """The images that some attack broke."""
-    files = folder.autoattack.glob("process-*.jsonl")
-    return {image for file in files for line in read_lines(file) for image in line["broken"]}
+    """The images that some attack broke, or that were wrong before."""
+    (found,) = (r for r in read_records(folder.path) if r["attack"]["name"] == "autoattack")
+    columns = [found["outcomes"][key] for key in ("index", "label", "prediction")]
+    return {index for index, label, prediction in zip(*columns, strict=True) if label != prediction}
 
 
 def row(args: argparse.Namespace, name: str, base: float, seconds: float, robust: float) -> None:

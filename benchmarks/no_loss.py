@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _seeds import MEASURES, accuracy_table, markdown
+from _seeds import MEASURES, accuracy_table, markdown, row_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_VECTOR = "whole"  # block_size of the paper's form: null is one norm a tensor
@@ -51,7 +51,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     report = json.loads(path.read_text())
-    if any(report.get(key) is None for key in MEASURES.values()):
+    if any(row_of(report, attack) is None for attack in MEASURES.values()):
         return None
     if report["num_processes"] != 2 or not report["parameters_equal_on_all_processes"]:
         raise ValueError(f"{path}: not two processes with equal parameters")

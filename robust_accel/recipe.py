@@ -22,7 +22,7 @@ from robust_accel.evaluation.certify_images import CertifySettings
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
-from robust_accel.optim import SCHEDULES, OptimizerSettings, check_optimizer
+from robust_accel.optim import SCHEDULES, OptimizerSettings, with_defaults
 from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
 from robust_accel.settings import Number, Settings, close_to, faults_of, listed
 
@@ -247,7 +247,7 @@ class _Builder:
         try:
             component = spec(**values)
             if isinstance(component, OptimizerSettings):
-                check_optimizer(component)
+                component = with_defaults(component)
         except ValidationError as error:
             for dotted, message in faults_of(error, spec):
                 self.fault(f"{key}.{dotted}".rstrip("."), message)

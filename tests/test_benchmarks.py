@@ -96,8 +96,9 @@ def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
         for seed in (0, 1):
             folder = module.run_folder(args, protocol, seed)
             folder.mkdir(parents=True)
-            accuracy = {"accuracy": 0.5 + 0.1 * seed + gain, "n": 100}
-            report = {"clean_accuracy": accuracy, "pgd_accuracy": accuracy, "num_processes": 2}
+            row = {"purpose": "accuracy", "accuracy": 0.5 + 0.1 * seed + gain, "images": {"n": 100}}
+            rows = [row | {"attack": {"name": name}} for name in ("none", "pgd")]
+            report = {"measurements": rows, "num_processes": 2}
             report |= {"parameters_equal_on_all_processes": True, "bytes_sent_per_step": sent}
             (folder / "report.json").write_text(json.dumps(report))
     lines = module.table(args).splitlines()

@@ -6,6 +6,7 @@ an image's fate does not depend on how many processes there are. Every unit's ou
 down when it is known, so that a killed evaluation goes on where it was.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,9 +86,10 @@ class AutoAttackEvaluation:
 
         Returns:
             The outcomes, and about them: ``after``: the accuracy after each attack, and how many
-            images it broke; ``warnings``: what the reference's checks say.
+            images it broke; ``warnings``: what the reference's checks say; ``wall_seconds`` of this
+            call, which did only what no ledger knew.
         """
-        outcomes, after = before, []
+        outcomes, after, start = before, [], time.perf_counter()
         warnings = self._warnings(bench, before)
         for stage in self.stages:
             name = stage.attack + (" (bf16)" if stage.bf16 else "")
@@ -101,7 +103,8 @@ class AutoAttackEvaluation:
             outcomes = found
             after.append({"attack": name, "accuracy": found.accuracy, "broken": broken})
             say(f"after {name}: {100 * found.accuracy:.2f}% of {len(before.index)} images")
-        return outcomes, {"after": after, "warnings": warnings}
+        seconds = time.perf_counter() - start
+        return outcomes, {"after": after, "warnings": warnings, "wall_seconds": seconds}
 
     def _attacker(self, stage: Stage) -> Attacker:
         settings = self.settings

@@ -18,6 +18,7 @@ from robust_accel.provenance import raw_bytes
 _VERSIONED = ("torch", "timm", "torchvision", "transformers", "collections")
 _PLAIN = (bool, int, float, complex, str, torch.dtype, type(None))
 _IGNORED = {"training", "call_super_init", "dump_patches"}  # of each module: modes are ours
+_IGNORED |= {"class_names", "statistics_source", "weights_source"}  # words of a PixelClassifier
 
 
 def digest_of_json(value: Any) -> str:
@@ -107,7 +108,7 @@ def facts_of(classifier: PixelClassifier, name: str) -> dict[str, Any]:
         "class_names": classifier.class_names,
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
-        "size": classifier.size,
+        "size": None if classifier.size is None else list(classifier.size),
         "statistics": classifier.statistics_source,
         "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
     }

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.arrays import as_images, as_labels
+from robust_accel.evaluation.identity import facts_of
+from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import RobustModel
@@ -72,19 +74,25 @@ def measure(
             have their own.
         size: Height and width to which images are resized inside; eps is at x's own. The same.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
-        folder: Where outcomes are kept, so that a killed evaluation goes on.
+        folder: Where records and outcomes are kept, so that a killed evaluation goes on and nothing
+            is done twice; ``robust-accel report FOLDER`` shows them.
         settings: Of ``EvaluateSettings``: ``eps="8/255"``, ``norm="linf"``,
             ``autoattack="standard"``, ``pgd={"num_steps": 20}``, ``sanity=True``, ...
 
     Returns:
-        What ``report.json`` holds of a run's evaluation, and as ``model`` what was done to images
-        before the module saw them: ``mean``, ``std``, ``size``, and in words whose they are
-        (``said``).
+        The records of ``evaluate``, by name, and as ``model`` what was measured, with what was done
+        to images before the module saw them: ``mean``, ``std``, ``size``, and in words whose they
+        are (``said``).
 
     Raises:
         ValueError: Model, images, labels or settings are not as said above.
     """
     given = _settings(settings, other)
+    if folder is not None and RunFolder(folder).recipe.exists():
+        raise ValueError(
+            f"folder: {folder} holds a training run, which robust-accel evaluate measures: choose "
+            "another"
+        )
     x, labels = as_images(x), as_labels(labels)
     if len(x) != len(labels):
         raise ValueError(f"labels must be one an image, got {len(labels)} for {len(x)} images")
@@ -111,12 +119,10 @@ def measure(
     finally:
         for module, mode in training:
             module.training = mode
-    about = {
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-        "size": None if classifier.size is None else list(classifier.size),
-        "said": classifier.statistics_source,
-    }
+    about = facts_of(classifier, type(classifier.model).__name__)
+    about = {"function": result["function"], **about, "said": about["statistics"]}
+    if folder is not None and accelerator.is_main_process:
+        refresh_report(RunFolder(folder), model=about)
     return {"model": about} | result
 
 

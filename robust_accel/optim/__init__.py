@@ -32,10 +32,13 @@ __all__ = [
     "Piece",
     "Piecewise",
     "Schedule",
-    "check_optimizer",
     "create_optimizer",
     "make_scheduler",
+    "with_defaults",
 ]
+
+
+_HOW_NOT_WHAT = {"foreach", "fused", "capturable", "differentiable", "verbose"}  # same result
 
 
 class OptimizerSettings(Settings):
@@ -108,13 +111,21 @@ def _by_layer(
     return [{**group, "lr": settings.lr * group.pop("lr_scale")} for group in groups]
 
 
-def check_optimizer(settings: OptimizerSettings) -> None:
-    """Refuse unknown names, unknown options and impossible values, without the real model.
+def with_defaults(settings: OptimizerSettings) -> OptimizerSettings:
+    """The settings with every option that the optimizer fills in itself, LAMB's betas, say.
 
     Raises:
-        ValueError: As ``create_optimizer`` would.
+        ValueError: As ``create_optimizer`` would, without the real model: an unknown name or
+            option, or an impossible value.
     """
-    create_optimizer(nn.Linear(2, 2), settings)
+    optimizer = create_optimizer(nn.Linear(2, 2), settings)
+    known = _known_options(settings.name) - _HOW_NOT_WHAT - settings.model_fields_set
+    defaults = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in optimizer.defaults.items()
+        if key in known and value is not None
+    }
+    return settings.model_copy(update=defaults)
 
 
 def _options(settings: OptimizerSettings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import robust_accel.models  # noqa: F401  registers the package's own architectures
+from robust_accel.models import beyond_timm
 from robust_accel.reporting.sections import certified_tables
 from robust_accel.reporting.tables import Table
 from robust_accel.reporting.views import (
@@ -53,7 +54,7 @@ def _metadata(run: Run, config: dict[str, Any]) -> ModelCardData:
     hub_id = _hub_id(str(data.get("path", "")))
     about: dict[str, Any] = {
         "license": config["pretrained_cfg"].get("license") if model.get("pretrained") else None,
-        "library_name": "robust-accel" if _beyond_timm(run, config) else "timm",
+        "library_name": "robust-accel" if _beyond_timm(config) else "timm",
         "pipeline_tag": "image-classification",
         "datasets": [hub_id] if hub_id else None,
         "metrics": ["accuracy"],
@@ -117,7 +118,7 @@ def _is_own(architecture: str) -> bool:
     ).__module__.startswith("robust_accel.")
 
 
-def _beyond_timm(run: Run, config: dict[str, Any]) -> list[str]:
+def _beyond_timm(config: dict[str, Any]) -> list[str]:
     """What timm alone cannot do of this model, as sentences."""
     sentences = []
     if _is_own(config["architecture"]):
@@ -125,12 +126,7 @@ def _beyond_timm(run: Run, config: dict[str, Any]) -> list[str]:
             f"`{config['architecture']}` is an architecture of robust-accel: timm knows it once "
             "`robust_accel` is imported."
         )
-    if size := run.model.get("size"):
-        sentences.append(
-            f"Images are resized to {' x '.join(map(str, size))} inside the model that was "
-            "measured, so that eps is meant at their own size; timm leaves that to the caller."
-        )
-    return sentences
+    return sentences + [f"The measured model {part}." for part in beyond_timm(config)]
 
 
 def _architecture(config: dict[str, Any]) -> str:
@@ -218,7 +214,7 @@ def _how_measured(report: dict[str, Any]) -> list[str]:
 
 
 def _use(run: Run, config: dict[str, Any]) -> list[str]:
-    statistics, beyond = config["pretrained_cfg"], _beyond_timm(run, config)
+    statistics, beyond = config["pretrained_cfg"], _beyond_timm(config)
     lines = ["## Use", ""]
     for sentence in beyond:
         lines += [sentence, ""]

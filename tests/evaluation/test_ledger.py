@@ -23,7 +23,14 @@ from robust_accel.evaluation.ledger import Ledger, plain, read_records, shown
 from robust_accel.models import PixelClassifier
 from robust_accel.run_folder import RunFolder
 
-VARYING = ("seconds", "time", "key", "function", "num_processes")  # between two runs of the same
+VARYING = (
+    "seconds",
+    "wall_seconds",
+    "time",
+    "key",
+    "function",
+    "num_processes",
+)  # between two runs of the same
 
 
 class Scaled(nn.Module):

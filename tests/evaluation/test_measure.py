@@ -1,5 +1,6 @@
 """One call measures any module on pixels."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,17 @@ def test_it_is_what_evaluate_measures(
         Accelerator(cpu=True),
         num_classes=5,
     )
-    for key in ("clean_accuracy", "pgd_accuracy"):
-        assert found[key] == expected[key]
-    key = "autoattack_accuracy"
-    assert found[key]["accuracy"] == expected[key]["accuracy"]
-    assert found["clean_accuracy"] == {"accuracy": 0.8, "n": 30}
-    assert list((tmp_path / "autoattack").iterdir())
+    for key in ("clean_accuracy", "pgd_accuracy", "autoattack_accuracy"):
+        assert found[key]["outcomes"] == expected[key]["outcomes"]
+        assert found[key]["key"] == expected[key]["key"]
+    assert found["clean_accuracy"]["accuracy"] == 0.8
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["accuracy"] for row in report["measurements"]] == [
+        expected[f"{name}_accuracy"]["accuracy"] for name in ("clean", "pgd", "autoattack")
+    ]
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="holds a training run"):
+        measure(model, pixels / 255, labels, folder=tmp_path, **SETTINGS)
 
 
 def test_a_model_is_measured_as_it_is_and_what_was_done_is_said() -> None:
@@ -135,7 +141,8 @@ def test_images_and_labels_of_any_kind_give_the_same_numbers(
     expected = measure(model, x, y, **settings)
     found = measure(model, IMAGES[images](x), LABELS[labels](y), **settings)
     for key in ("clean_accuracy", "pgd_accuracy"):
-        assert found[key] == expected[key]
+        for about in ("key", "outcomes", "accuracy"):
+            assert found[key][about] == expected[key][about]
 
 
 def test_autoattack_takes_permuted_images() -> None:
@@ -151,7 +158,7 @@ def test_the_call_of_the_readme(problem: tuple[nn.Module, Tensor, Tensor]) -> No
     model, pixels, labels = problem
     x, labels = pixels[:4] / 255, labels[:4]
     found = measure(model, x, labels, eps="8/255", autoattack="standard", sanity=True)
-    assert found["threat_model"] == {"norm": "linf", "eps": 8 / 255}
+    assert found["pgd_accuracy"]["threat_model"] == {"norm": "linf", "eps": 8 / 255}
     assert {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sanity"} <= found.keys()
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from robust_accel.optim import LAMB, OptimizerSettings, check_optimizer, create_optimizer
+from robust_accel.optim import LAMB, OptimizerSettings, create_optimizer, with_defaults
 
 
 def build(**settings) -> torch.optim.Optimizer:
@@ -69,9 +69,9 @@ def test_every_optimizer_of_timm_is_checked_and_built(name):
     settings = OptimizerSettings(name=name, lr=0.1, weight_decay=1e-4)
     if timm.optim.get_optimizer_info(name).second_order:
         with pytest.raises(ValueError, match="second derivatives"):
-            check_optimizer(settings)
+            with_defaults(settings)
     else:
-        check_optimizer(settings)
+        with_defaults(settings)
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,41 @@ def test_every_optimizer_of_timm_is_checked_and_built(name):
 )
 def test_what_cannot_work_is_refused_without_a_model(settings, message):
     with pytest.raises(ValueError, match=message):
-        check_optimizer(OptimizerSettings(lr=0.1, **settings))
+        with_defaults(OptimizerSettings(lr=0.1, **settings))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="apex and bitsandbytes may be installed")
 @pytest.mark.parametrize("name", ["fusedlamb", "bnbadam"])
 def test_an_optimizer_whose_package_is_missing(name):
     with pytest.raises(ValueError, match=f"{name} is not available here"):
-        check_optimizer(OptimizerSettings(name=name, lr=0.1))
+        with_defaults(OptimizerSettings(name=name, lr=0.1))
 
 
 @pytest.mark.parametrize("values", [{"lr": 0}, {"lr": "fast"}, {"lr": 1, "weight_decay": -1}, {}])
 def test_learning_rate_and_decay_have_ranges(values):
     with pytest.raises(ValidationError):
         OptimizerSettings(**values)
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.defaults.items()}
+
+
+@pytest.mark.parametrize("name", ["lamb", "sgd", "momentum", "adamw", "lion", "lars", "adafactor"])
+def test_settings_with_every_default_build_the_same_optimizer(name: str) -> None:
+    """A run's recipe says what its optimizer did, whatever later versions have as defaults."""
+    given = OptimizerSettings(name=name, lr=0.1, weight_decay=1e-4)
+    whole = with_defaults(given)
+    assert with_defaults(whole) == whole
+    model = nn.Linear(2, 2)
+    one, other = (_plain(create_optimizer(model, settings)) for settings in (given, whole))
+    assert one == other
+    assert len(whole.model_extra or {}) > 1
+    assert OptimizerSettings(**whole.model_dump(mode="json")) == whole
+
+
+def test_defaults_do_not_stand_over_what_was_given() -> None:
+    whole = with_defaults(OptimizerSettings(lr=0.1, betas=(0.8, 0.9)))
+    assert whole.model_extra is not None
+    assert list(whole.model_extra["betas"]) == [0.8, 0.9]
+    assert whole.model_extra["eps"] == create_optimizer(nn.Linear(2, 2), whole).defaults["eps"]

@@ -85,10 +85,11 @@ def test_timms_wide_resnet_is_not_taken_for_this_packages(tmp_path: Path) -> Non
 
 
 def test_what_timm_alone_cannot_do_is_said(tmp_path: Path) -> None:
-    config = {"architecture": "resnet18", "model_args": {}}
+    own = {"size": [64, 64], "resize": "bilinear, antialiased"}
+    config = {"architecture": "resnet18", "model_args": {}, "robust_accel": own}
     found = card(tmp_path, [clean()], config=config, model=MODEL | {"size": [64, 64]})
     assert found.data.library_name == "robust-accel"
-    assert "resized to 64 x 64 inside the model" in found.text
+    assert "resizes inside to 64x64 (bilinear, antialiased): timm alone does not" in found.text
     own = card(tmp_path / "own", [clean()])
     assert own.data.library_name == "robust-accel" and "import robust_accel" in own.text
 

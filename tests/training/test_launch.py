@@ -66,7 +66,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 
     one = read_records(evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).path)
     two = read_records(finished)
-    assert len(one) == len(two) == 2
+    assert len(one) == len(two) == 4
     for alone, together in zip(one, two, strict=True):
         assert alone["num_processes"] < together["num_processes"]
         for key in ("key", "outcomes", "forward_passes"):

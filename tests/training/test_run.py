@@ -55,13 +55,24 @@ def test_it_learns_and_leaves_what_the_run_folder_promises(finished: tuple[Path,
     assert report["clean_accuracy"]["accuracy"] > 0.5
     assert report["clean_accuracy"]["images"]["n"] == 100
     assert report["pgd_accuracy"]["accuracy"] <= report["clean_accuracy"]["accuracy"]
-    for name in ("recipe.yaml", "metrics.jsonl", "report.json", "report.md", "training.png"):
+    for name in (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "report.json",
+        "report.md",
+        "figures/training_loss.png",
+    ):
         assert (folder / name).stat().st_size > 0, name
     written = json.loads((folder / "report.json").read_text())
     assert all(written[key] == report[key] for key in written.keys() & report.keys())
+    names = ("clean", "pgd", "train_clean", "train_pgd")
     assert [row["key"] for row in written["measurements"]] == [
-        report[f"{name}_accuracy"]["key"] for name in ("clean", "pgd")
+        report[f"{name}_accuracy"]["key"] for name in names
     ]
+    gap = report["train_pgd_accuracy"]
+    assert (gap["purpose"], gap["images"]["n"], gap["images"]["source"]["split"]) == (
+        "train", 360, "train",
+    )  # fmt: skip
     for key in ("selection", "best_against_last", "versions", "train_seconds_per_epoch"):
         assert key in report
     validations = [m for m in RunFolder(folder).read_metrics() if "validation_robust_accuracy" in m]
@@ -100,15 +111,16 @@ def test_evaluate_adds_records_and_replaces_none(finished: tuple[Path, dict]) ->
     folder, report = finished
     before = RunFolder(folder).read_report()
     evaluate_model(str(folder), ["evaluate.pgd.num_steps=5"])  # known already
-    assert RunFolder(folder).read_report() == before
-    evaluate_model(str(folder), ["evaluate.eps=0.1", "evaluate.images=50"])
+    assert RunFolder(folder).read_report()["measurements"] == before["measurements"]
+    fewer = ["evaluate.images=50", "evaluate.train_images=null"]
+    evaluate_model(str(folder), ["evaluate.eps=0.1", *fewer])
     again = RunFolder(folder).read_report()
-    assert again["measurements"][:2] == before["measurements"]  # fewer images replace none
-    (new,) = again["measurements"][2:]
+    assert again["measurements"][:4] == before["measurements"]  # fewer images replace none
+    (new,) = again["measurements"][4:]
     assert new["threat_model"] == {"norm": "linf", "eps": 0.1}
     assert new["images"]["n"] == 50
     assert again["train_seconds_per_epoch"] == report["train_seconds_per_epoch"]
-    assert len((folder / "measurements.jsonl").read_text().splitlines()) == 4
+    assert len((folder / "measurements.jsonl").read_text().splitlines()) == 6
 
 
 def test_evaluate_measures_a_timm_folder(
@@ -118,7 +130,7 @@ def test_evaluate_measures_a_timm_folder(
     folder, report = finished
     monkeypatch.chdir(tmp_path)
     settings = ["data.path=sklearn:digits", "data.test_size=100", "evaluate.eps=0.2"]
-    settings += ["evaluate.pgd.num_steps=5", "evaluate.pgd.step_size=0.05"]
+    settings += ["evaluate.pgd.num_steps=5"]
     one = evaluate_model(f"local-dir:{folder / 'model'}", settings)
     measured = one.read_report()["measurements"]
     for row, name in zip(measured, ("clean", "pgd"), strict=True):
