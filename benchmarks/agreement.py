@@ -6,6 +6,10 @@ draws gets seed 0, but for RobustBench, which seeds AutoAttack by the clock: "ou
 what other draws alone change. Of PGD from a random start the numbers are means over the draws. A
 peer that is not installed is left out, which is said.
 
+fgsm          one step of eps, no random start; pgd: 20 steps of eps / 4; ddn: 100 steps
+ddn           ours, held within the ball; ddn-cut: ours within the whole cube, cut to the ball at
+              the end, which is what foolbox does
+apgd-ce, ...  each of AutoAttack's attacks alone; autoattack: all of them, one after another
 robust        images that are right before and after the attack
 differ        images that one side breaks and the other does not
 same image    adversarial images that are equal to 1e-4 in every pixel, of those attacked
@@ -23,7 +27,7 @@ python benchmarks/agreement.py runs/digits --attacks ddn --l2 1
 import argparse
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +46,8 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss
 
 from robust_accel import DDN, PGD, PixelClassifier
+from robust_accel.attacks.base import LossFn
+from robust_accel.attacks.norms import project
 from robust_accel.data import ImageSet, load_test
 from robust_accel.evaluation import EvaluateSettings, clean, correct_flags, under_attack
 from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation, Stage
@@ -49,7 +55,7 @@ from robust_accel.settings import Norm
 from robust_accel.trained_model import load_model, recipe_of
 
 AUTOATTACK = (*ATTACKS_OF["standard"], "autoattack")  # each alone, then all of them
-ATTACKS = ("clean", "fgsm", "pgd", "pgd-random", "ddn", *AUTOATTACK)
+ATTACKS = ("clean", "fgsm", "pgd", "pgd-random", "ddn", "ddn-cut", *AUTOATTACK)
 PGD_STEPS, DDN_STEPS, DRAWS = 20, 100, 5
 SAME = 1e-4
 FOLDER = Path(__file__).resolve().parent
@@ -87,6 +93,19 @@ class Case:
         return self.x[self.right], self.labels[self.right]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """DDN that knows no ball but the whole cube, and its result cut to one: as foolbox does it."""
+
+    ddn: DDN
+    eps: float
+
+    def __call__(
+        self, loss_fn: LossFn, x: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return project(self.ddn(loss_fn, x, generator=generator), x, self.eps, "l2")
+
+
 class Found(NamedTuple):
     """Which images survive, [N], bool; and the attacked ones afterwards, where one can see them."""
 
@@ -103,11 +122,15 @@ def attack_of(case: Case, attack: str) -> Any:
     eps = case.eps
     if attack == "ddn":
         return DDN(eps=eps, num_steps=DDN_STEPS, gamma=0.05, init_norm=min(1.0, eps))
+    if attack == "ddn-cut":
+        cube = case.x[0].numel() ** 0.5
+        return Cut(DDN(eps=cube, num_steps=DDN_STEPS, gamma=0.05, init_norm=1.0), eps)
     if attack == "fgsm":
         return PGD(norm=case.norm, eps=eps, num_steps=1, step_size=eps, random_start=False)
     if attack in ("pgd", "pgd-random"):
-        about = {"num_steps": PGD_STEPS, "step_size": eps / 4}
-        return PGD(norm=case.norm, eps=eps, **about, random_start=attack == "pgd-random")
+        start = attack == "pgd-random"
+        about: dict[str, Any] = {"num_steps": PGD_STEPS, "step_size": eps / 4}
+        return PGD(norm=case.norm, eps=eps, **about, random_start=start)
     return None
 
 
@@ -177,10 +200,9 @@ def of_foolbox(case: Case, attack: str, seed: int) -> Found | None:
     linf, wanted = case.norm == "linf", attack_of(case, attack)
     if attack == "fgsm":
         theirs = fa.LinfFastGradientAttack() if linf else fa.L2FastGradientAttack()
-    elif attack == "ddn" and not linf:
-        theirs = fa.DDNAttack(
-            init_epsilon=wanted.init_norm, steps=wanted.num_steps, gamma=wanted.gamma
-        )
+    elif attack in ("ddn", "ddn-cut") and not linf:
+        ddn = wanted.ddn if attack == "ddn-cut" else wanted
+        theirs = fa.DDNAttack(init_epsilon=ddn.init_norm, steps=ddn.num_steps, gamma=ddn.gamma)
     elif attack in ("pgd", "pgd-random"):
         kind = fa.LinfProjectedGradientDescentAttack if linf else fa.L2PGD
         theirs = kind(
@@ -324,10 +346,21 @@ def compare(case: Case, attack: str, name: str, peer: Peer) -> list[str] | None:
             distance = (own.x_adv - found.x_adv).abs().flatten(1).amax(dim=1)
             same = f"{(distance <= SAME).sum().item()} of {len(distance)}"
     numbers = [f"{fmean(counts):.1f}".removesuffix(".0") for counts in (robust, theirs, differ)]
-    steps = {"pgd": f"-{PGD_STEPS}", "ddn": f"-{DDN_STEPS}"}.get(attack, "")
-    if attack == "pgd-random":
-        steps = f", {draws} draws"
-    return [f"{case.norm}, {case.eps:.4g}", attack + steps, name, *numbers, same]
+    title = f"{attack}, {draws} draws" if draws > 1 else attack
+    return [f"{case.norm}, {case.eps:.4g}", title, name, *numbers, same]
+
+
+def installed(names: Sequence[str]) -> dict[str, Peer]:
+    """Those of the peers that are there; which, and which not, is printed."""
+    peers = {}
+    for name in names:
+        package, peer = PEERS[name]
+        if find_spec(MODULES.get(name, package)) is None:
+            print(f"{name}: not installed, left out")
+        else:
+            peers[name] = peer
+            print(f"{name}: {package} {version(package)}")
+    return peers
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -366,14 +399,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     # there benchmarks/autoattack.py would be found for the authors' package
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != FOLDER]
-    peers: dict[str, Peer] = {}
-    for name in args.peers:
-        package, peer = PEERS[name]
-        if find_spec(MODULES.get(name, package)) is None:
-            print(f"{name}: not installed, left out")
-        else:
-            peers[name] = peer
-            print(f"{name}: {package} {version(package)}")
+    peers = installed(args.peers)
     print(f"torch {torch.__version__}, {args.threads} thread(s), {platform.machine()}\n")
     header = ["threat model", "attack", "peer", "robust, ours", "robust, theirs", "differ"]
     print(markdown([[*header, "same image"]]), flush=True)

@@ -9,14 +9,20 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import timm
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 from robust_accel.__main__ import main as robust_accel_command
+from robust_accel.evaluation import EvaluateSettings
+from robust_accel.evaluation.measure import TensorImages
+from robust_accel.models import PixelClassifier
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name[0] != "_")
@@ -136,6 +142,53 @@ def test_regimes_trains_labels_and_compares(
     assert "clean - labels [95%]" in header
     found = [row.split(" | ")[:2] for row in rows]
     assert found == [[f"| {name}", "1"] for name in ("labels", "teacher", "pseudo")]
+
+
+def agreement_case(module: ModuleType, norm: str, eps: float) -> Any:
+    """An untrained network, and as labels what it predicts of noise, but for the first image.
+
+    Double precision: two ways to write a sum must not flip the sign of a gradient.
+    """
+    classifier = PixelClassifier(timm.create_model("test_resnet", num_classes=10)).double().eval()
+    classifier.requires_grad_(False)
+    x = torch.rand(6, 3, 32, 32, dtype=torch.float64)
+    labels = classifier(x).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 10
+    settings = EvaluateSettings(norm=norm, eps=eps, autoattack="standard")
+    return module.Case(
+        classifier, TensorImages(x, labels), 10, settings, x, labels, torch.arange(6) > 0
+    )
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 1)])
+def test_agreement_with_torchattacks(norm: str, eps: float) -> None:
+    module = load("agreement.py")
+    case = agreement_case(module, norm, eps)
+    for attack in ("fgsm", "pgd"):
+        row = module.compare(case, attack, "torchattacks", module.of_torchattacks)
+        assert row[5:] == ["0", "5 of 5"], row
+    assert module.ours(case, "clean", 0).robust.sum() == 5
+    assert module.ours(case, "pgd", 0).robust.sum() < 5  # else nothing was compared
+
+
+def test_agreement_counts_images_not_accuracies() -> None:
+    module = load("agreement.py")
+    case = agreement_case(module, "linf", 1 / 255)
+
+    def wrong(case: Any, attack: str, seed: int) -> Any:  # as many survive, but two others
+        return module.Found(module.ours(case, attack, seed).robust.flip(0))
+
+    *_, ours, theirs, differ, same = module.compare(case, "clean", "wrong", wrong)
+    assert (ours, theirs, differ, same) == ("5", "5", "2", "")
+
+
+def test_agreement_says_which_peer_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("agreement.py")
+    monkeypatch.setitem(module.PEERS, "nobody", ("no-such-package", module.of_foolbox))
+    assert list(module.installed(["torchattacks", "nobody"])) == ["torchattacks"]
+    assert "nobody: not installed, left out" in capsys.readouterr().out
 
 
 def in_this_process(args: Namespace, *arguments: object, log: Path) -> None:
