@@ -4,7 +4,8 @@ Ours beside torchattacks, foolbox, ART, the authors' AutoAttack and RobustBench'
 run's first test images, which all of them attack as one batch on the CPU in fp32. Everything that
 draws gets seed 0, but for RobustBench, which seeds AutoAttack by the clock: "ours, seed 1" shows
 what other draws alone change. Of PGD from a random start the numbers are means over the draws. A
-peer that is not installed is left out, which is said.
+peer that is not installed is left out, which is said. RobustBench takes its accuracies in one call:
+its clean one takes as long as AutoAttack.
 
 fgsm          one step of eps, no random start; pgd: 20 steps of eps / 4; ddn: 100 steps
 ddn           ours, held within the ball; ddn-cut: ours within the whole cube, cut to the ball at
@@ -58,6 +59,7 @@ AUTOATTACK = (*ATTACKS_OF["standard"], "autoattack")  # each alone, then all of 
 ATTACKS = ("clean", "fgsm", "pgd", "pgd-random", "ddn", "ddn-cut", *AUTOATTACK)
 PGD_STEPS, DDN_STEPS, DRAWS = 20, 100, 5
 SAME = 1e-4
+NORMS = {"linf": "Linf", "l2": "L2"}  # as RobustBench and AutoAttack write them
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -136,22 +138,17 @@ def attack_of(case: Case, attack: str) -> Any:
 
 def survivors(case: Case, attack: str, seed: int) -> Tensor:
     """Which images our evaluation says survive: [N], bool. Nothing else here asks it."""
-    settings = case.settings.model_copy(update={"seed": seed, "batch_size": len(case.x)})
-    accelerator = Accelerator(cpu=True)
+    number, accelerator = len(case.x), Accelerator(cpu=True)
+    settings = case.settings.model_copy(update={"seed": seed, "batch_size": number})
     if attack in AUTOATTACK:
         evaluation = AutoAttackEvaluation(settings, case.num_classes)
         if attack != "autoattack":
             evaluation.stages = [Stage(attack, bf16=False)]
         return evaluation.flags(case.classifier, case.images, case.right, accelerator)
-    ours = attack_of(case, attack)
-    return correct_flags(
-        case.classifier,
-        case.images,
-        clean if ours is None else under_attack(ours),
-        settings,
-        accelerator,
-        num_images=len(case.x),
-    )
+    made = attack_of(case, attack)
+    perturb = clean if made is None else under_attack(made)
+    classifier, images = case.classifier, case.images
+    return correct_flags(classifier, images, perturb, settings, accelerator, num_images=number)
 
 
 @cache
@@ -179,13 +176,10 @@ def of_torchattacks(case: Case, attack: str, seed: int) -> Found | None:
     if attack == "fgsm" and case.norm == "linf":
         theirs = torchattacks.FGSM(case.classifier, eps=case.eps)
     else:  # one step of PGDL2 where FGSM has no L2
-        theirs = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[case.norm](
-            case.classifier,
-            eps=case.eps,
-            alpha=wanted.step_size,
-            steps=wanted.num_steps,
-            random_start=wanted.random_start,
-        )
+        kind = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[case.norm]
+        about = {"alpha": wanted.step_size, "steps": wanted.num_steps}
+        start = wanted.random_start
+        theirs = kind(case.classifier, eps=case.eps, **about, random_start=start)
     torch.manual_seed(seed)
     return judged(case, theirs(*case.attacked))
 
@@ -205,11 +199,8 @@ def of_foolbox(case: Case, attack: str, seed: int) -> Found | None:
         theirs = fa.DDNAttack(init_epsilon=ddn.init_norm, steps=ddn.num_steps, gamma=ddn.gamma)
     elif attack in ("pgd", "pgd-random"):
         kind = fa.LinfProjectedGradientDescentAttack if linf else fa.L2PGD
-        theirs = kind(
-            abs_stepsize=wanted.step_size,
-            steps=wanted.num_steps,
-            random_start=wanted.random_start,
-        )
+        start = wanted.random_start
+        theirs = kind(abs_stepsize=wanted.step_size, steps=wanted.num_steps, random_start=start)
     else:
         return None
     torch.manual_seed(seed)
@@ -237,14 +228,9 @@ def of_art(case: Case, attack: str, seed: int) -> Found | None:
         theirs = FastGradientMethod(model, **about)
     elif attack in ("pgd", "pgd-random"):
         wanted = attack_of(case, attack)
-        theirs = ProjectedGradientDescent(
-            model,
-            **about,
-            eps_step=wanted.step_size,
-            max_iter=wanted.num_steps,
-            num_random_init=int(wanted.random_start),
-            verbose=False,
-        )
+        about |= {"eps_step": wanted.step_size, "max_iter": wanted.num_steps, "verbose": False}
+        starts = int(wanted.random_start)
+        theirs = ProjectedGradientDescent(model, **about, num_random_init=starts)
     else:
         return None
     np.random.seed(seed)  # noqa: NPY002 - what ART draws from
@@ -256,10 +242,8 @@ def of_autoattack(case: Case, attack: str, seed: int) -> Found | None:
 
     if attack not in AUTOATTACK:
         return None
-    norm = {"linf": "Linf", "l2": "L2"}[case.norm]
-    theirs = AutoAttack(
-        case.classifier, norm=norm, eps=case.eps, seed=seed, device="cpu", verbose=False
-    )  # version "standard", and of that one attack
+    about = {"norm": NORMS[case.norm], "eps": case.eps, "version": "standard", "verbose": False}
+    theirs = AutoAttack(case.classifier, **about, seed=seed, device="cpu")
     if attack != "autoattack":
         theirs.attacks_to_run = [attack]
     targets = min(9, case.num_classes - 1)
@@ -304,7 +288,7 @@ def _benchmark(case: Case) -> dict[str, Found]:
             case.classifier,
             n_examples=len(case.x),
             dataset="cifar10",
-            threat_model={"linf": "Linf", "l2": "L2"}[case.norm],
+            threat_model=NORMS[case.norm],
             eps=case.eps,
             batch_size=len(case.x),
             device=torch.device("cpu"),
@@ -319,14 +303,13 @@ def other_draws(case: Case, attack: str, seed: int) -> Found | None:
     return ours(case, attack, seed + 1) if attack in ("pgd-random", *AUTOATTACK) else None
 
 
-PEERS: dict[str, tuple[str, Peer]] = {
-    "torchattacks": ("torchattacks", of_torchattacks),
-    "foolbox": ("foolbox", of_foolbox),
-    "ART": ("adversarial-robustness-toolbox", of_art),
-    "AutoAttack": ("autoattack", of_autoattack),
-    "RobustBench": ("robustbench", of_robustbench),
+PEERS: dict[str, tuple[str, str, Peer]] = {  # module, package
+    "torchattacks": ("torchattacks", "torchattacks", of_torchattacks),
+    "foolbox": ("foolbox", "foolbox", of_foolbox),
+    "ART": ("art", "adversarial-robustness-toolbox", of_art),
+    "AutoAttack": ("autoattack", "autoattack", of_autoattack),
+    "RobustBench": ("robustbench", "robustbench", of_robustbench),
 }
-MODULES = {"ART": "art"}
 
 
 def compare(case: Case, attack: str, name: str, peer: Peer) -> list[str] | None:
@@ -354,8 +337,8 @@ def installed(names: Sequence[str]) -> dict[str, Peer]:
     """Those of the peers that are there; which, and which not, is printed."""
     peers = {}
     for name in names:
-        package, peer = PEERS[name]
-        if find_spec(MODULES.get(name, package)) is None:
+        module, package, peer = PEERS[name]
+        if find_spec(module) is None:
             print(f"{name}: not installed, left out")
         else:
             peers[name] = peer
@@ -368,9 +351,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
     recipe = recipe_of(args.run, (), required=("model", "data", "evaluate"))
     images, num_classes = load_test(recipe.data)
     classifier = load_model(args.run).requires_grad_(False)
-    ((x, labels),) = images.batches(
-        [torch.arange(min(args.images, len(images)))], torch.device("cpu")
-    )
+    first = torch.arange(min(args.images, len(images)))
+    ((x, labels),) = images.batches([first], torch.device("cpu"))
     with torch.no_grad():
         right = classifier(x).argmax(dim=1) == labels
     asked: dict[Norm, Any] = {"linf": args.linf, "l2": args.l2}

@@ -186,7 +186,7 @@ def test_agreement_says_which_peer_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = load("agreement.py")
-    monkeypatch.setitem(module.PEERS, "nobody", ("no-such-package", module.of_foolbox))
+    monkeypatch.setitem(module.PEERS, "nobody", ("no_such_module", "", module.of_foolbox))
     assert list(module.installed(["torchattacks", "nobody"])) == ["torchattacks"]
     assert "nobody: not installed, left out" in capsys.readouterr().out
 
