@@ -50,8 +50,9 @@ from robust_accel import DDN, PGD, PixelClassifier
 from robust_accel.attacks.base import LossFn
 from robust_accel.attacks.norms import project
 from robust_accel.data import ImageSet, load_test
-from robust_accel.evaluation import EvaluateSettings, clean, correct_flags, under_attack
+from robust_accel.evaluation import EvaluateSettings, under_attack
 from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation, Stage
+from robust_accel.evaluation.bench import Bench
 from robust_accel.settings import Norm
 from robust_accel.trained_model import load_model, recipe_of
 
@@ -138,24 +139,29 @@ def attack_of(case: Case, attack: str) -> Any:
 
 def survivors(case: Case, attack: str, seed: int) -> Tensor:
     """Which images our evaluation says survive: [N], bool. Nothing else here asks it."""
-    number, accelerator = len(case.x), Accelerator(cpu=True)
-    settings = case.settings.model_copy(update={"seed": seed, "batch_size": number})
+    bench = Bench(
+        case.classifier,
+        case.images.subset(torch.arange(len(case.x))),
+        Accelerator(cpu=True),
+        batch_size=len(case.x),
+        seed=seed,
+    )
+    outcomes = bench.clean()
     if attack in AUTOATTACK:
-        evaluation = AutoAttackEvaluation(settings, case.num_classes)
+        evaluation = AutoAttackEvaluation(case.settings, case.num_classes)
         if attack != "autoattack":
             evaluation.stages = [Stage(attack, bf16=False)]
-        return evaluation.flags(case.classifier, case.images, case.right, accelerator)
-    made = attack_of(case, attack)
-    perturb = clean if made is None else under_attack(made)
-    classifier, images = case.classifier, case.images
-    return correct_flags(classifier, images, perturb, settings, accelerator, num_images=number)
+        outcomes, _ = evaluation.run(bench, outcomes)
+    elif (made := attack_of(case, attack)) is not None:
+        outcomes = bench.attacked(under_attack(made), outcomes)
+    return outcomes.right
 
 
 @cache
 def ours(case: Case, attack: str, seed: int) -> Found:
     x_adv = None
     if (made := attack_of(case, attack)) is not None:
-        x_adv = under_attack(made)(case.classifier, *case.attacked, seed)
+        x_adv = under_attack(made).perturb(case.classifier, *case.attacked, seed)
     return Found(survivors(case, attack, seed), x_adv)
 
 
@@ -349,7 +355,8 @@ def installed(names: Sequence[str]) -> dict[str, Peer]:
 def cases(args: argparse.Namespace) -> list[Case]:
     """The run under its own threat model, and under those that were asked for."""
     recipe = recipe_of(args.run, (), required=("model", "data", "evaluate"))
-    images, num_classes = load_test(recipe.data)
+    test = load_test(recipe.data)
+    images, num_classes = test.images, test.num_classes
     classifier = load_model(args.run).requires_grad_(False)
     first = torch.arange(min(args.images, len(images)))
     ((x, labels),) = images.batches([first], torch.device("cpu"))

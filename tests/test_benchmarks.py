@@ -149,7 +149,8 @@ def agreement_case(module: ModuleType, norm: str, eps: float) -> Any:
 
     Double precision: two ways to write a sum must not flip the sign of a gradient.
     """
-    classifier = PixelClassifier(timm.create_model("test_resnet", num_classes=10)).double().eval()
+    network = timm.create_model("test_resnet", num_classes=10)
+    classifier = PixelClassifier(network, mean=0.5, std=0.1).double().eval()
     classifier.requires_grad_(False)
     x = torch.rand(6, 3, 32, 32, dtype=torch.float64)
     labels = classifier(x).argmax(dim=1)
