@@ -139,13 +139,8 @@ def attack_of(case: Case, attack: str) -> Any:
 
 def survivors(case: Case, attack: str, seed: int) -> Tensor:
     """Which images our evaluation says survive: [N], bool. Nothing else here asks it."""
-    bench = Bench(
-        case.classifier,
-        case.images.subset(torch.arange(len(case.x))),
-        Accelerator(cpu=True),
-        batch_size=len(case.x),
-        seed=seed,
-    )
+    images, number = case.images.subset(torch.arange(len(case.x))), len(case.x)
+    bench = Bench(case.classifier, images, Accelerator(cpu=True), batch_size=number, seed=seed)
     outcomes = bench.clean()
     if attack in AUTOATTACK:
         evaluation = AutoAttackEvaluation(case.settings, case.num_classes)

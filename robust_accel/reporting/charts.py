@@ -167,7 +167,7 @@ def sweep_curves(run: Run) -> list[SweepCurve]:
     for row in run.of("sweep"):
         key = row["point"]["key"]
         # what follows from the point itself
-        varies = {"eps": ("step_size",), "num_steps": ("num_steps",)}.get(key, ())
+        varies = {"eps": ("step_size",), "num_steps": ("num_steps", "step_size")}.get(key, ())
         attack = {k: v for k, v in row["attack"].items() if k not in varies}
         threat = {k: v for k, v in row["threat_model"].items() if k != key}
         images = [source_text(row["images"]), row["images"].get("selection"), row["images"]["n"]]
