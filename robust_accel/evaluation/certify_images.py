@@ -163,15 +163,17 @@ def rounded_down(radius: float) -> str:
 def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[str, Any]:
     """Certified accuracy at the radii, and the curve as far as it is known.
 
-    A sequential certificate stops when the largest radius asked for is decided: beyond that
-    nothing is known.
+    A sequential certificate stops when the largest radius that is asked for and within reach is
+    decided: beyond that nothing is known.
     """
     radius = np.asarray(per_image["radius"])
     predicted, labels = (np.asarray(per_image[key]) for key in ("prediction", "label"))
     correct = predicted == labels
     number, asked = len(radius), list(settings.radii)
-    sequential = settings.method == "sequential"
-    last = max(asked) if sequential else max(radius.max(), *asked)
+    if settings.method == "sequential":
+        last = max([r for r in asked if r <= settings.largest_radius], default=0.0)
+    else:  # of fixed samples, each radius is the image's own
+        last = max(radius.max(), *asked)
     curve = np.linspace(0, last, 101).tolist()
     at_zero = float((correct & (radius > 0)).mean())
     radii = [

@@ -50,7 +50,8 @@ def _metadata(run: Run, config: dict[str, Any]) -> ModelCardData:
     model, data = recipe.get("model") or {}, recipe.get("data") or {}
     results = [_result(row) for row in _quotable(run)]
     for row in run.of("certificate"):
-        results += [_certified_result(row, point) for point in row.get("radii", ())]
+        points = [p for p in row.get("radii", ()) if p.get("reachable", True)]
+        results += [_certified_result(row, point) for point in points]
     hub_id = _hub_id(str(data.get("path", "")))
     about: dict[str, Any] = {
         "license": config["pretrained_cfg"].get("license") if model.get("pretrained") else None,

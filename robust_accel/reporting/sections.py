@@ -142,8 +142,8 @@ def certified_tables(run: Run) -> list[Table]:
         lines = [
             [
                 eps_text(p["radius"]) if p["radius"] else "0",
-                percent(p["accuracy"]),
-                interval_text(p["interval"]) if p.get("interval") else "",
+                percent(p["accuracy"]) if p.get("reachable", True) else "out of reach",
+                interval_text(p["interval"]) if p.get("reachable", True) else "",
             ]
             for p in row.get("radii", ())
         ]
