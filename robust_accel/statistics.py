@@ -1,4 +1,4 @@
-"""Means over seeds, with the interval that a few runs allow."""
+"""Intervals: of means over seeds, as few runs allow them, and of shares of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from math import sqrt
 from statistics import fmean, stdev
 
 from scipy.special import stdtrit
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,9 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Int
         ValueError: Fewer than two pairs, or lists of different length.
     """
     return t_interval([a - b for a, b in zip(values, baseline, strict=True)])
+
+
+def wilson_interval(share: float, number: int) -> tuple[float, float]:
+    """95% interval of a share of independent images (Wilson 1927), to the nearest whole image."""
+    found = binomtest(round(share * number), number).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)

@@ -1,6 +1,7 @@
 """Measure a classifier: clean, PGD and AutoAttack accuracy, exact on any number of processes."""
 
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from accelerate import Accelerator
@@ -68,7 +69,8 @@ def evaluate(
     def told(name: str, record: Record) -> Record:
         low, high = (100 * bound for bound in record["interval"])
         share, number = 100 * record["accuracy"], record["images"]["n"]
-        say(f"{name}: {share:.2f}% of {number} images (95%: {low:.1f} to {high:.1f})")
+        known = f", measured before, {record['time']}" if record["time"] < began else ""
+        say(f"{name}: {share:.2f}% of {number} images (95%: {low:.1f} to {high:.1f}){known}")
         for where, found in record.get("non_finite", {}).items():
             say(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
         return record
@@ -86,6 +88,7 @@ def evaluate(
             **about,
         )
 
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     autoattack = None  # made first: what it refuses, it refuses before anything is spent
     if settings.autoattack is not None:
         autoattack = AutoAttackEvaluation(settings, num_classes)

@@ -33,10 +33,10 @@ from robust_accel.evaluation.outcomes import (
     by_class,
     global_state_kept,
     predicted,
-    wilson,
 )
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import hardware, source_digest, versions
+from robust_accel.statistics import wilson_interval
 
 _SEED_STEP = 1000  # between units
 
@@ -299,7 +299,7 @@ class Bench:
         number = len(outcomes.index)
         result: dict[str, Any] = {
             "accuracy": outcomes.accuracy,
-            "interval": list(wilson(outcomes.accuracy, number)),
+            "interval": list(wilson_interval(outcomes.accuracy, number)),
             "clean_accuracy": before.accuracy,
         }
         per_image = {name: getattr(outcomes, name).tolist() for name in ("label", "prediction")}

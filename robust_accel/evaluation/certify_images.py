@@ -21,8 +21,9 @@ from robust_accel.evaluation.certify import (
     radius_of,
 )
 from robust_accel.evaluation.ledger import Record
-from robust_accel.evaluation.outcomes import global_state_kept, wilson
+from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.settings import Number, Settings
+from robust_accel.statistics import wilson_interval
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's log
 
@@ -180,14 +181,14 @@ def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[
         {
             "radius": r,
             "accuracy": a,
-            "interval": list(wilson(a, number)),
+            "interval": list(wilson_interval(a, number)),
             "reachable": r <= settings.largest_radius,
         }
         for r, a in zip(asked, certified_accuracy(asked, correct, radius), strict=True)
     ]
     return {
         "accuracy": at_zero,
-        "interval": list(wilson(at_zero, number)),
+        "interval": list(wilson_interval(at_zero, number)),
         "radii": radii,
         "curve": {"radius": curve, "accuracy": certified_accuracy(curve, correct, radius)},
         "abstained": float((predicted < 0).mean()),

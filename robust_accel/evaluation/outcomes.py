@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 NOT_A_NUMBER = -1  # the prediction where logits are not finite
@@ -114,12 +113,6 @@ def by_class(outcomes: Outcomes, names: Sequence[str] | None) -> dict[str, Any]:
 def predicted(logits: Tensor) -> Tensor:
     """Classes [B]; NOT_A_NUMBER where a logit is not finite, whose argmax would be a class."""
     return logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), NOT_A_NUMBER)
-
-
-def wilson(share: float, number: int) -> tuple[float, float]:
-    """The 95% interval of a share of independent images (Wilson's score)."""
-    found = binomtest(round(share * number), number).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
 
 
 class Collector:

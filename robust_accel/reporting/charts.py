@@ -15,8 +15,8 @@ from robust_accel.reporting.views import (
     attack_text,
     source_text,
     threat_text,
-    wilson_interval,
 )
+from robust_accel.statistics import wilson_interval
 
 
 @dataclass(frozen=True)

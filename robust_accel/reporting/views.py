@@ -261,16 +261,6 @@ def same_attack(row: Row, rows: Iterable[Row]) -> Row | None:
     )
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95% interval of a share of n independent images (Wilson 1927)."""
-    z = 1.959963984540054
-    middle, half = (
-        share + z * z / (2 * n),
-        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)),
-    )
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
 def difference(one: Row, other: Row) -> tuple[float, float, float]:
     """Accuracy of one less that of another on other images, and its 95% interval.
 

@@ -1,5 +1,6 @@
 """The evaluate command: numbers of this model, these images and this attack, and of no other."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from robust_accel.__main__ import main
@@ -92,6 +94,18 @@ def test_a_report_shows_the_model_that_is_in_the_folder(run: Path, tmp_path: Pat
     assert [row["attack"]["name"] for row in found] == ["none", "none"]  # of test and of train
     assert found[0]["accuracy"] == pytest.approx(1 / 3)
     assert {row["function"] for row in found} != {rows(RunFolder(run))[0]["function"]}
+
+
+def test_pictures_say_whose_they_are_and_are_not_chosen_by_success(run: Path) -> None:
+    report = RunFolder(run).read_report()
+    with safe_open(run / "examples.safetensors", "pt") as file:
+        about, labels = file.metadata(), file.get_tensor("labels")
+        moved = (file.get_tensor("x_adv") - file.get_tensor("x")).abs().amax()
+    assert about["function"] == report["model"]["function"]
+    assert about["selection"] == "first 8"
+    assert moved <= json.loads(about["threat_model"])["eps"] + 1e-6
+    assert labels.tolist() == [0] * 8  # of the folder, right or not
+    assert "figures/examples.png" in (run / "report.md").read_text()
 
 
 def test_listed_images_are_said_to_be_listed(run: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.bench import Attacker, Bench
-from robust_accel.evaluation.outcomes import NOT_A_NUMBER, by_class, predicted, wilson
+from robust_accel.evaluation.outcomes import NOT_A_NUMBER, by_class, predicted
 from robust_accel.models import PixelClassifier
+from robust_accel.statistics import wilson_interval
 
 
 class Noisy(nn.Module):
@@ -128,7 +129,7 @@ def test_the_interval_is_wilsons(right: int, number: int) -> None:
     z, p = 1.959964, right / number
     centre = (p + z**2 / (2 * number)) / (1 + z**2 / number)
     half = z / (1 + z**2 / number) * math.sqrt(p * (1 - p) / number + z**2 / (4 * number**2))
-    assert wilson(p, number) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert wilson_interval(p, number) == pytest.approx((centre - half, centre + half), abs=1e-6)
 
 
 def test_classes_have_their_names_and_add_up() -> None:

@@ -77,7 +77,7 @@ def test_certificates_do_not_depend_on_the_number_of_processes(
     settings = ["certify.sigma=0.1", "certify.n=300", "certify.images=6"]
     code, output = Forked("certify", finished, *settings, f"output={tmp_path / 'two'}").wait()
     assert code == 0, output
-    assert len(list((tmp_path / "two" / "certify").glob("process-*.jsonl"))) == 2
+    assert len(list((tmp_path / "two" / "measurements").glob("process-*.jsonl"))) == 2
     certify_model(str(finished), [*settings, f"output={tmp_path / 'one'}"])
     one, two = (
         [line.rsplit("\t", 1)[0] for line in log.read_text().splitlines()]  # but for the time
