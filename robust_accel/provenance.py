@@ -12,7 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-_PACKAGES = ("robust-accel", "torch", "accelerate", "timm", "datasets", "pyautoattack", "deepspeed")
+_PACKAGES = [
+    "robust-accel", "torch", "torchvision", "accelerate", "timm", "transformers", "datasets",
+    "pyautoattack", "deepspeed",
+]  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -49,7 +52,12 @@ def hardware(device: torch.device) -> str:
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """A tensor's own bytes, of whatever type it is."""
-    flat = tensor.detach().cpu().contiguous().flatten()
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    flat = tensor.contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

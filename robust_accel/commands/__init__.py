@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # --help imports nothing
-    from robust_accel.models import PixelClassifier
     from robust_accel.recipe import Recipe
     from robust_accel.run_folder import RunFolder
+    from robust_accel.trained_model import Subject
 
 
 def is_main() -> bool:
@@ -29,7 +29,7 @@ def is_setting(argument: str) -> bool:
 
 
 def folder_for(
-    model: str, recipe: "Recipe", classifier: "PixelClassifier", overrides: Sequence[str], verb: str
+    model: str, recipe: "Recipe", subject: "Subject", overrides: Sequence[str], verb: str
 ) -> "RunFolder":
     """Where a command writes what it measures of a model.
 
@@ -54,7 +54,8 @@ def folder_for(
     elif named:
         folder = RunFolder(recipe.output)
     else:
-        name = f"{verb}-{Path(model).name}-{digest_of_function(classifier)[:8]}"
+        digest = digest_of_function(subject.classifier, subject.images.shape)
+        name = f"{verb}-{Path(model).name}-{digest[:8]}"
         folder = RunFolder(Path("runs") / name)
     if folder.path.resolve() != run.path.resolve() and folder.recipe.exists():
         raise ValueError(f"output: {folder.path} holds a training run: choose another")

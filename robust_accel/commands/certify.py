@@ -47,7 +47,7 @@ def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         say(text)
     classifier, images = subject.classifier.eval(), subject.images
     index = torch.arange(0, len(images), settings.skip)[: settings.images]
-    folder = folder_for(model, recipe, classifier, overrides, "certify")
+    folder = folder_for(model, recipe, subject, overrides, "certify")
     accelerator = Accelerator()
     classifier.to(accelerator.device)
     bench = Bench(
@@ -58,7 +58,7 @@ def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         seed=settings.seed,
         ledger=Ledger(folder.path, accelerator),
         class_names=classifier.class_names,
-        source=recipe.data.source,
+        source=recipe.data.source(),
         kind=subject.selection,
     )
     record = certify_images(bench, index, settings)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from robust_accel.commands import folder_for, is_main, say
 from robust_accel.data import load_data
+from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
@@ -44,9 +45,14 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     if recipe.evaluate.sanity and (source := recipe.evaluate.sanity_settings.transfer_from):
         about = recipe_of(source, (), required=("model",))
         other = load_classifier(about, source, images, subject.num_data_classes)
+        if match_classes(other.class_names, classifier.class_names) is not None:
+            raise ValueError(
+                f"evaluate.sanity.transfer_from: {source} numbers its classes otherwise than "
+                f"{model}: images made for the one say nothing of the other"
+            )
     if recipe.evaluate.train_images is not None:
         train = subject.of_model(recipe.checked("data", lambda: load_data(recipe.data)).train)
-    folder = folder_for(model, recipe, classifier, overrides, "evaluate")
+    folder = folder_for(model, recipe, subject, overrides, "evaluate")
     for text in (*subject.notes, *recipe.doubts):
         say(text)
     accelerator = Accelerator()
@@ -63,7 +69,8 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
         other=other,
         train=train,
         class_names=classifier.class_names,
-        source=recipe.data.source,
+        source=recipe.data.source(),
+        train_source=recipe.data.source("train"),
         kind=subject.selection,
         say=say,
     )

@@ -82,11 +82,11 @@ class DataSettings(Settings):
     unlabeled: UnlabeledSettings | None = None
     sharding: Literal["global", "fixed"] = "global"
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """Where the test images are from, for records."""
-        keys = {"path", "config", "test_split", "test_size", "image_size", "classes"}
-        return self.model_dump(mode="json", include=keys, exclude_none=True)
+    def source(self, kind: Literal["train", "test"] = "test") -> dict[str, Any]:
+        """Where images are from, for records: path, config, split, and what else chose them."""
+        keys = {"path", "config", f"{kind}_split", f"{kind}_size", "image_size", "classes"}
+        found = self.model_dump(mode="json", include=keys, exclude_none=True)
+        return found | {"split": found.pop(f"{kind}_split")}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataSettings":

@@ -27,7 +27,7 @@ __all__ = [
     "under_attack",
 ]
 
-DRAWS = 20  # of a randomised model, if no number is asked for
+DRAWS = 21  # of a randomised model, if no number is asked for; odd, so that two classes cannot tie
 
 
 def evaluate(
@@ -42,6 +42,7 @@ def evaluate(
     train: ImageSet | None = None,
     class_names: Sequence[str] | None = None,
     source: dict[str, Any] | None = None,
+    train_source: dict[str, Any] | None = None,
     kind: str = "all",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def evaluate(
         train: Of ``settings.train_images``.
         class_names: Of the classifier's outputs.
         source, kind: Where the images are from, and which of them they are, see ``Bench``.
+        train_source: The same of ``train``.
         say: Told each result when it is there.
 
     Returns:
@@ -112,20 +114,23 @@ def evaluate(
         name, by_pgd = f"{prefix}clean_accuracy", None
         result[name] = told(name, bench.record(purpose, {"name": "none"}, right, right))
         if pgd is not None:
-            by_pgd, name = bench.attacked(pgd, right), f"{prefix}pgd_accuracy"
+            by_pgd = bench.attacked(pgd, right.first(len(right.index)))
+            name = f"{prefix}pgd_accuracy"
             result[name] = told(name, bench.record(purpose, pgd.about, right, by_pgd))
         return right, by_pgd
 
     right, by_pgd = clean_and_pgd(bench, settings.images, "", "accuracy")
     if train is not None and settings.train_images is not None:
-        of_train = bench_of(train, bench.draws, source={**(source or {}), "split": "train"})
+        if bool((train.labels < 0).any()):  # pooled with images without labels
+            train = train.subset((train.labels >= 0).nonzero().flatten())
+        of_train = bench_of(train, bench.draws, source=train_source)
         clean_and_pgd(of_train, settings.train_images, "train_", "train")
     if settings.sweep is not None:
         result["sweep"] = sweep(bench, right, settings)
     by_autoattack: Outcomes | None = None
     if autoattack is not None:
         limit = min(settings.autoattack_images or len(right.index), len(images))
-        before = right.first(limit) if limit <= len(right.index) else bench.clean(limit)
+        before = (right if limit <= len(right.index) else bench.clean(limit)).first(limit)
         by_autoattack, about = autoattack.run(bench, before, say)
         record = bench.record("accuracy", autoattack.about, before, by_autoattack, **about)
         result["autoattack_accuracy"] = told("autoattack_accuracy", record)

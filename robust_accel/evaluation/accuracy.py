@@ -10,6 +10,7 @@ from torch import Tensor
 from robust_accel.attacks import Attack
 from robust_accel.data import ImageSet
 from robust_accel.evaluation.bench import Attacker, Bench, Unit
+from robust_accel.evaluation.identity import digest_of_object
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import cross_entropy_of
@@ -35,10 +36,11 @@ def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
                     break
         return x_adv
 
-    about: dict[str, Any] = {"name": type(attack).__name__.lower()}
+    about: dict[str, Any] = {"settings": digest_of_object(attack)}  # of a user's own
     if isinstance(attack, BaseModel):
-        about |= attack.model_dump(mode="json")
-    return Attacker(about | {"restarts": restarts}, perturb)
+        about = attack.model_dump(mode="json")
+    about |= {"name": type(attack).__name__.lower(), "restarts": restarts}
+    return Attacker(about, perturb)
 
 
 def correct_flags(

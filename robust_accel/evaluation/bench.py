@@ -20,6 +20,7 @@ from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import gradients_seen
 from robust_accel.data import ImageSet, seeded_generator
 from robust_accel.evaluation.identity import (
+    answers,
     digest_of_function,
     digest_of_json,
     digests_of_images,
@@ -255,7 +256,7 @@ class Bench:
         if len(new):
             chunks = new.split(self.batch_size)
             mine = chunks[self.accelerator.process_index :: self.accelerator.num_processes]
-            made = digests_of_images(self.images, list(mine), self.accelerator.device)
+            made = digests_of_images(self.images, list(mine))
             pairs = zip((i for chunk in mine for i in chunk.tolist()), made, strict=True)
             found = _told_to_all([(i, d.hex()) for i, d in pairs], self.accelerator)
             self._digests |= dict(found)
@@ -270,14 +271,16 @@ class Bench:
         Raises:
             RuntimeError: Processes hold different ones.
         """
-        own = digest_of_function(self.classifier)
+        own = digest_of_function(self.classifier, self.images.shape)
         if len(set(_told_to_all([own], self.accelerator))) > 1:
             raise RuntimeError("the processes hold different models: what is measured is unclear")
-        return own
+        if not self.ledger.is_kept or self.draws > 1:
+            return own
+        return self.ledger.function(own, answers(self.classifier, self.images.shape))
 
     @cached_property
     def identity_versions(self) -> dict[str, str]:
-        names = ("robust-accel", "torch", "timm", "pyautoattack")
+        names = ("robust-accel", "torch", "torchvision", "timm", "transformers", "pyautoattack")
         found = {name: version for name, version in versions().items() if name in names}
         return found | {"source": source_digest()[:16]}
 
@@ -352,6 +355,7 @@ class Bench:
                 "kind": self.kind,
                 "source": self.source,
                 "digest": digest,
+                "first": digests[int(index[0])][:12],  # sets that begin alike are of one list
             },
             **result,
             **spent,
@@ -359,7 +363,11 @@ class Bench:
             "hardware": hardware(self.accelerator.device),
             "num_processes": self.accelerator.num_processes,
             "versions": versions() | {"robust-accel-source": self.identity_versions["source"]},
-            "outcomes": {"index": index.tolist(), **per_image},
+            "outcomes": {
+                "index": index.tolist(),
+                "image": [digests[i][:12] for i in index.tolist()],
+                **per_image,
+            },
         }
         return self.ledger.record(key, about)
 

@@ -43,7 +43,8 @@ def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
     threat_model = {key: attack.pop(key) for key in ("norm", "eps")}
     about = {"attack": attack, "threat_model": threat_model}
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    metadata |= {"function": function, "selection": f"first {len(indices)}"}
+    of = "" if bench.kind == "all" else f" of {bench.kind}"
+    metadata |= {"function": function, "selection": f"first {len(indices)}{of}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".incomplete")
     save_file({n: v.contiguous().cpu() for n, v in found.items()}, temporary, metadata)

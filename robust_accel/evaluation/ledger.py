@@ -18,10 +18,16 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from robust_accel.evaluation.identity import digest_of_json
+from robust_accel.evaluation.identity import digest_of_json, same_answers
 from robust_accel.run_folder import RunFolder, append_line, read_lines
 
 Record = dict[str, Any]
+
+# what two records have in common of which one may stand for the other
+_KIND = ("purpose", "attack", "threat_model", "point", "seed", "draws", "batch_size")
+# results in reports that were written before the ledger: of which model and attack is unknown
+_BEFORE = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified"}
+_BEFORE |= {"threat_model", "evaluated_with", "batchnorm_mode", "evaluation_seed", "data"}
 
 
 class Ledger:
@@ -49,9 +55,31 @@ class Ledger:
             if self._work is not None and self._accelerator.is_main_process:
                 for path in sorted(self._work.glob("process-*.jsonl")):
                     lines += read_lines(path)
-            found = gather_object(lines) if self._accelerator.num_processes > 1 else lines
-            self._units = {line.pop("key"): line for line in found}
+            self._units = {line.pop("key"): line for line in self._told(lines)}
         return self._units
+
+    def function(self, digest: str, answers: list[list[float]]) -> str:
+        """The digest of a function, or another if one of this digest has answered otherwise.
+
+        A digest sees what can be read of a model. Where two models look alike and are not, their
+        answers to the same images (see ``identity.answers``) tell them apart.
+        """
+        found: list[str] = []
+        if self._work is not None and self._accelerator.is_main_process:
+            path = self._work / "functions.jsonl"
+            known = read_lines(path) if path.exists() else []
+            alike = [line for line in known if line["digest"] == digest]
+            found = [line["function"] for line in alike if same_answers(line["answers"], answers)]
+            if not found:
+                found = [digest_of_json([digest, len(alike)]) if alike else digest]
+                self._work.mkdir(parents=True, exist_ok=True)
+                line = {"digest": digest, "function": found[0], "answers": answers}
+                append_line(path, line)
+        return self._told(found)[0] if self.is_kept else digest
+
+    def _told(self, items: list[Any]) -> list[Any]:
+        """The main process's items, on all of them."""
+        return gather_object(items) if self._accelerator.num_processes > 1 else items
 
     def keep(self, key: str, outcome: dict[str, Any]) -> None:
         """Write down this process's unit as soon as it is known."""
@@ -69,14 +97,16 @@ class Ledger:
         """
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record = plain({"key": key, **about, "time": time})
-        if self._file is None or not self._accelerator.is_main_process:
+        if self._file is None:
             return record
-        for old in read_records(self._file.parent):
-            if old["key"] == key:
-                return old
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self._file, record)
-        return record
+        found: list[Record] = []
+        if self._accelerator.is_main_process:
+            found = [old for old in read_records(self._file.parent) if old["key"] == key][:1]
+            if not found:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                append_line(self._file, record)
+                found = [record]
+        return self._told(found)[0]
 
 
 def refresh_report(
@@ -92,6 +122,7 @@ def refresh_report(
         What the file holds.
     """
     report = folder.read_report() if facts is None else dict(facts)
+    report = {key: value for key, value in report.items() if key not in _BEFORE}
     report["model"] = report["model"] if model is None else model
     report["measurements"] = shown(read_records(folder.path), report["model"]["function"])
     folder.write_report(report)
@@ -110,9 +141,11 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def shown(records: Iterable[Record], function: str, *, everything: bool = False) -> list[Record]:
-    """What views show of a model: per attack, threat model and kind of images one record.
+    """What views show of a model: records that no other stands for.
 
-    That of the most images stands, of as many the latest; no row is of another function.
+    Another stands for a record if it is of the same attack, threat model and seed, and its images
+    are the record's, or these and more; an earlier one only if it is of the same versions. No row
+    is of another function.
 
     Args:
         records: The oldest first.
@@ -122,15 +155,15 @@ def shown(records: Iterable[Record], function: str, *, everything: bool = False)
     Returns:
         Rows: records without the outcomes of single images.
     """
-    own = [record for record in records if record["function"] == function]
-    best: dict[str, Record] = {}
-    for number, record in enumerate(own):
-        images = record["images"]
-        point = record.get("point", {})
-        kind = [record[k] for k in ("purpose", "attack", "threat_model")]
-        kind += [point.get("key"), point.get("value"), images["source"], images["kind"]]
-        key = str(number) if everything else digest_of_json(kind)
-        old = best.pop(key, None)  # or the dictionary would keep the older one's place
-        larger = old is None or images["n"] >= old["images"]["n"]
-        best[key] = record if larger or old is None else old
-    return [{k: v for k, v in record.items() if k != "outcomes"} for record in best.values()]
+    rows: list[tuple[str, set[str], Record]] = []
+    for record in records:
+        if record["function"] != function:
+            continue
+        kind = digest_of_json([record.get(key) for key in _KIND])
+        images, versions = set(record["outcomes"]["image"]), record["versions"]
+        alike = [] if everything else [row for row in rows if row[0] == kind]
+        if any(images < more and old["versions"] == versions for _, more, old in alike):
+            continue
+        rows = [row for row in rows if row not in alike or not row[1] <= images]
+        rows.append((kind, images, record))
+    return [{k: v for k, v in record.items() if k != "outcomes"} for _, _, record in rows]

@@ -1,5 +1,7 @@
 """What became of images: verdicts, outcomes, and the accuracies of all and of each class."""
 
+import hashlib
+import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,9 +57,21 @@ class Outcomes:
     def accuracy(self) -> float:
         return self.share.double().mean().item()
 
+    @property
+    def digest(self) -> str:
+        """Of the images' indices and what became of them."""
+        columns = (self.index, self.prediction, self.share)
+        text = json.dumps([column.tolist() for column in columns])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def first(self, number: int) -> "Outcomes":
+        """Of the first images, as if nothing had been spent."""
         names = ("index", "label", "prediction", "share", "chosen")
-        return replace(self, **{name: getattr(self, name)[:number] for name in names})
+        found = {name: getattr(self, name)[:number] for name in names}
+        kept = set(found["index"].tolist())
+        non_finite = {k: [i for i in v if i in kept] for k, v in self.non_finite.items()}
+        found["non_finite"] = {where: met for where, met in non_finite.items() if met}
+        return replace(self, **found, seconds=0.0, forward_passes=0)
 
     def after(self, indices: Tensor, verdict: Verdict, chosen: Tensor) -> "Outcomes":
         """With the images that an attack has brought further down; indices: positions in N."""

@@ -76,7 +76,7 @@ def sanity(
     large = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(math.prod(bench.images.shape))
     transferred = None
     if other is not None:
-        transferred = survivors(_transferred(other, pgd(20)), "transfer").right
+        transferred = survivors(_transferred(other, pgd(20), bench.images.shape), "transfer").right
     checks = [
         _steps(by_steps),
         _large_eps(survivors(pgd(50, eps=large), f"eps {large:.3g}").right, large),
@@ -95,9 +95,10 @@ def sanity(
         "checks": [asdict(check) for check in checks],
         "surface": loss_surface(bench, settings),
     }
-    about = {"name": "sanity", "norm": settings.norm, "eps": settings.eps}
-    about["transfer_from"] = None if other is None else digest_of_function(other)
-    about["autoattack"] = settings.autoattack
+    about: dict[str, Any] = {"name": "sanity", "norm": settings.norm, "eps": settings.eps}
+    shape = bench.images.shape
+    about["transfer_from"] = None if other is None else digest_of_function(other, shape)
+    about["compared"] = None if autoattack is None else [o.digest for o in autoattack]
     return bench.keep("sanity", about, right.index, result, {}, {})
 
 
@@ -249,12 +250,14 @@ def _random_noise(settings: EvaluateSettings) -> Attacker:
     return Attacker(about, perturb)
 
 
-def _transferred(other: PixelClassifier, attacker: Attacker) -> Attacker:
+def _transferred(
+    other: PixelClassifier, attacker: Attacker, shape: tuple[int, int, int]
+) -> Attacker:
     def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         with attack_context(other, "eval"):
             return attacker.perturb(other, x, labels, seed)
 
-    about = {"name": "transfer", "from": digest_of_function(other), "by": attacker.about}
+    about = {"name": "transfer", "from": digest_of_function(other, shape), "by": attacker.about}
     return Attacker(about, perturb)
 
 

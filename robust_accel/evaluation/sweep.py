@@ -29,13 +29,15 @@ def sweep(bench: Bench, clean: Outcomes, settings: EvaluateSettings) -> dict[str
     def curve(points: Iterable[float], attack_at: Callable[[float], PGD], key: str) -> Curve:
         left = clean
         found: Curve = []
-        earlier: list[float] = []
-        for point in sorted(points):
-            attacker = under_attack(attack_at(point), pgd.restarts)
-            left = bench.attacked(attacker, left, title=f"{key} {point:.4g}")
-            at = {"point": {"key": key, "value": point, "after": earlier.copy()}}
+        ordered = sorted(points)
+        for point in ordered:
+            attacker, unspent = (
+                under_attack(attack_at(point), pgd.restarts),
+                left.first(len(left.index)),
+            )
+            left = bench.attacked(attacker, unspent, title=f"{key} {point:.4g}")
+            at = {"point": {"key": key, "value": point, "of": ordered}}
             found.append(bench.record("sweep", attacker.about, clean, left, **at))
-            earlier.append(point)
         return found
 
     def with_eps(eps: float) -> PGD:

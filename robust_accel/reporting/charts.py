@@ -13,7 +13,6 @@ from robust_accel.reporting.views import (
     Row,
     Run,
     attack_text,
-    source_text,
     threat_text,
 )
 from robust_accel.statistics import wilson_interval
@@ -170,8 +169,8 @@ def sweep_curves(run: Run) -> list[SweepCurve]:
         varies = {"eps": ("step_size",), "num_steps": ("num_steps", "step_size")}.get(key, ())
         attack = {k: v for k, v in row["attack"].items() if k not in varies}
         threat = {k: v for k, v in row["threat_model"].items() if k != key}
-        images = [source_text(row["images"]), row["images"].get("selection"), row["images"]["n"]]
-        group = json.dumps([key, attack, threat, images], sort_keys=True)
+        about = [row["images"].get("digest"), row["point"].get("of"), row.get("seed")]
+        group = json.dumps([key, attack, threat, about], sort_keys=True)
         groups.setdefault(group, []).append(row)
     curves = [sorted(rows, key=lambda row: row["point"]["value"]) for rows in groups.values()]
     return [SweepCurve(rows[0]["point"]["key"], rows) for rows in curves]

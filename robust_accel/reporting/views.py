@@ -214,6 +214,11 @@ class Quoted:
         return [row for row in (self.clean, self.pgd, self.autoattack) if row is not None]
 
 
+def image_set(row: Row) -> tuple[str, str | None]:
+    """What rows have in common whose images are the first of one list."""
+    return source_text(row["images"]), row["images"].get("first")
+
+
 def quoted(run: Run) -> list[Quoted]:
     """One entry a set of images and threat model, in the order that they were measured in.
 
@@ -222,8 +227,8 @@ def quoted(run: Run) -> list[Quoted]:
     """
     rows = run.of("accuracy") + run.of("certificate")
     found = []
-    for source in dict.fromkeys(source_text(row["images"]) for row in rows):
-        own = [row for row in rows if source_text(row["images"]) == source]
+    for source, first in dict.fromkeys(map(image_set, rows)):
+        own = [row for row in rows if image_set(row) == (source, first)]
         clean = pick(row for row in own if row["attack"]["name"] == "none")
         certificate = pick(row for row in own if row["purpose"] == "certificate")
         threats: list[dict[str, Any] | None] = _unique(

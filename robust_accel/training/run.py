@@ -253,7 +253,8 @@ class _Run:
             folder=self.folder,
             train=self.data.train,
             class_names=self.data.class_names,
-            source=self.recipe.data.source,
+            source=self.recipe.data.source(),
+            train_source=self.recipe.data.source("train"),
             kind=self.data.selection,
             say=self.say,
         )

@@ -73,7 +73,7 @@ def test_the_fields_log_a_table_and_a_plot(run: Path, tmp_path: Path, method: st
     most = {"cohen": 600, "sequential": 599}[method]
     assert report["samples_per_image"] <= most
     assert "certified.png" in (folder.path / "report.md").read_text()
-    assert (folder.path / "certified.png").exists()
+    assert (folder.path / "figures" / "certified.png").exists()
 
 
 class Killed(Exception):

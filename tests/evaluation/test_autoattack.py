@@ -232,7 +232,7 @@ def test_killed_in_any_attack_it_goes_on_and_ends_with_the_same_flags(
     monkeypatch.setattr(AutoAttackEvaluation, "_attack", deadly)
     with pytest.raises(Killed):
         survivors(tmp_path)
-    (file,) = (tmp_path / "measurements").iterdir()
+    (file,) = (tmp_path / "measurements").glob("process-*")
     with file.open("a") as log:
         log.write('{"key": "x", "prediction"')  # killed while it wrote a line
     finished_before = len(done) - 1
@@ -257,7 +257,7 @@ def cut_short(perturb: Any, limit: str, value: int) -> Any:
 
 
 def lines(folder: Path) -> list[str]:
-    files = sorted((folder / "measurements").iterdir())
+    files = sorted((folder / "measurements").glob("process-*"))
     return [line for path in files for line in path.read_text().splitlines()]
 
 

@@ -1,13 +1,16 @@
 """One thing changed, and nothing is taken from what was measured before."""
 
 import copy
+import functools
 import json
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -31,6 +34,9 @@ VARYING = (
     "function",
     "num_processes",
 )  # between two runs of the same
+
+
+SHAPE = (1, 6, 6)
 
 
 class Scaled(nn.Module):
@@ -201,7 +207,7 @@ ONE_IMAGE = ("a pixel by one", "a label", "the order of images", "the order of c
 
 
 def kept_units(folder: Path) -> int:
-    return sum(len(p.read_text().splitlines()) for p in (folder / "measurements").iterdir())
+    return sum(len(p.read_text().splitlines()) for p in (folder / "measurements").glob("process-*"))
 
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
@@ -269,11 +275,131 @@ def test_nothing_changed_is_not_measured_again(
 
 
 def test_layout_modes_and_compilation_are_no_other_function() -> None:
-    one = digest_of_function(Case().classifier)
+    one = digest_of_function(Case().classifier, SHAPE)
     other = Case().classifier.train().to(memory_format=torch.channels_last).requires_grad_(False)
     other.model.compile()
-    assert digest_of_function(other) == one
-    assert digest_of_function(copy.deepcopy(other)) == one
+    assert digest_of_function(other, SHAPE) == one
+    assert digest_of_function(copy.deepcopy(other), SHAPE) == one
+
+
+class Attributes(nn.Module):
+    """A network with something that its state dict does not hold."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held, self._private = held, None
+        self.linear = nn.Linear(36, 5)
+        nn.init.constant_(self.linear.weight, 0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1))
+
+
+def linear(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(3, 3)
+
+
+def scaler(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: factor * x
+
+
+class Defence:
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x * self.levels).round() / self.levels
+
+
+HELD: dict[str, tuple[Any, Any]] = {
+    "dict": ({"scale": 2}, {"scale": 3}),
+    "object": (Defence(2), Defence(3)),
+    "nested": ([(Defence(2),)], [(Defence(3),)]),
+    "tensor": (torch.ones(2), torch.zeros(2)),
+    "array": (np.ones(2), np.zeros(2)),
+    "scalar": (np.float32(1), np.float32(2)),
+    "partial": (functools.partial(round, ndigits=1), functools.partial(round, ndigits=2)),
+    "closure": (scaler(2.0), scaler(3.0)),
+    "bound method": (Defence(2).__call__, Defence(3).__call__),
+    "modules in a list": ([linear(0)], [linear(1)]),
+    "function of a module": (linear(0).forward, linear(1).forward),
+    "class": (Scaled, Attributes),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_no_state_dict_holds_is_part_of_the_function(kind: str) -> None:
+    one, other = (
+        digest_of_function(PixelClassifier(Attributes(held)).eval(), SHAPE) for held in HELD[kind]
+    )
+    assert one != other
+    again = digest_of_function(PixelClassifier(Attributes(copy.deepcopy(HELD[kind][0]))), SHAPE)
+    assert one == again
+
+
+def test_a_shared_module_counts_where_it_is_used() -> None:
+    relu, one = nn.ReLU(), linear(0)
+    pairs = [(one, relu, one, relu), (one, relu, one)]
+    a, b = (
+        digest_of_function(PixelClassifier(nn.Sequential(nn.Flatten(), *pair)), (3, 1, 1))
+        for pair in pairs
+    )
+    assert a != b
+
+
+def test_a_forward_or_a_hook_in_anothers_place_is_another_function() -> None:
+    digests = set()
+    for change in ("none", "forward", "hook 2", "hook 3"):
+        model = Attributes(None)
+        if change == "forward":
+            model.forward = types.MethodType(lambda self, x: self.linear(-x.flatten(1)), model)  # type: ignore[method-assign]
+        elif change != "none":
+            factor = float(change[-1])
+            model.linear.register_forward_hook(lambda m, i, out, factor=factor: factor * out)
+        digests.add(digest_of_function(PixelClassifier(model), SHAPE))
+    assert len(digests) == 4
+
+
+class Counting(Attributes):
+    """Notes something at every call, as some networks do."""
+
+    calls, size = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.size = x.shape[-1]
+        return super().forward(x)
+
+
+def test_what_a_forward_pass_notes_is_no_part_of_the_function() -> None:
+    classifier = PixelClassifier(Counting(None))
+    one = digest_of_function(classifier, SHAPE)
+    classifier(torch.rand(3, *SHAPE))
+    assert digest_of_function(classifier, SHAPE) == one
+    assert digest_of_function(PixelClassifier(Counting(None)), SHAPE) == one
+
+
+def test_compiled_models_are_the_same_function() -> None:
+    model = Attributes(None)
+    plain_one = digest_of_function(PixelClassifier(model), SHAPE)
+    assert (
+        digest_of_function(PixelClassifier(torch.compile(model, backend="eager")), SHAPE)
+        == plain_one
+    )
+
+
+def test_models_that_only_look_alike_are_told_apart_by_their_answers(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, Accelerator(cpu=True))
+    one = [[1.0, -2.0], [0.5, 3.0]]
+    assert ledger.function("d", one) == "d"
+    other = ledger.function("d", [[1.0, -2.0], [0.5, 2.0]])
+    assert other != "d"
+    assert ledger.function("d", [[1.001, -2.001], [0.5, 3.0]]) == "d"  # rounded otherwise
+    assert ledger.function("d", [[1.0, -2.0], [0.5, 2.0]]) == other
+    assert ledger.function("e", one) == "e"
 
 
 def test_more_images_begin_with_what_fewer_have_done(tmp_path: Path) -> None:
@@ -299,12 +425,10 @@ def test_other_processes_may_not_hold_another_model(monkeypatch: pytest.MonkeyPa
 # ---- views ---------------------------------------------------------------------------------------
 
 
-def row(key: str, n: int, eps: float = 0.1, function: str = "a", **more: Any) -> dict[str, Any]:
-    images = {"n": n, "source": {"path": "p"}, "kind": "all"}
-    attack = {"name": "pgd", "num_steps": 20}
-    about = {"key": key, "purpose": "accuracy", "function": function, "attack": attack}
-    about |= {"threat_model": {"norm": "linf", "eps": eps}, "images": images}
-    return about | {"outcomes": {}} | more
+def row(key: str, images: range, eps: float = 0.1, **more: Any) -> dict[str, Any]:
+    about = {"key": key, "purpose": "accuracy", "function": "a", "attack": {"name": "pgd"}}
+    about |= {"threat_model": {"norm": "linf", "eps": eps}, "versions": {"torch": "1"}}
+    return about | {"outcomes": {"image": [str(i) for i in images]}} | more
 
 
 def keys(records: list[dict[str, Any]]) -> list[str]:
@@ -313,15 +437,23 @@ def keys(records: list[dict[str, Any]]) -> list[str]:
 
 def test_views_show_this_model_and_the_most_images() -> None:
     records = [
-        row("large", 100), row("small", 10), row("other eps", 10, eps=0.2),
-        row("other model", 1000, function="b"), row("as many, later", 10, eps=0.2),
-        row("other images", 5, images={"n": 5, "source": {"path": "q"}, "kind": "all"}),
-    ]  # fmt: skip
-    assert keys(shown(records, "a")) == ["large", "as many, later", "other images"]
+        row("large", range(100)),
+        row("some of these", range(10)),
+        row("other eps", range(10), eps=0.2),
+        row("other model", range(1000), function="b"),
+        row("the same later", range(10), eps=0.2),
+        row("other images", range(200, 205)),
+        row("other seed", range(10), seed=1),
+        row("other code", range(20), versions={"torch": "2"}),
+    ]
+    expected = ["large", "the same later", "other images", "other seed", "other code"]
+    assert keys(shown(records, "a")) == expected
     assert keys(shown(records, "b")) == ["other model"]
     every = keys(shown(records, "a", everything=True))
     assert every == [r["key"] for r in records if r["key"] != "other model"]
     assert all("outcomes" not in record for record in shown(records, "a"))
+    later = [*records, row("more", range(150), versions={"torch": "2"})]
+    assert keys(shown(later, "a")) == [*expected[1:-1], "more"]
 
 
 def test_a_record_is_json_whatever_was_measured(tmp_path: Path) -> None:

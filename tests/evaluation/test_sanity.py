@@ -1,5 +1,6 @@
 """The sanity suite passes an honest model, and catches one that masks its gradients."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
     (checks,) = [r["checks"] for r in rows if r["purpose"] == "sanity"]
     assert len(checks) == 8
     text = write_report(RunFolder(run))
-    for name in ("training", "sweep", "examples", "loss_surface"):
-        assert f"]({name}.png)" in text
-        assert (run / f"{name}.png").stat().st_size > 1000
-    assert "| a large eps breaks everything | pass |" in text
+    for name in ("training_loss", "sweep_eps_linf", "sweep_steps", "examples", "loss_surface_0"):
+        assert f"](figures/{name}.png)" in text
+        assert (run / "figures" / f"{name}.png").stat().st_size > 1000
+    assert re.search(r"\| a large eps breaks everything +\| pass ", text)
