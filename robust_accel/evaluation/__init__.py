@@ -99,6 +99,8 @@ def evaluate(
     if bench.is_randomised(settings.batch_size):
         bench.draws = settings.draws or DRAWS
         say(f"the model is randomised: each verdict is of {bench.draws} draws")
+        if not bench.is_repeatable(settings.batch_size):
+            say("its draws follow none of torch's, NumPy's and Python's generators: numbers vary")
     elif (settings.draws or 1) > 1:
         say(
             f"evaluate.draws: {settings.draws}, but the model always answers the same: one is taken"

@@ -5,8 +5,7 @@ not depend on how many processes there are. What a ledger has of a unit is not d
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from robust_accel.evaluation.outcomes import (
     Outcomes,
     Verdict,
     by_class,
+    counted,
     global_state_kept,
     predicted,
 )
@@ -193,6 +193,14 @@ class Bench:
                 check_randomized(self.classifier, x, labels, logger=Collector(said))
         return bool(_told_to_all(said, self.accelerator))
 
+    def is_repeatable(self, num_images: int) -> bool:
+        """Whether a randomised classifier answers alike where the generators are seeded alike."""
+        unit = torch.arange(min(num_images, len(self.images), self.batch_size))
+        ((x, labels),) = self.images.batches([unit], self.accelerator.device)
+        with attack_context(self.classifier, "eval"):
+            one, other = (self.verdict(x, labels, (self.seed, 12)).share for _ in range(2))
+        return all(_told_to_all([bool(one.equal(other))], self.accelerator))
+
     # ---- units ---------------------------------------------------------------------------------
 
     def share(
@@ -227,7 +235,7 @@ class Bench:
         with attack_context(self.classifier, "eval"):
             for i, (x, labels) in bar:
                 start = time.perf_counter()
-                with _counted(self.classifier) as count:
+                with counted(self.classifier) as count:
                     outcome = compute(units[i], x, labels)
                 outcome |= {"seconds": time.perf_counter() - start, "forward_passes": count[0]}
                 if keys:
@@ -378,18 +386,3 @@ _SHARES = ("share", "chosen")
 def _told_to_all(items: list[Any], accelerator: Accelerator) -> list[Any]:
     """All processes' items, on all of them."""
     return gather_object(items) if accelerator.num_processes > 1 else items
-
-
-@contextmanager
-def _counted(classifier: PixelClassifier) -> Iterator[list[int]]:
-    """Counts the images that go through."""
-    count = [0]
-
-    def note(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        count[0] += len(arguments[0])
-
-    handle = classifier.register_forward_pre_hook(note)
-    try:
-        yield count
-    finally:
-        handle.remove()

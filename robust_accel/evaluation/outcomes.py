@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NOT_A_NUMBER = -1  # the prediction where logits are not finite
 
@@ -137,6 +137,21 @@ class Collector:
 
     def warning(self, text: str) -> None:
         self.said.append(str(text).split(" See flags_doc")[0])
+
+
+@contextmanager
+def counted(classifier: nn.Module) -> Iterator[list[int]]:
+    """Counts the images that go through a classifier."""
+    count = [0]
+
+    def note(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        count[0] += len(arguments[0])
+
+    handle = classifier.register_forward_pre_hook(note)
+    try:
+        yield count
+    finally:
+        handle.remove()
 
 
 @contextmanager

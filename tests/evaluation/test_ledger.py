@@ -1,16 +1,13 @@
 """One thing changed, and nothing is taken from what was measured before."""
 
 import copy
-import functools
 import json
 import shutil
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -280,115 +277,6 @@ def test_layout_modes_and_compilation_are_no_other_function() -> None:
     other.model.compile()
     assert digest_of_function(other, SHAPE) == one
     assert digest_of_function(copy.deepcopy(other), SHAPE) == one
-
-
-class Attributes(nn.Module):
-    """A network with something that its state dict does not hold."""
-
-    def __init__(self, held: Any) -> None:
-        super().__init__()
-        self.held, self._private = held, None
-        self.linear = nn.Linear(36, 5)
-        nn.init.constant_(self.linear.weight, 0.01)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.flatten(1))
-
-
-def linear(seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Linear(3, 3)
-
-
-def scaler(factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: factor * x
-
-
-class Defence:
-    def __init__(self, levels: int) -> None:
-        self.levels = levels
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x * self.levels).round() / self.levels
-
-
-HELD: dict[str, tuple[Any, Any]] = {
-    "dict": ({"scale": 2}, {"scale": 3}),
-    "object": (Defence(2), Defence(3)),
-    "nested": ([(Defence(2),)], [(Defence(3),)]),
-    "tensor": (torch.ones(2), torch.zeros(2)),
-    "array": (np.ones(2), np.zeros(2)),
-    "scalar": (np.float32(1), np.float32(2)),
-    "partial": (functools.partial(round, ndigits=1), functools.partial(round, ndigits=2)),
-    "closure": (scaler(2.0), scaler(3.0)),
-    "bound method": (Defence(2).__call__, Defence(3).__call__),
-    "modules in a list": ([linear(0)], [linear(1)]),
-    "function of a module": (linear(0).forward, linear(1).forward),
-    "class": (Scaled, Attributes),
-}
-
-
-@pytest.mark.parametrize("kind", HELD)
-def test_what_no_state_dict_holds_is_part_of_the_function(kind: str) -> None:
-    one, other = (
-        digest_of_function(PixelClassifier(Attributes(held)).eval(), SHAPE) for held in HELD[kind]
-    )
-    assert one != other
-    again = digest_of_function(PixelClassifier(Attributes(copy.deepcopy(HELD[kind][0]))), SHAPE)
-    assert one == again
-
-
-def test_a_shared_module_counts_where_it_is_used() -> None:
-    relu, one = nn.ReLU(), linear(0)
-    pairs = [(one, relu, one, relu), (one, relu, one)]
-    a, b = (
-        digest_of_function(PixelClassifier(nn.Sequential(nn.Flatten(), *pair)), (3, 1, 1))
-        for pair in pairs
-    )
-    assert a != b
-
-
-def test_a_forward_or_a_hook_in_anothers_place_is_another_function() -> None:
-    digests = set()
-    for change in ("none", "forward", "hook 2", "hook 3"):
-        model = Attributes(None)
-        if change == "forward":
-            model.forward = types.MethodType(lambda self, x: self.linear(-x.flatten(1)), model)  # type: ignore[method-assign]
-        elif change != "none":
-            factor = float(change[-1])
-            model.linear.register_forward_hook(lambda m, i, out, factor=factor: factor * out)
-        digests.add(digest_of_function(PixelClassifier(model), SHAPE))
-    assert len(digests) == 4
-
-
-class Counting(Attributes):
-    """Notes something at every call, as some networks do."""
-
-    calls, size = 0, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.size = x.shape[-1]
-        return super().forward(x)
-
-
-def test_what_a_forward_pass_notes_is_no_part_of_the_function() -> None:
-    classifier = PixelClassifier(Counting(None))
-    one = digest_of_function(classifier, SHAPE)
-    classifier(torch.rand(3, *SHAPE))
-    assert digest_of_function(classifier, SHAPE) == one
-    assert digest_of_function(PixelClassifier(Counting(None)), SHAPE) == one
-
-
-def test_compiled_models_are_the_same_function() -> None:
-    model = Attributes(None)
-    plain_one = digest_of_function(PixelClassifier(model), SHAPE)
-    assert (
-        digest_of_function(PixelClassifier(torch.compile(model, backend="eager")), SHAPE)
-        == plain_one
-    )
 
 
 def test_models_that_only_look_alike_are_told_apart_by_their_answers(tmp_path: Path) -> None:

@@ -59,6 +59,29 @@ def test_a_randomised_model_is_judged_by_the_mean_of_seeded_draws() -> None:
     assert again["pgd_accuracy"]["outcomes"] == found["pgd_accuracy"]["outcomes"]
 
 
+class OwnNoise(Noisy):
+    """Draws from a generator that nobody else can seed."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__(sigma)
+        self.own = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixel = x.flatten(1)[:, :1]
+        above = pixel + self.sigma * torch.randn(pixel.shape, generator=self.own) - 0.5
+        return torch.cat([-above, above], dim=1)
+
+
+def test_draws_that_cannot_be_repeated_are_said() -> None:
+    for model, repeatable in ((Noisy(0.3), True), (OwnNoise(0.3), False)):
+        said: list[str] = []
+        settings = EvaluateSettings(norm="linf", eps=0.1, pgd=None)
+        classifier, images = PixelClassifier(model).eval(), grey([166] * 50)
+        about = {"num_classes": 2, "say": said.append}
+        evaluate(classifier, images, settings, Accelerator(cpu=True), **about)
+        assert ("numbers vary" in " ".join(said)) != repeatable
+
+
 def test_a_model_that_answers_the_same_needs_one_draw() -> None:
     found = measured(Noisy(0.0), grey([166] * 10), draws=50)
     assert "draws" not in found["clean_accuracy"]

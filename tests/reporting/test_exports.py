@@ -81,9 +81,8 @@ def test_all_shows_what_a_larger_measurement_stands_for(
     for row in (small, large, pgd(0.9, 300)):
         function = "another" if row["images"]["n"] == 300 else FUNCTION
         outcomes = {"image": [str(i) for i in range(row["images"]["n"])]}
-        append_line(
-            run.path / "measurements.jsonl", row | {"function": function, "outcomes": outcomes}
-        )
+        record = row | {"function": function, "outcomes": outcomes}
+        append_line(run.path / "measurements.jsonl", record)
     file = tmp_path / "rows.csv"
     file.write_text("what was exported before is replaced")
     assert main(["report", str(run.path), "--csv", str(file), "--all"]) == 0
