@@ -24,7 +24,7 @@ from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, with_defaults
 from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
-from robust_accel.settings import Number, Settings, close_to, faults_of, listed
+from robust_accel.settings import Number, Settings, close_to, eps_text, faults_of, listed
 
 Built = TypeVar("Built")
 
@@ -152,12 +152,10 @@ class Recipe:
         """Where what is measured is not what is trained."""
         trained = getattr(self.attack, "norm", "linf"), getattr(self.attack, "eps", None)
         measured = self.evaluate.norm, self.evaluate.eps
-        if None in (trained[1], measured[1]) or trained == measured:
+        if trained[1] is None or measured[1] is None or trained == measured:
             return []
-        ways = [f"{norm}, eps {eps:.4g}" for norm, eps in (trained, measured)]
-        return [
-            f"trained against {ways[0]}; measured against {ways[1]} (evaluate.norm, evaluate.eps)"
-        ]
+        own, other = (f"{norm}, eps {eps_text(eps or 0)}" for norm, eps in (trained, measured))
+        return [f"trained against {own}; measured against {other} (evaluate.norm, evaluate.eps)"]
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.settings, sort_keys=False))

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -98,3 +99,15 @@ def close_to(name: object, known: Iterable[str], number: int = 1) -> str:
 
 def listed(names: Iterable[str]) -> str:
     return ", ".join(names)
+
+
+def eps_text(eps: float) -> str:
+    """``8/255`` where eps is a multiple of 1/255, else four digits.
+
+    Fifths (0.2 is 51/255) stay decimals, as everybody writes them.
+    """
+    steps = round(255 * eps)
+    # as close as fp32 comes
+    if steps > 0 and steps % 51 and math.isclose(steps / 255, eps, rel_tol=1e-6):
+        return f"{steps}/255"
+    return f"{eps:.4g}"

@@ -17,12 +17,12 @@ from robust_accel.reporting.views import (
     Run,
     accuracy_text,
     attack_text,
-    eps_text,
     finding,
     settings_text,
     source_text,
     threat_text,
 )
+from robust_accel.settings import eps_text
 
 
 def model_card(run: Run, config: dict[str, Any]) -> str:

@@ -25,7 +25,6 @@ from robust_accel.reporting.views import (
     accuracy_text,
     attack_text,
     difference,
-    eps_text,
     finding,
     interval_text,
     percent,
@@ -35,6 +34,7 @@ from robust_accel.reporting.views import (
     settings_text,
     threat_text,
 )
+from robust_accel.settings import eps_text
 
 _WORST = 10  # classes of the table
 

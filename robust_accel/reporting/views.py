@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_accel.run_folder import RunFolder
+from robust_accel.settings import eps_text
 
 Row = dict[str, Any]
 
@@ -88,18 +89,6 @@ def _ledger_rows(folder: Path, report: dict[str, Any]) -> list[Row]:
 
 
 # How numbers are written.
-
-
-def eps_text(eps: float) -> str:
-    """``8/255`` where eps is a multiple of 1/255, else four digits.
-
-    Fifths (0.2 is 51/255) stay decimals, as everybody writes them.
-    """
-    steps = round(255 * eps)
-    # as close as fp32 comes
-    if steps > 0 and steps % 51 and math.isclose(steps / 255, eps, rel_tol=1e-6):
-        return f"{steps}/255"
-    return f"{eps:.4g}"
 
 
 def percent(share: float) -> str:

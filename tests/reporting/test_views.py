@@ -10,12 +10,12 @@ from robust_accel.reporting.views import (
     accuracy_text,
     cell,
     difference,
-    eps_text,
     pick,
     quoted,
     read_runs,
     same_attack,
 )
+from robust_accel.settings import eps_text
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 8, 16, 50, 52, 128, 254])
