@@ -18,7 +18,6 @@ SMALL = (
     "train.batch_size=8",
     "train.select=last",
     "attack.num_steps=1",
-    "attack.step_size=0.1",
     "evaluate.autoattack=null",
     "evaluate.pgd.num_steps=1",
 )
