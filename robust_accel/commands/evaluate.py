@@ -12,6 +12,7 @@ from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
+from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, load_subject, recipe_of
@@ -22,6 +23,15 @@ def run(options: argparse.Namespace) -> int:
     if is_main():
         print(comparison_table([folder.path]))
     return 0
+
+
+def _has_training_images(recipe: Recipe) -> bool:
+    """Whether the gap to training images is meant: unasked, not beside other data than a run's."""
+    by_hand = {key for key, origin in recipe.origins.items() if origin == "command line"}
+    if "evaluate.train_images" in by_hand or not by_hand & {"data.path", "data.config"}:
+        return True
+    say("evaluate.train_images: left out, for these are not the data that the run was trained on")
+    return False
 
 
 def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
@@ -50,8 +60,9 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
                 f"evaluate.sanity.transfer_from: {source} numbers its classes otherwise than "
                 f"{model}: images made for the one say nothing of the other"
             )
-    if recipe.evaluate.train_images is not None:
-        train = subject.of_model(recipe.checked("data", lambda: load_data(recipe.data)).train)
+    if recipe.evaluate.train_images is not None and _has_training_images(recipe):
+        labeled = recipe.data.model_copy(update={"unlabeled": None})
+        train = subject.of_model(recipe.checked("data", lambda: load_data(labeled)).train)
     folder = folder_for(model, recipe, subject, overrides, "evaluate")
     for text in (*subject.notes, *recipe.doubts):
         say(text)

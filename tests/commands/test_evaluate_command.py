@@ -69,6 +69,20 @@ def test_classes_are_compared_by_name(
     assert "[dog]" in error and "[ant, bee, cat]" in error
 
 
+def test_data_without_a_training_split_are_measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's own gap to training images is not these data's; asked for, it is refused."""
+    others = folder_of(tmp_path / "others", ("ant", "bee", "cat"))
+    shutil.rmtree(others / "train")
+    settings = [f"data.path={others}", f"output={tmp_path / 'out'}", "evaluate.pgd=null"]
+    (clean,) = rows(evaluate_model(str(run), settings))
+    assert (clean["purpose"], clean["accuracy"] > 0.9) == ("accuracy", True)
+    assert "evaluate.train_images: left out" in capsys.readouterr().out
+    assert main(["evaluate", str(run), *settings, "evaluate.train_images=5"]) == 2
+    assert "has no split 'train'" in capsys.readouterr().err
+
+
 def test_a_later_attack_does_not_stand_under_an_earlier_ones_name(run: Path) -> None:
     evaluate_model(str(run), ["evaluate.eps=0.02", "evaluate.autoattack=null"])
     evaluate_model(str(run), ["evaluate.eps=0.2", "evaluate.pgd.num_steps=5"])
