@@ -19,11 +19,12 @@ class RunFolder:
                           robust accuracy on the held-out split
         model/            timm folder: config.json, model.safetensors, README.md (its card)
         measurements.jsonl  the ledger: one record a measurement, with the outcome of each image;
-                          measurements/: the work under way, a file a process
+                          measurements/: the work under way, a file a process, and what
+                          functions of one digest answered
         certify/          certify.tsv: the field's log of the last certification
         examples.safetensors  a few images before and after the attack
         report.json       how the model was made, and the ledger's rows of this model
-        report.md, report.html, pictures  the same for people
+        report.md, report.html, figures/  the same for people
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from robust_accel.evaluation.identity import (
     digest_of_json,
     digests_of_images,
 )
-from robust_accel.evaluation.ledger import Ledger, Record
+from robust_accel.evaluation.ledger import Ledger, Record, told_to_all
 from robust_accel.evaluation.outcomes import (
     NOT_A_NUMBER,
     Collector,
@@ -191,7 +190,7 @@ class Bench:
             ((x, labels),) = self.images.batches([unit], self.accelerator.device)
             with attack_context(self.classifier, "eval"), global_state_kept():
                 check_randomized(self.classifier, x, labels, logger=Collector(said))
-        return bool(_told_to_all(said, self.accelerator))
+        return bool(told_to_all(said, self.accelerator))
 
     def is_repeatable(self, num_images: int) -> bool:
         """Whether a randomised classifier answers alike where the generators are seeded alike."""
@@ -199,7 +198,7 @@ class Bench:
         ((x, labels),) = self.images.batches([unit], self.accelerator.device)
         with attack_context(self.classifier, "eval"):
             one, other = (self.verdict(x, labels, (self.seed, 12)).share for _ in range(2))
-        return all(_told_to_all([bool(one.equal(other))], self.accelerator))
+        return all(told_to_all([bool(one.equal(other))], self.accelerator))
 
     # ---- units ---------------------------------------------------------------------------------
 
@@ -241,7 +240,7 @@ class Bench:
                 if keys:
                     self.ledger.keep(keys[i], outcome)
                 own[i] = outcome
-        found = dict(_told_to_all(list(own.items()), self.accelerator))
+        found = dict(told_to_all(list(own.items()), self.accelerator))
         if keys:
             known |= {keys[i]: outcome for i, outcome in found.items()}
             return [known[key] for key in keys]
@@ -266,7 +265,7 @@ class Bench:
             mine = chunks[self.accelerator.process_index :: self.accelerator.num_processes]
             made = digests_of_images(self.images, list(mine))
             pairs = zip((i for chunk in mine for i in chunk.tolist()), made, strict=True)
-            found = _told_to_all([(i, d.hex()) for i, d in pairs], self.accelerator)
+            found = told_to_all([(i, d.hex()) for i, d in pairs], self.accelerator)
             self._digests |= dict(found)
         return self._digests
 
@@ -280,7 +279,7 @@ class Bench:
             RuntimeError: Processes hold different ones.
         """
         own = digest_of_function(self.classifier, self.images.shape)
-        if len(set(_told_to_all([own], self.accelerator))) > 1:
+        if len(set(told_to_all([own], self.accelerator))) > 1:
             raise RuntimeError("the processes hold different models: what is measured is unclear")
         if not self.ledger.is_kept or self.draws > 1:
             return own
@@ -381,8 +380,3 @@ class Bench:
 
 
 _SHARES = ("share", "chosen")
-
-
-def _told_to_all(items: list[Any], accelerator: Accelerator) -> list[Any]:
-    """All processes' items, on all of them."""
-    return gather_object(items) if accelerator.num_processes > 1 else items

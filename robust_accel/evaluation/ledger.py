@@ -26,8 +26,8 @@ Record = dict[str, Any]
 # what two records have in common of which one may stand for the other
 _KIND = ("purpose", "attack", "threat_model", "point", "seed", "draws", "batch_size")
 # results in reports that were written before the ledger: of which model and attack is unknown
-_BEFORE = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified"}
-_BEFORE |= {"threat_model", "evaluated_with", "batchnorm_mode", "evaluation_seed", "data"}
+BEFORE = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified"}
+_ABOUT_BEFORE = {"threat_model", "evaluated_with", "batchnorm_mode", "evaluation_seed", "data"}
 
 
 class Ledger:
@@ -55,7 +55,7 @@ class Ledger:
             if self._work is not None and self._accelerator.is_main_process:
                 for path in sorted(self._work.glob("process-*.jsonl")):
                     lines += read_lines(path)
-            self._units = {line.pop("key"): line for line in self._told(lines)}
+            self._units = {line.pop("key"): line for line in told_to_all(lines, self._accelerator)}
         return self._units
 
     def function(self, digest: str, answers: list[list[float]]) -> str:
@@ -75,11 +75,7 @@ class Ledger:
                 self._work.mkdir(parents=True, exist_ok=True)
                 line = {"digest": digest, "function": found[0], "answers": answers}
                 append_line(path, line)
-        return self._told(found)[0] if self.is_kept else digest
-
-    def _told(self, items: list[Any]) -> list[Any]:
-        """The main process's items, on all of them."""
-        return gather_object(items) if self._accelerator.num_processes > 1 else items
+        return told_to_all(found, self._accelerator)[0] if self.is_kept else digest
 
     def keep(self, key: str, outcome: dict[str, Any]) -> None:
         """Write down this process's unit as soon as it is known."""
@@ -106,7 +102,12 @@ class Ledger:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 append_line(self._file, record)
                 found = [record]
-        return self._told(found)[0]
+        return told_to_all(found, self._accelerator)[0]
+
+
+def told_to_all(items: list[Any], accelerator: Accelerator) -> list[Any]:
+    """All processes' items, on all of them."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
 
 
 def refresh_report(
@@ -122,7 +123,7 @@ def refresh_report(
         What the file holds.
     """
     report = folder.read_report() if facts is None else dict(facts)
-    report = {key: value for key, value in report.items() if key not in _BEFORE}
+    report = {key: value for key, value in report.items() if key not in BEFORE | _ABOUT_BEFORE}
     report["model"] = report["model"] if model is None else model
     report["measurements"] = shown(read_records(folder.path), report["model"]["function"])
     folder.write_report(report)

@@ -131,10 +131,6 @@ def _settings(values: dict[str, Any], other: nn.Module | None) -> EvaluateSettin
     given = checked(EvaluateSettings, values).with_threat_model_of(None)
     if given.eps is None:
         raise ValueError("eps is missing: the radius in pixel units, like eps='8/255'")
-    if given.norm == "linf" and given.eps > 1:
-        raise ValueError(
-            f"eps: {given.eps} is not allowed: in pixel units an L-inf eps is at most 1, like 8/255"
-        )
     if given.sanity and given.sanity_settings.transfer_from is not None:
         raise ValueError(
             "sanity.transfer_from is not taken here: give the module, other=load_model(...)"

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robust_accel.evaluation.ledger import BEFORE, read_records, shown
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import eps_text
 
 Row = dict[str, Any]
 
-# top-level results of reports that were written before the ledger
-_BEFORE = ("clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified")
 _VERSIONS = ("quick", "rand", "standard")  # of AutoAttack, the weakest first
 
 
@@ -70,7 +69,7 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
         report = RunFolder(folder).read_report()
         if not report:
             raise ValueError(f"{folder}: no report.json: nothing was measured there yet")
-        if "measurements" not in report and any(key in report for key in _BEFORE):
+        if "measurements" not in report and any(key in report for key in BEFORE):
             raise ValueError(
                 f"{folder}: report.json is from before the ledger of measurements: measure the "
                 f"model again by robust-accel evaluate {folder}"
@@ -82,8 +81,6 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
 
 
 def _ledger_rows(folder: Path, report: dict[str, Any]) -> list[Row]:
-    from robust_accel.evaluation.ledger import read_records, shown
-
     function = str((report.get("model") or {}).get("function"))
     return shown(read_records(folder), function, everything=True)
 

@@ -191,7 +191,7 @@ def test_each_unit_is_one_processs_and_meets_the_same_attack_there(
 ) -> None:
     """Each rank by itself, the others' outcomes told to it as one process has found them."""
     told: list[Any] = []
-    monkeypatch.setattr(bench, "_told_to_all", lambda items, _: told.append(items) or items)
+    monkeypatch.setattr(bench, "told_to_all", lambda items, _: told.append(items) or items)
     alone, outcomes = adversarial_images(3, 7, Process()), told
     assert len(alone) == 6  # 40 images in units of 7; no two units share a seed
     together: dict[int, Tensor] = {}
@@ -204,7 +204,7 @@ def test_each_unit_is_one_processs_and_meets_the_same_attack_there(
             mine += items
             return everyones
 
-        monkeypatch.setattr(bench, "_told_to_all", tell)
+        monkeypatch.setattr(bench, "told_to_all", tell)
         found = adversarial_images(3, 7, Process(rank, world_size))
         assert not found.keys() & together.keys()
         together |= found

@@ -305,7 +305,7 @@ def test_more_images_begin_with_what_fewer_have_done(tmp_path: Path) -> None:
 def test_other_processes_may_not_hold_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
     on = Bench(case.classifier, case.images, Accelerator(cpu=True), batch_size=5)
-    monkeypatch.setattr(bench, "_told_to_all", lambda items, _: [*items, "another"])
+    monkeypatch.setattr(bench, "told_to_all", lambda items, _: [*items, "another"])
     with pytest.raises(RuntimeError, match="different models"):
         _ = on.function
 

@@ -75,7 +75,6 @@ def test_one_run_that_cannot_be_read_leaves_all_as_they_were(tmp_path: Path) -> 
 def test_all_shows_what_a_larger_measurement_stands_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("robust_accel.evaluation.ledger")
     small, large = pgd(0.5, 100), pgd(0.4, 200)
     run = write_run(tmp_path / "run", [large])
     for row in (small, large, pgd(0.9, 300)):
