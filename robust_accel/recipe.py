@@ -20,6 +20,7 @@ from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
 from robust_accel.evaluation.certify_images import CertifySettings
 from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.files import write_text
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, with_defaults
@@ -158,7 +159,7 @@ class Recipe:
         return [f"trained against {own}; measured against {other} (evaluate.norm, evaluate.eps)"]
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        write_text(path, yaml.safe_dump(self.settings, sort_keys=False))
 
 
 def load_recipe(

@@ -1,11 +1,12 @@
 """The run folder: what a run writes, where, and how nothing in it is lost."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from robust_accel.files import read_lines, write_json, write_text
 
 
 class RunFolder:
@@ -74,9 +75,7 @@ class RunFolder:
         return json.loads(self.report.read_text()) if self.report.exists() else {}
 
     def write_report(self, report: dict[str, Any]) -> None:
-        temporary = self.report.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, self.report)
+        write_json(self.report, report)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics) if self.metrics.exists() else []
@@ -84,30 +83,7 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after the step that a run continues from: they will be written again."""
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, self.metrics)
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line, on a line of its own even after one that was cut off."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; one that was cut off when its process was killed is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+        write_text(self.metrics, "".join(lines))
 
 
 def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> list[str]:

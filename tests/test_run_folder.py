@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from robust_accel.files import append_line
 from robust_accel.recipe import load_recipe
-from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.run_folder import RunFolder
 
 SETTINGS: dict[str, Any] = {"train": {"epochs": 2}, "output": "here"}
 

@@ -13,6 +13,7 @@ from datasets.table import embed_table_storage
 from robust_accel.commands import say
 from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
 from robust_accel.evaluation import predictions
+from robust_accel.files import written_whole
 from robust_accel.trained_model import load_classifier, recipe_of
 
 
@@ -67,9 +68,7 @@ def _write(
     labeled = rows.add_column(PSEUDO_LABEL, classes.numpy()).add_column(
         CONFIDENCE, confidence.numpy()
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".incomplete")
     # the bytes of images that lie in files of their own, or the parquet would hold paths
     whole = labeled.with_format("arrow").map(embed_table_storage, batched=True)
-    whole.with_format(None).to_parquet(str(temporary))
-    temporary.replace(out)
+    with written_whole(out) as temporary:
+        whole.with_format(None).to_parquet(str(temporary))

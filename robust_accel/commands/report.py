@@ -2,7 +2,8 @@
 
 import argparse
 
-from robust_accel.reporting.exports import check_export, csv, latex, replace_text
+from robust_accel.files import write_text
+from robust_accel.reporting.exports import check_export, csv, latex
 from robust_accel.reporting.page import page
 from robust_accel.reporting.report import write_report
 from robust_accel.reporting.tables import comparison
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
         write_report(RunFolder(folder), everything=options.all)
     for path, _, text in named.values():
-        replace_text(path, text(runs))
+        write_text(path, text(runs))
     table = comparison(runs)
     print(table.markdown())
     return 0

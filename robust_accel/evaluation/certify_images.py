@@ -22,6 +22,7 @@ from robust_accel.evaluation.certify import (
 )
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import global_state_kept
+from robust_accel.files import write_text
 from robust_accel.settings import Number, Settings
 from robust_accel.statistics import wilson_interval
 
@@ -147,10 +148,7 @@ def write_table(path: Path, record: Record) -> None:
         index, label, predict, radius, seconds = row
         shown = (index, label, predict, rounded_down(radius), int(predict == label))
         lines.append("\t".join(map(str, (*shown, timedelta(seconds=seconds)))))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def rounded_down(radius: float) -> str:

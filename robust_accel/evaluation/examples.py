@@ -11,6 +11,7 @@ from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.outcomes import global_state_kept, predicted
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
+from robust_accel.files import written_whole
 
 NUMBER = 8
 
@@ -45,7 +46,5 @@ def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
     metadata = {name: json.dumps(value) for name, value in about.items()}
     of = "" if bench.kind == "all" else f" of {bench.kind}"
     metadata |= {"function": function, "selection": f"first {len(indices)}{of}"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".incomplete")
-    save_file({n: v.contiguous().cpu() for n, v in found.items()}, temporary, metadata)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file({n: v.contiguous().cpu() for n, v in found.items()}, temporary, metadata)

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from robust_accel.evaluation.identity import digest_of_json, same_answers
-from robust_accel.run_folder import RunFolder, append_line, read_lines
+from robust_accel.files import append_line, read_lines
+from robust_accel.run_folder import RunFolder
 
 Record = dict[str, Any]
 
@@ -72,7 +73,6 @@ class Ledger:
             found = [line["function"] for line in alike if same_answers(line["answers"], answers)]
             if not found:
                 found = [digest_of_json([digest, len(alike)]) if alike else digest]
-                self._work.mkdir(parents=True, exist_ok=True)
                 line = {"digest": digest, "function": found[0], "answers": answers}
                 append_line(path, line)
         return told_to_all(found, self._accelerator)[0] if self.is_kept else digest
@@ -80,7 +80,6 @@ class Ledger:
     def keep(self, key: str, outcome: dict[str, Any]) -> None:
         """Write down this process's unit as soon as it is known."""
         if self._work is not None:
-            self._work.mkdir(parents=True, exist_ok=True)
             path = self._work / f"process-{self._accelerator.process_index}.jsonl"
             append_line(path, {"key": key} | outcome)
 
@@ -99,7 +98,6 @@ class Ledger:
         if self._accelerator.is_main_process:
             found = [old for old in read_records(self._file.parent) if old["key"] == key][:1]
             if not found:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
                 append_line(self._file, record)
                 found = [record]
         return told_to_all(found, self._accelerator)[0]

@@ -1,7 +1,6 @@
 """Exports of runs to files that the user names: CSV of every row, LaTeX of the comparison."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,10 +55,3 @@ def check_export(option: str, path: Path, suffix: str) -> None:
         raise ValueError(f"{option}: {path} is no file {suffix}: name one to write (or replace)")
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {path.parent}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one move: whoever reads meanwhile has the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

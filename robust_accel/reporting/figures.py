@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_accel.files import written_whole
 from robust_accel.reporting.charts import (
     Chart,
     Examples,
@@ -25,7 +26,6 @@ _ANNOTATED = 20  # classes of a matrix whose cells show their numbers
 
 def draw(chart: Chart, folder: Path) -> Path:
     """Write ``folder/NAME.png`` and ``folder/NAME.svg``; returns the first."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{chart.name}.png"
     if isinstance(chart, Lines):
         _draw_lines(chart, path)
@@ -56,11 +56,13 @@ def _figure(path: Path, title: str, width: float, height: float, **options: Any)
         figure.suptitle("\n".join(wrap(title, int(13 * width))), fontsize=10)
         try:
             yield axes
-            figure.savefig(path, dpi=150, facecolor="white")
+            with written_whole(path) as temporary:
+                figure.savefig(temporary, dpi=150, facecolor="white")
             figure.set_layout_engine(
                 "none"
             )  # all has its place: to find it anew takes half the time
-            figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
+            with written_whole(path.with_suffix(".svg")) as temporary:
+                figure.savefig(temporary, facecolor="white", metadata={"Date": None})
         finally:
             pyplot.close(figure)
 

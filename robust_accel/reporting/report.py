@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_accel.reporting.exports import replace_text
+from robust_accel.files import write_text
 from robust_accel.reporting.figures import draw
 from robust_accel.reporting.model_card import model_card
 from robust_accel.reporting.page import page
@@ -30,12 +30,12 @@ def write_report(folder: RunFolder, *, everything: bool = False) -> str:
     """
     (run,) = read_runs([folder.path], everything=everything)
     text = _markdown(run)
-    replace_text(folder.path / "report.md", text)
-    replace_text(folder.path / "report.html", page([run]))
+    write_text(folder.path / "report.md", text)
+    write_text(folder.path / "report.html", page([run]))
     config = folder.model / "config.json"
     if config.exists():
         card = model_card(run, json.loads(config.read_text()))
-        replace_text(folder.model / "README.md", card)
+        write_text(folder.model / "README.md", card)
     return text
 
 

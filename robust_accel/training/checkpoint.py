@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robust_accel.comm.deepspeed import weights_only_loads
+from robust_accel.files import written_whole
 from robust_accel.run_folder import RunFolder
 
 DataIdentity = dict[str, dict[str, int | str]]
@@ -139,10 +140,8 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's state dict as safetensors, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".incomplete")
-    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from robust_accel.comm import Meter
 from robust_accel.data import NO_LABEL
-from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.files import append_line
+from robust_accel.run_folder import RunFolder
 from robust_accel.training.checkpoint import Progress
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from robust_accel.run_folder import RunFolder, append_line
+from robust_accel.files import append_line
+from robust_accel.run_folder import RunFolder
 from robust_accel.statistics import wilson_interval
 
 FUNCTION = "f" * 64

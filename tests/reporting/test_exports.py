@@ -9,9 +9,9 @@ import pytest
 from reporting_rows import FUNCTION, certificate, clean, everything, pgd, write_run
 
 from robust_accel.__main__ import main
+from robust_accel.files import append_line
 from robust_accel.reporting.exports import csv
 from robust_accel.reporting.views import read_runs
-from robust_accel.run_folder import append_line
 
 
 def test_csv_has_a_line_a_row_and_nothing_is_rounded(tmp_path: Path) -> None:
