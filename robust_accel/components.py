@@ -3,6 +3,7 @@
 A class of a user's is code: its module is imported, and it is called with the section's settings.
 """
 
+import faulthandler
 import importlib
 import inspect
 import os
@@ -179,6 +180,7 @@ def _import_and_tell(module: str, writing: int) -> NoReturn:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nowhere, stream)
+        faulthandler.disable()
         importlib.import_module(module)
     except BaseException:  # the import that counts will raise it again
         pass

@@ -5,7 +5,7 @@ from typing import Any
 
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 4000  # timm has many optimizers
-# line breaks, other control characters, and halves of a character, which no terminal can show
+# line breaks, other control characters, and halves of a character: in no name of anything
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -13,7 +13,7 @@ def one_line(text: str, longest: int = _LONGEST_LINE) -> str:
     """The text on one line, of at most so many characters; what cannot be printed is escaped."""
     text = cut(text, longest)
     text = " ".join(re.split(r"[ \t]*[\r\n]+[ \t]*", text.strip()))
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

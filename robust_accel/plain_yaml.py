@@ -160,16 +160,23 @@ def with_texts(tree: dict[str, Any], places: Iterable[tuple[int | str, ...]]) ->
     return values
 
 
-def dump(values: dict[str, Any]) -> str:
-    """Plain values as YAML that reads as the same by 1.1 and 1.2.
+def refuse_other(value: Any) -> None:
+    """Raise ValueError where there is a value that is not plain."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            refuse_other(inner)
+            if type(key) is not str:
+                raise ValueError(f"the key {shown(key)} is no text")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            refuse_other(inner)
+    elif value is not None and type(value) not in (str, bool, int, float):
+        raise ValueError(f"{shown(value)} is no plain value")
 
-    Raises:
-        ValueError: There is a value that is not plain.
-    """
-    try:
-        return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
-    except yaml.representer.RepresenterError as error:
-        raise ValueError(f"{shown(error.args[-1])} is no plain value") from None
+
+def dump(values: dict[str, Any]) -> str:
+    """Plain values as YAML that reads as the same by 1.1 and 1.2."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from robust_accel.components import NotImported, find_component, is_custom
 from robust_accel.messages import cut, shown
 from robust_accel.optim import OptimizerSettings, with_defaults
-from robust_accel.plain_yaml import RecipeError, Written, dump, plain, with_texts
+from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
 from robust_accel.recipe_file import RecipeValues, origin_of
 from robust_accel.settings import Settings, close_to, faults_of, listed
 
@@ -218,7 +218,8 @@ def _built(spec: Any, tree: dict[str, Any]) -> Any:
     try:
         component = spec(**plain(tree))
     except ValidationError as error:
-        places = [fault["loc"] for fault in error.errors() if fault["type"] == "string_type"]
+        found = error.errors(include_url=False)
+        places = [fault["loc"] for fault in found if fault["type"] == "string_type"]
         if not places:
             raise
         component = spec(**with_texts(tree, places))
@@ -235,5 +236,5 @@ def _settings_of(component: Any, values: dict[str, Any]) -> dict[str, Any]:
         values = component.model_dump(mode="json")
     elif dataclasses.is_dataclass(component) and not isinstance(component, type):
         values = dataclasses.asdict(component)
-    dump(values)
+    refuse_other(values)
     return values

@@ -52,9 +52,20 @@ def parse_whole(value: object) -> int:
     Raises:
         ValueError: It is none.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, Real) and float(value).is_integer()):
         raise ValueError("a whole number is wanted")
-    return value if isinstance(value, int) else int(float(value))
+    return int(float(value))
+
+
+def parse_choice(value: object) -> object:
+    """A whole number, where it is one of a few: pydantic takes True for 1.
+
+    Raises:
+        ValueError: It is a truth value or a fraction.
+    """
+    return parse_whole(value) if isinstance(value, bool | float) else value
 
 
 def parse_flag(value: object) -> bool:
@@ -111,7 +122,7 @@ def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
         spec: The settings that were to be built.
     """
     by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
-    for fault in error.errors()[:_MOST_FAULTS]:
+    for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
         if fault["type"] == "default_factory_not_called":  # of another key's fault
             continue
         keys, message = _explain(fault, spec)

@@ -100,7 +100,7 @@ class DataSettings(Settings):
                 "image_size is for images from files (in_memory: false), which need it; got "
                 f"{self.image_size}"
             )
-        if self.validation_size > 1 and self.validation_size % 1:
+        if self.validation_size > 1 and not isinstance(self.validation_size, int):
             raise ValueError(
                 f"validation_size: {self.validation_size} is neither a number of images nor a "
                 "share < 1"

@@ -183,14 +183,12 @@ def _of_kind(value: Any, default: Any) -> Any:
         return [_of_kind(item, parts[min(i, len(parts) - 1)]) for i, item in enumerate(value)]
     if isinstance(default, bool):
         return parse_flag(value)
-    if isinstance(value, bool) and isinstance(default, int | float):
-        raise ValueError("a number is wanted")
+    if isinstance(default, int | float):
+        found = parse_number(value)
+        return value if isinstance(value, int) else found
     if isinstance(value, str):
         try:
             return parse_number(value)
         except ValueError:
             return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        parsed = parse_number(value)
-        return parsed if isinstance(value, float) else value
-    return value
+    return parse_number(value) if isinstance(value, float) else value
