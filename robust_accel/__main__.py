@@ -34,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings_help = "settings that replace the recipe's, as section.key=value"
+    trust_help = (
+        "import and run the code that the run's recipe names (package.module:Class), with your "
+        "rights: only for run folders whose every file you trust"
+    )
 
     train = commands.add_parser("train", help="train a robust model by a recipe")
     train.add_argument("recipe", help="a YAML file, or a packaged recipe's name (quickstart)")
@@ -62,11 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a run or any timm checkpoint")
     evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     evaluate.add_argument("settings", nargs="*", help=settings_help)
+    evaluate.add_argument("--trust", action="store_true", help=trust_help)
     evaluate.set_defaults(command="robust_accel.commands.evaluate")
 
     certify = commands.add_parser("certify", help="certify L2 radii under Gaussian noise")
     certify.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     certify.add_argument("settings", nargs="*", help=settings_help)
+    certify.add_argument("--trust", action="store_true", help=trust_help)
     certify.set_defaults(command="robust_accel.commands.certify")
 
     label = commands.add_parser("pseudo-label", help="label images by a trained model")

@@ -1,18 +1,18 @@
-"""Recipes: each section built from plain values and checked, all faults said at once."""
+"""Recipes: each section built from plain values and checked, all faults said at once.
 
-import copy
-import dataclasses
-import importlib
-import re
+A recipe that is trained is code where it names a class of its own (``attack.name:
+package.module:Class``): that is imported and called. From the recipe of a run folder, which may be
+a stranger's, nothing is imported unless it is trusted.
+"""
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from annotated_types import Ge, Gt, Lt
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, ConfigDict
 
 from robust_accel.attack_context import AttackMode
 from robust_accel.attacks import ATTACKS, Attack
@@ -23,9 +23,18 @@ from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.files import write_text
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
-from robust_accel.optim import SCHEDULES, OptimizerSettings, with_defaults
-from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
-from robust_accel.settings import Number, Settings, close_to, eps_text, faults_of, listed
+from robust_accel.optim import SCHEDULES, OptimizerSettings
+from robust_accel.plain_yaml import RecipeError, dump
+from robust_accel.recipe_builder import Builder, SectionSpec
+from robust_accel.recipe_file import RecipeValues, find_recipe, origin_of
+from robust_accel.settings import (
+    Flag,
+    Number,
+    Settings,
+    Whole,
+    eps_text,
+    listed,
+)
 
 Built = TypeVar("Built")
 
@@ -69,30 +78,30 @@ class TrainSettings(Settings):
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
     """
 
-    epochs: Annotated[int, Ge(1)]
-    batch_size: Annotated[int, Ge(1)]
-    gradient_accumulation: Annotated[int, Ge(1)] = 1
-    max_steps: Annotated[int, Ge(1)] | None = None
-    seed: Annotated[int, Ge(0)] = 0
+    epochs: Annotated[Whole, Ge(1)]
+    batch_size: Annotated[Whole, Ge(1)]
+    gradient_accumulation: Annotated[Whole, Ge(1)] = 1
+    max_steps: Annotated[Whole, Ge(1)] | None = None
+    seed: Annotated[Whole, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     attack_mode: AttackMode = "eval"
-    eps_warmup_epochs: Annotated[int, Ge(0)] = 0
+    eps_warmup_epochs: Annotated[Whole, Ge(0)] = 0
     awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     select: Literal["best", "last"] = "last"
-    validate_every: Annotated[int, Ge(1)] = 1
-    validation_steps: Annotated[int, Ge(1)] = 10
-    early_stopping: Annotated[int, Ge(1)] | None = None
-    checkpoint_every: Annotated[int, Ge(1)] | None = None
-    log_every: Annotated[int, Ge(1)] = 50
+    validate_every: Annotated[Whole, Ge(1)] = 1
+    validation_steps: Annotated[Whole, Ge(1)] = 10
+    early_stopping: Annotated[Whole, Ge(1)] | None = None
+    checkpoint_every: Annotated[Whole, Ge(1)] | None = None
+    log_every: Annotated[Whole, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
-    channels_last: bool = False
-    compile: bool = False
+    channels_last: Flag = False
+    compile: Flag = False
 
 
 # One line a section: its settings, or the family whose member its ``name`` chooses.
-SECTIONS: dict[str, type[Settings] | Mapping[str, type]] = {
+SECTIONS: dict[str, SectionSpec] = {
     "model": ModelSettings,
     "data": DataSettings,
     "attack": ATTACKS,
@@ -114,9 +123,23 @@ DEFAULTS: dict[str, Any] = {
 FOR_TRAINING = ("model", "data", "attack", "optimizer", "train", "evaluate")
 
 
+class MemoryFormat(Settings):
+    """What of ``train`` a command needs that uses the model."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    channels_last: Flag = False
+
+
+# What commands that use a model build: of the run's own classes only what they need.
+USED: dict[str, SectionSpec] = {
+    key: SECTIONS[key] for key in ("model", "data", "attack", "objective", "evaluate", "certify")
+} | {"train": MemoryFormat}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: each section built, sections that the command does not need are None."""
+    """A checked recipe: each section built; those that a command does not need are None."""
 
     model: ModelSettings
     data: DataSettings
@@ -159,7 +182,7 @@ class Recipe:
         return [f"trained against {own}; measured against {other} (evaluate.norm, evaluate.eps)"]
 
     def save(self, path: Path) -> None:
-        write_text(path, yaml.safe_dump(self.settings, sort_keys=False))
+        write_text(path, dump(self.settings))
 
 
 def load_recipe(
@@ -169,7 +192,8 @@ def load_recipe(
 
     Args:
         source: A path, or the name of a packaged recipe (``quickstart``, ``cifar10/dat_pgd``).
-        overrides: ``key.subkey=value``, values in YAML.
+        overrides: ``key.subkey=value``; a value is as in a file, but that it is YAML only where it
+            begins with ``[``, ``{`` or a quote, and else is taken as it stands.
         required: Sections that must be there.
 
     Raises:
@@ -178,149 +202,52 @@ def load_recipe(
     values, path = RecipeValues(DEFAULTS), find_recipe(source)
     values.read(path)
     values.override(overrides)
-    return _Builder(values).build(default_output=f"runs/{path.stem}", required=tuple(required))
+    return _recipe(values, SECTIONS, f"runs/{path.stem}", required, trust=True)
 
 
-def recipe_from_settings(
-    settings: dict[str, Any], overrides: Sequence[str], source: str, *, required: Iterable[str]
+def recipe_of_use(
+    settings: dict[str, Any],
+    overrides: Sequence[str],
+    source: str,
+    *,
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+    trust: bool = False,
 ) -> Recipe:
-    """Build a recipe from settings that no file holds."""
-    values = RecipeValues(DEFAULTS)
+    """What a command needs that uses a model: no other section is built.
+
+    Args:
+        settings: A run folder's recipe, or what is known of another model.
+        overrides: ``key.subkey=value``, of sections that are built.
+        source: Where the settings are from.
+        required: Sections that are built and must be there.
+        optional: Sections that are built as well.
+        trust: Import and call the classes that the attack and the objective name; else their plain
+            values are taken, as far as they go.
+
+    Raises:
+        RecipeError: All faults at once, a line each.
+    """
+    values, required = RecipeValues(DEFAULTS), tuple(required)
     values.merge(settings, source)
     values.override(overrides)
-    return _Builder(values).build(
-        default_output=f"runs/{Path(source).name}", required=tuple(required)
+    needed = {*required, *optional, "train"}
+    needed |= {"attack"} if "evaluate" in required else set()
+    needed |= {"objective"} if "certify" in required else set()
+    sections = {key: spec for key, spec in USED.items() if key in needed}
+    return _recipe(values, sections, f"runs/{Path(source).name}", required, trust=trust)
+
+
+def _recipe(
+    values: RecipeValues,
+    sections: Mapping[str, SectionSpec],
+    output: str,
+    required: Iterable[str],
+    *,
+    trust: bool,
+) -> Recipe:
+    builder = Builder(values, sections, SECTIONS, DEFAULTS, trust=trust)
+    built, settings = builder.build(default_output=output, required=tuple(required))
+    return Recipe(
+        **built, output=Path(settings["output"]), settings=settings, origins=values.origins
     )
-
-
-class _Builder:
-    """Builds a recipe's sections one by one, and collects all faults."""
-
-    def __init__(self, recipe: RecipeValues) -> None:
-        self.values, self.origins = recipe.values, recipe.origins
-        self.faults: list[str] = []
-
-    def build(self, *, default_output: str, required: tuple[str, ...]) -> Recipe:
-        """Check every section, and raise all faults at once."""
-        output = self.values.pop("output", None) or default_output
-        # a section that is there but empty (null) is as good as left out
-        given = copy.deepcopy(DEFAULTS) | {k: v for k, v in self.values.items() if v is not None}
-        for key in map(str, self.values):
-            if key in SECTIONS:
-                continue
-            self.fault(
-                key, f"unknown section{close_to(key, SECTIONS)}; allowed: {listed(SECTIONS)}"
-            )
-        for key in required:
-            if key not in given:
-                self.fault(key, "missing: this section is required")
-        built: dict[str, Any] = {}
-        resolved: dict[str, Any] = {}
-        for key, spec in SECTIONS.items():
-            values = given.get(key)
-            if values is None:
-                continue
-            if not isinstance(values, dict):
-                self.fault(key, f"must be a mapping of settings, got {values!r}")
-                continue
-            built[key], resolved[key] = self._section(key, spec, dict(values))
-        if not self.faults:
-            self._check_together(built, required)
-        if self.faults:
-            raise RecipeError("\n".join(self.faults))
-        return Recipe(
-            **built,
-            output=Path(str(output)),
-            settings=resolved | {"output": str(output)},
-            origins=self.origins,
-        )
-
-    def _section(self, key: str, spec: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Build one section: (its component, its settings with every default)."""
-        name = None
-        if isinstance(spec, Mapping):
-            name = values.pop("name", None)
-            spec = self._component(key, spec, name)
-            if spec is None:
-                return None, {}
-        try:
-            component = spec(**values)
-            if isinstance(component, OptimizerSettings):
-                component = with_defaults(component)
-        except ValidationError as error:
-            for dotted, message in faults_of(error, spec):
-                self.fault(f"{key}.{dotted}".rstrip("."), message)
-            return None, {}
-        except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
-            self.fault_of(key, error)
-            return None, {}
-        if isinstance(component, BaseModel):
-            values = component.model_dump(mode="json")
-        elif dataclasses.is_dataclass(component) and not isinstance(component, type):
-            values = dataclasses.asdict(component)
-        return component, ({} if name is None else {"name": name}) | values
-
-    def _component(self, key: str, family: Mapping[str, type], name: object) -> type | None:
-        """The class that a name stands for: the family's own, or a user's package.module:Class."""
-        if isinstance(name, str) and name in family:
-            return family[name]
-        if isinstance(name, str) and ":" in name:
-            module, _, attribute = name.partition(":")
-            try:
-                return getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError, TypeError, ValueError) as error:
-                self.fault(f"{key}.name", f"{name!r} cannot be imported: {error}")
-                return None
-        found = "missing" if name is None else f"{name!r} is unknown{close_to(name, family)}"
-        self.fault(f"{key}.name", f"{found}; allowed: {listed(family)}, or package.module:Class")
-        return None
-
-    def _check_together(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
-        """Faults that no section can see alone."""
-        train: TrainSettings | None = built.get("train")
-        data: DataSettings = built["data"]
-        attack = built.get("attack")
-        evaluate: EvaluateSettings = built["evaluate"]
-        if train is not None:
-            selects = train.select == "best" or train.early_stopping is not None
-            if selects and data.validation_size == 0:
-                self.fault(
-                    "data.validation_size",
-                    "0, but train.select: best and train.early_stopping choose on a held-out "
-                    "split of train: hold out some images",
-                )
-            if train.batch_size % train.gradient_accumulation:
-                self.fault(
-                    "train.gradient_accumulation",
-                    f"{train.gradient_accumulation} does not divide train.batch_size "
-                    f"{train.batch_size}",
-                )
-            try:
-                built["schedule"].check(train.epochs)
-            except ValueError as error:
-                self.fault_of("schedule", error)
-        if built["certify"].sigma is None:
-            sigma = getattr(built["objective"], "sigma", None)
-            built["certify"] = built["certify"].model_copy(update={"sigma": sigma})
-            if sigma is None and "certify" in required:
-                self.fault("certify.sigma", "missing: the objective has no sigma to certify with")
-        fault = getattr(attack, "fault", None)
-        if fault is not None and "attack" in required:
-            self.fault_of("attack", ValueError(f"attack.{fault}"))
-        try:
-            evaluate = built["evaluate"] = evaluate.with_threat_model_of(attack)
-        except ValueError as error:
-            if "evaluate" in required:
-                self.fault_of("evaluate", ValueError(f"evaluate.{error}"))
-            return
-        if evaluate.eps is None and "evaluate" in required:
-            self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
-
-    def fault(self, dotted: str, message: str) -> None:
-        self.faults.append(f"{origin_of(self.origins, dotted)}: {dotted}: {message}")
-
-    def fault_of(self, section: str, error: Exception) -> None:
-        """A component's own complaint, which may begin with ``section.key``."""
-        named_key = re.match(rf"{section}\.([\w.]+):? (.*)", str(error), re.DOTALL)
-        dotted, message = named_key.groups() if named_key else ("", str(error))
-        self.fault(f"{section}.{dotted}".rstrip("."), message)

@@ -1,12 +1,20 @@
-"""Recipe files: YAML, inherited by ``base:``, overridden on the command line; plain values."""
+"""Recipe files: YAML, inherited by ``base:``, overridden on the command line."""
 
 import copy
-import re
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from robust_accel.messages import cut, shown
+from robust_accel.plain_yaml import (
+    MOST_LEVELS,
+    RecipeError,
+    Written,
+    parse_setting,
+    plain,
+    read_recipe,
+)
 
 RECIPES = next(
     folder / "recipes"
@@ -15,18 +23,19 @@ RECIPES = next(
 )
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot run: one line a fault, with file, key, what was found and allowed."""
+_MOST_BASES = 8
 
 
 def find_recipe(source: str | Path) -> Path:
     """Path of a recipe given as a path or as the name of a packaged one."""
     for candidate in (Path(source), RECIPES / source, RECIPES / f"{source}.yaml"):
-        if candidate.is_file():
+        if os.path.exists(candidate) and not candidate.is_dir():
             return candidate
     names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
     names = [n for n in names if "/_" not in f"/{n}" and not n.startswith("accelerate/")]
-    raise RecipeError(f"{source}: no such file, nor a packaged recipe ({', '.join(names)})")
+    raise RecipeError(
+        f"{cut(str(source))}: no such file, nor a packaged recipe ({', '.join(names)})"
+    )
 
 
 def origin_of(origins: dict[str, str], dotted: str) -> str:
@@ -37,7 +46,7 @@ def origin_of(origins: dict[str, str], dotted: str) -> str:
 
 
 class RecipeValues:
-    """A recipe as plain values, and where each of them was set."""
+    """A recipe as values, as they were written, and where each of them was set."""
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self.values: dict[str, Any] = copy.deepcopy(dict(defaults))
@@ -47,18 +56,17 @@ class RecipeValues:
         """Merge a file over its bases."""
         if path.resolve() in seen:
             raise RecipeError(f"{path}: base: the recipe inherits from itself")
-        try:
-            values = yaml.load(path.read_text(), _Loader)
-        except (FileNotFoundError, IsADirectoryError):
-            raise RecipeError(f"{seen[-1]}: base: no such file: {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of sections, got {values!r}")
+        if len(seen) > _MOST_BASES:
+            raise RecipeError(f"{path}: base: more than {_MOST_BASES} recipes above one another")
+        values = read_recipe(path)
         base = values.pop("base", None)
+        if isinstance(base, Written):
+            base = base.text
         if base is not None:
             if not isinstance(base, str):
-                raise RecipeError(f"{path}: base: must be one file, got {base!r}")
+                raise RecipeError(f"{path}: base: must be one file, got {shown(plain(base))}")
+            if not os.path.exists(path.parent / base) or os.path.isdir(path.parent / base):
+                raise RecipeError(f"{path}: base: no such file: {cut(str(path.parent / base))}")
             self.read(path.parent / base, (*seen, path.resolve()))
         self.merge(values, str(path))
 
@@ -68,17 +76,16 @@ class RecipeValues:
         for text in overrides:
             dotted, equals, value = text.partition("=")
             keys = dotted.split(".")
-            if not equals or not all(keys):
-                raise RecipeError(f"command line: {text!r} is not of the form key.subkey=value")
+            if not equals or not all(keys) or len(keys) > MOST_LEVELS:
+                said = "is not of the form key.subkey=value"
+                raise RecipeError(f"command line: {shown(text)} {said}")
             node = tree
             for key in keys[:-1]:
                 node = node.setdefault(key, {})
                 if not isinstance(node, dict):
-                    raise RecipeError(f"command line: {text!r}: {key} is set to {node!r} there too")
-            try:
-                node[keys[-1]] = yaml.load(value, _Loader)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"command line: {text!r} is not YAML: {error}") from None
+                    said = f"{key} is set to {shown(plain(node))} there too"
+                    raise RecipeError(f"command line: {shown(text)}: {said}")
+            node[keys[-1]] = parse_setting(value, f"command line: {cut(dotted)}")
         self.merge(tree, "command line")
 
     def merge(self, values: dict[str, Any], origin: str) -> None:
@@ -101,12 +108,3 @@ class RecipeValues:
                 self._merged(merged.get(key), value, origin, f"{dotted}.") if nested else value
             )
         return merged
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number: YAML 1.1 asks for a dot, people don't."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from robust_accel.files import read_lines, write_json, write_text
+from robust_accel.plain_yaml import dump, parse, plain, read_plain
 
 
 class RunFolder:
@@ -57,9 +56,9 @@ class RunFolder:
                 f"output: {self.path} already holds a run: --resume continues it, "
                 "output=FOLDER chooses another"
             )
-        started = yaml.safe_load(self.recipe.read_text())
+        started = read_plain(self.recipe)
         # what a run may change on the way: how it is measured and where it lies
-        now = yaml.safe_load(yaml.safe_dump(settings))  # as it was saved: a tuple became a list
+        now = plain(parse(dump(settings), "recipe"))  # as it was saved: a tuple became a list
         changed = _differences(started, now, ignored={"evaluate", "certify", "output"})
         if changed:
             raise ValueError(

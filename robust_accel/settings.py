@@ -1,12 +1,17 @@
-"""What every component's settings share: faults in one form each, and fractions are numbers."""
+"""What every component's settings share: kinds of values, and faults in one form each."""
 
 import difflib
 import inspect
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+from annotated_types import Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from robust_accel.messages import cut, shown
+from robust_accel.plain_yaml import number
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 Norm = Literal["linf", "l2"]
@@ -18,18 +23,80 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def parse_fraction(value: object) -> object:
-    """Turn ``"8/255"`` into ``8 / 255``; anything else is left for pydantic to judge."""
-    if isinstance(value, str) and value.count("/") == 1:
-        numerator, denominator = value.split("/")
-        try:
-            return float(numerator) / float(denominator)
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
+def parse_number(value: object) -> float:
+    """A number, or the number that a text is: ``"8/255"`` becomes ``8 / 255``.
+
+    Raises:
+        ValueError: It is none, or fp32 cannot hold it.
+    """
+    if isinstance(value, str):
+        parts = [number(part.strip()) for part in value.split("/")]
+        if None in parts or len(parts) > 2 or parts[1:] == [0]:
+            raise ValueError(f"{_A_NUMBER} is wanted, or a fraction like 8/255")
+        top, *bottom = (float(part) for part in parts if part is not None)
+        value = top / bottom[0] if bottom else top
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{_A_NUMBER} is wanted, or a fraction like 8/255")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not (found == 0 or _FP32[0] <= abs(found) <= _FP32[1]):  # NaN is not, either
+        raise ValueError(f"{_A_NUMBER} is wanted")
+    return found
 
 
-Number = Annotated[float, BeforeValidator(parse_fraction)]
+def parse_whole(value: object) -> int:
+    """A whole number, ``1e3`` too.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, Real) and float(value).is_integer()):
+        raise ValueError("a whole number is wanted")
+    return int(float(value))
+
+
+def parse_choice(value: object) -> object:
+    """A whole number, where it is one of a few: pydantic takes True for 1.
+
+    Raises:
+        ValueError: It is a truth value or a fraction.
+    """
+    return parse_whole(value) if isinstance(value, bool | float) else value
+
+
+def parse_flag(value: object) -> bool:
+    """True or false, and the words that YAML 1.1 had for them.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    known = _FLAGS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(known, bool):
+        raise ValueError("true or false is wanted")
+    return known
+
+
+_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # what training and attacks compute in
+_A_NUMBER = "a finite number that fp32 can hold"
+_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+MOST = 2**31 - 1  # to seeds, numbers of processes and units are added yet
+
+Number = Annotated[float, BeforeValidator(parse_number)]
+Whole = Annotated[int, BeforeValidator(parse_whole), Le(MOST)]
+Flag = Annotated[bool, BeforeValidator(parse_flag)]
+
+
+def not_finite(value: Any) -> bool:
+    """Whether there is a NaN or an infinity among plain values."""
+    if isinstance(value, dict):
+        return any(map(not_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(not_finite, value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
@@ -45,6 +112,9 @@ def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     raise ValueError("; ".join(f"{key}: {message}".removeprefix(": ") for key, message in faults))
 
 
+_MOST_FAULTS = 100  # each element of a list may have one
+
+
 def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
     """pydantic's faults as (dotted key, what was found and what is allowed), one a key.
 
@@ -52,7 +122,7 @@ def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
         spec: The settings that were to be built.
     """
     by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
-    for fault in error.errors():
+    for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
         if fault["type"] == "default_factory_not_called":  # of another key's fault
             continue
         keys, message = _explain(fault, spec)
@@ -71,7 +141,7 @@ def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
             continue  # a union's member
         if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
             message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"
-            return [*keys, str(part)], message
+            return [*keys, cut(str(part))], message
         if part in fields or isinstance(part, int):  # else it tells a union's members apart
             keys.append(str(part))
         spec = _nested(fields[part].annotation) if part in fields else None
@@ -80,7 +150,7 @@ def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
     message = fault["msg"].removeprefix("Value error, ")
     if not keys:  # a complaint about keys together names them itself
         return keys, message
-    return keys, f"{fault['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+    return keys, f"{shown(fault['input'])} is not allowed: {message[0].lower()}{message[1:]}"
 
 
 def _nested(annotation: Any) -> Any:
@@ -91,9 +161,9 @@ def _nested(annotation: Any) -> Any:
     return None
 
 
-def close_to(name: object, known: Iterable[str], number: int = 1) -> str:
+def close_to(name: object, known: Iterable[str], most: int = 1) -> str:
     """`` (did you mean ...?)`` with the names that are close, or nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=number)
+    close = difflib.get_close_matches(cut(str(name)), list(known), n=most)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

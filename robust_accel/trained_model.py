@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from robust_accel.data import EvaluationImages, ImageSet, load_test
 from robust_accel.data.classes import compared_by_number, match_classes, renumbered
@@ -19,7 +18,8 @@ from robust_accel.models import (
     model_folder,
     timm_name,
 )
-from robust_accel.recipe import Recipe, recipe_from_settings
+from robust_accel.plain_yaml import read_recipe
+from robust_accel.recipe import Recipe, recipe_of_use
 from robust_accel.run_folder import RunFolder
 
 _OPEN = ("checkpoint", "mean", "std", "size")  # of a run's model
@@ -30,16 +30,20 @@ def recipe_of(
     overrides: Sequence[str],
     *,
     required: Iterable[str],
+    optional: Iterable[str] = (),
     defaults: dict[str, Any] | None = None,
+    trust: bool = False,
 ) -> Recipe:
-    """The recipe that a run was trained by, or a bare one for any other model.
+    """What a command needs of the recipe that a run was trained by; a bare one for other models.
 
     Args:
         model: A run folder, a timm model's name, or a timm folder (also as ``local-dir:FOLDER``).
         overrides: ``section.key=value``; ``model.checkpoint=FILE`` loads other weights. Of a run's
             model only ``checkpoint``, ``mean``, ``std`` and ``size`` may be changed.
         required: Sections that must be there.
+        optional: More sections that the command reads.
         defaults: Settings of a model that is no run.
+        trust: Import and run classes that the run's recipe names, which may be a stranger's.
 
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
@@ -48,7 +52,7 @@ def recipe_of(
     is_run = run.recipe.exists()
     if is_run:
         model_folder(model)
-        settings: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
+        settings = read_recipe(run.recipe)
         source = str(run.recipe)
         settings["output"] = model
     else:
@@ -56,7 +60,9 @@ def recipe_of(
         own_weights = not any(text.startswith("model.checkpoint=") for text in overrides)
         settings = {"model": {"name": name, "pretrained": own_weights}} | (defaults or {})
         source = model
-    recipe = recipe_from_settings(settings, overrides, source, required=required)
+    recipe = recipe_of_use(
+        settings, overrides, source, required=required, optional=optional, trust=trust
+    )
     fixed = [key for key in _overridden(recipe) if key not in _OPEN]
     if is_run and fixed:
         raise ValueError(

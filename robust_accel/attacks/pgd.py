@@ -10,7 +10,7 @@ from torch import Tensor
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
 from robust_accel.attacks.steps import default_step, unfit_step
-from robust_accel.settings import Norm, Number, Settings
+from robust_accel.settings import Flag, Norm, Number, Settings, Whole
 
 _GAUSSIAN_START = 0.001  # Zhang et al. 2019 (arXiv 1901.08573), Algorithm 1
 
@@ -43,9 +43,9 @@ class PGD(Settings):
 
     norm: Norm = "linf"
     eps: Annotated[Number, Gt(0)] = 8 / 255
-    num_steps: Annotated[int, Ge(1)] = 10
+    num_steps: Annotated[Whole, Ge(1)] = 10
     step_size: Annotated[Number, Gt(0)] | None = None
-    random_start: bool | Literal["gaussian"] = True
+    random_start: Flag | Literal["gaussian"] = True
 
     @field_validator("eps")
     @classmethod

@@ -6,11 +6,12 @@ in the same order, so that parameters stay bit-identical across ranks.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, PositiveInt
+from annotated_types import Ge
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from robust_accel.comm.base import All, Exchange, run_all
@@ -20,7 +21,7 @@ from robust_accel.comm.layout import Segment, split
 from robust_accel.comm.meter import Meter
 from robust_accel.comm.quantizer import Message, Quantizer
 from robust_accel.comm.workers import Workers
-from robust_accel.settings import Settings
+from robust_accel.settings import Flag, Settings, Whole, parse_choice
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
@@ -77,12 +78,12 @@ class QSGD(Settings):
         compile: fuse the arithmetic with torch.compile; "auto" does so for large gradients.
     """
 
-    bits: Literal[16, 8, 4, 2] = 8
-    sides: Literal[1, 2] = 2
+    bits: Annotated[Literal[16, 8, 4, 2], BeforeValidator(parse_choice)] = 8
+    sides: Annotated[Literal[1, 2], BeforeValidator(parse_choice)] = 2
     norm: BlockNorm = "max"
-    block_size: Literal["auto", "whole"] | PositiveInt | None = "auto"
-    seed: int = Field(default=0, ge=0)
-    compile: bool | Literal["auto"] = "auto"
+    block_size: Literal["auto", "whole"] | Annotated[Whole, Ge(1)] | None = "auto"
+    seed: Annotated[Whole, Ge(0)] = 0
+    compile: Flag | Literal["auto"] = "auto"
 
     def model_copy(self, **options: Any) -> "QSGD":
         """With other settings it makes another quantiser."""

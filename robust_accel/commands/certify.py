@@ -18,13 +18,13 @@ from robust_accel.trained_model import load_subject, recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = certify_model(options.model, options.settings)
+    folder = certify_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print("\n".join(certified_table(folder.read_report())))
     return 0
 
 
-def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
+def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> RunFolder:
     """Certify test images, and write the record, the field's log and the report.
 
     ``certify/certify.tsv`` has a row an image in the field's columns, of the last certification;
@@ -34,11 +34,12 @@ def certify_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
     Args:
         model: A run folder, a timm model's name or ``local-dir:FOLDER``.
         overrides: ``section.key=value``; ``certify.sigma`` is the objective's if it has one.
+        trust: Import and run classes that the run's recipe names.
 
     Raises:
         ValueError: Settings are out of range.
     """
-    recipe = recipe_of(model, overrides, required=("model", "data", "certify"))
+    recipe = recipe_of(model, overrides, required=("model", "data", "certify"), trust=trust)
     settings = recipe.certify
     if settings.doubt:
         say(settings.doubt)

@@ -19,7 +19,7 @@ from robust_accel.trained_model import load_classifier, load_subject, recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = evaluate_model(options.model, options.settings)
+    folder = evaluate_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print(comparison_table([folder.path]))
     return 0
@@ -34,7 +34,7 @@ def _has_training_images(recipe: Recipe) -> bool:
     return False
 
 
-def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
+def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> RunFolder:
     """Measure a model, and write the records and the report into a run folder.
 
     What the folder's ledger has of the same model, images and attack is not done again.
@@ -44,11 +44,12 @@ def evaluate_model(model: str, overrides: Sequence[str] = ()) -> RunFolder:
             and ``evaluate.eps=...`` given; then the folder is ``output``, or ``runs/evaluate-NAME``
             with the model's digest.
         overrides: ``section.key=value``.
+        trust: Import and run classes that the run's recipe names.
 
     Returns:
         The folder that holds the report.
     """
-    recipe = recipe_of(model, overrides, required=("data", "evaluate"))
+    recipe = recipe_of(model, overrides, required=("model", "data", "evaluate"), trust=trust)
     subject = load_subject(recipe, model, recipe.evaluate.ids, "evaluate")
     classifier, images = subject.classifier, subject.images
     other = train = None

@@ -49,7 +49,11 @@ def pseudo_label(
     if data is not None:
         overrides = [f"data.unlabeled.path={data}", *overrides]
     recipe = recipe_of(
-        model, overrides, required=("model", "data"), defaults={"data": {"path": data}}
+        model,
+        overrides,
+        required=("model", "data"),
+        optional=("evaluate",),
+        defaults={"data": {"path": data}},
     )
     rows, images = recipe.checked("data", lambda: load_to_label(recipe.data))
     classifier = load_classifier(recipe, model, images, 2)

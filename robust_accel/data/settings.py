@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import model_validator
 
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Flag, Number, Settings, Whole
 
 
 class UnlabeledSettings(Settings):
@@ -34,7 +34,7 @@ class UnlabeledSettings(Settings):
     image_column: str | None = None
     label_column: str | None = None
     min_confidence: Annotated[Number, Ge(0), Le(1)] = 0.0
-    size: Annotated[int, Ge(1)] | None = None
+    size: Annotated[Whole, Ge(1)] | None = None
     fraction: Annotated[Number, Gt(0), Lt(1)] | None = 0.5
 
 
@@ -70,15 +70,15 @@ class DataSettings(Settings):
     test_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
-    validation_size: Annotated[int, Ge(0)] | Annotated[float, Ge(0)] = 0
-    train_size: Annotated[int, Ge(1)] | None = None
-    test_size: Annotated[int, Ge(1)] | None = None
-    in_memory: bool = True
+    validation_size: Annotated[Whole, Ge(0)] | Annotated[Number, Ge(0)] = 0
+    train_size: Annotated[Whole, Ge(1)] | None = None
+    test_size: Annotated[Whole, Ge(1)] | None = None
+    in_memory: Flag = True
     augment: Literal["none", "crop_flip", "timm"] = "none"
-    image_size: Annotated[int, Ge(1)] | None = None
-    num_workers: Annotated[int, Ge(0)] = 4
+    image_size: Annotated[Whole, Ge(1), Le(16384)] | None = None
+    num_workers: Annotated[Whole, Ge(0), Le(1024)] = 4
     damaged: Literal["refuse", "skip"] = "refuse"
-    classes: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(2)] | None = None
+    classes: Annotated[tuple[Annotated[Whole, Ge(0)], ...], Len(2)] | None = None
     unlabeled: UnlabeledSettings | None = None
     sharding: Literal["global", "fixed"] = "global"
 
@@ -100,7 +100,7 @@ class DataSettings(Settings):
                 "image_size is for images from files (in_memory: false), which need it; got "
                 f"{self.image_size}"
             )
-        if self.validation_size > 1 and self.validation_size % 1:
+        if self.validation_size > 1 and not isinstance(self.validation_size, int):
             raise ValueError(
                 f"validation_size: {self.validation_size} is neither a number of images nor a "
                 "share < 1"

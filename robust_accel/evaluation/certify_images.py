@@ -23,7 +23,7 @@ from robust_accel.evaluation.certify import (
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.files import write_text
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, Settings, Whole
 from robust_accel.statistics import wilson_interval
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's log
@@ -53,15 +53,15 @@ class CertifySettings(Settings):
     radii: Annotated[tuple[Annotated[Number, Gt(0)], ...], Len(1)] = (
         0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
     )  # fmt: skip
-    n0: Annotated[int, Ge(1)] = 100
-    n: Annotated[int, Ge(1)] = 100_000
+    n0: Annotated[Whole, Ge(1)] = 100
+    n: Annotated[Whole, Ge(1)] = 100_000
     alpha: Annotated[Number, Gt(0), Lt(1)] = 0.001
-    images: Annotated[int, Ge(1)] | None = None
-    skip: Annotated[int, Ge(1)] = 1
-    ids: str | tuple[Annotated[int, Ge(0)], ...] | None = None
-    batch_size: Annotated[int, Ge(1)] = 1000
+    images: Annotated[Whole, Ge(1)] | None = None
+    skip: Annotated[Whole, Ge(1)] = 1
+    ids: str | tuple[Annotated[Whole, Ge(0)], ...] | None = None
+    batch_size: Annotated[Whole, Ge(1)] = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[Whole, Ge(0)] = 0
 
     @model_validator(mode="after")
     def _enough(self) -> "CertifySettings":

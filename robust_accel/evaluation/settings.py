@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt
 
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
-from robust_accel.settings import Norm, Number, Settings
+from robust_accel.settings import Flag, Norm, Number, Settings, Whole
 
 
 class PGDSettings(Settings):
@@ -20,9 +20,9 @@ class PGDSettings(Settings):
         restarts: Random starts; an image counts as robust if it survives all.
     """
 
-    num_steps: Annotated[int, Ge(1)] = 20
+    num_steps: Annotated[Whole, Ge(1)] = 20
     step_size: Annotated[Number, Gt(0)] | None = None
-    restarts: Annotated[int, Ge(1)] = 1
+    restarts: Annotated[Whole, Ge(1)] = 1
 
 
 class SweepSettings(Settings):
@@ -38,7 +38,7 @@ class SweepSettings(Settings):
     """
 
     eps: tuple[Annotated[Number, Gt(0)], ...] = ()
-    num_steps: tuple[Annotated[int, Ge(1)], ...] = ()
+    num_steps: tuple[Annotated[Whole, Ge(1)], ...] = ()
 
 
 class SanitySettings(Settings):
@@ -49,7 +49,7 @@ class SanitySettings(Settings):
         transfer_from: A run or timm model whose adversarial images are tried on this one.
     """
 
-    images: Annotated[int, Ge(1)] = 200
+    images: Annotated[Whole, Ge(1)] = 200
     transfer_from: str | None = None
 
 
@@ -83,14 +83,14 @@ class EvaluateSettings(Settings):
     sweep: SweepSettings | None = None
     autoattack: Literal["standard", "quick", "rand"] | None = None
     search: Literal["fp32", "bf16"] = "fp32"
-    sanity: bool | SanitySettings = False
-    images: Annotated[int, Ge(1)] | None = None
-    autoattack_images: Annotated[int, Ge(1)] | None = None
-    train_images: Annotated[int, Ge(1)] | None = None
-    ids: str | tuple[Annotated[int, Ge(0)], ...] | None = None
-    draws: Annotated[int, Ge(1)] | None = None
-    batch_size: Annotated[int, Ge(1)] = 250
-    seed: Annotated[int, Ge(0)] = 0
+    sanity: Flag | SanitySettings = False
+    images: Annotated[Whole, Ge(1)] | None = None
+    autoattack_images: Annotated[Whole, Ge(1)] | None = None
+    train_images: Annotated[Whole, Ge(1)] | None = None
+    ids: str | tuple[Annotated[Whole, Ge(0)], ...] | None = None
+    draws: Annotated[Whole, Ge(1)] | None = None
+    batch_size: Annotated[Whole, Ge(1)] = 250
+    seed: Annotated[Whole, Ge(0)] = 0
 
     def with_threat_model_of(self, attack: Any) -> "EvaluateSettings":
         """Fill norm and eps from the training attack where they were left out.

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import huggingface_hub
 import timm
 import torch
-from annotated_types import Ge
-from pydantic import Field
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from robust_accel.data import ImageSet
@@ -26,12 +26,18 @@ from robust_accel.models.timm_folder import (
     surroundings,
 )
 from robust_accel.run_folder import RunFolder
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Flag, Number, Settings, Whole, not_finite
 
 logger = logging.getLogger(__name__)
 
 _HUB = ("hf-hub:", "hf_hub:")
 _LOCAL = "local-dir:"
+
+
+def _finite(options: dict[str, Any]) -> dict[str, Any]:
+    if not_finite(options):
+        raise ValueError("finite numbers are wanted")
+    return options
 
 
 class ModelSettings(Settings):
@@ -54,16 +60,16 @@ class ModelSettings(Settings):
     """
 
     name: str
-    num_classes: Annotated[int, Ge(2)] | None = None
-    in_chans: Annotated[int, Ge(1)] | None = None
-    pretrained: bool = False
+    num_classes: Annotated[Whole, Ge(2)] | None = None
+    in_chans: Annotated[Whole, Ge(1)] | None = None
+    pretrained: Flag = False
     checkpoint: str | None = None
-    new_head: bool = False
-    freeze_backbone: bool = False
+    new_head: Flag = False
+    freeze_backbone: Flag = False
     mean: Number | tuple[Number, ...] | None = None
     std: Number | tuple[Number, ...] | None = None
-    size: Annotated[int, Ge(1)] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    size: Annotated[Whole, Ge(1), Le(16384)] | None = None
+    options: Annotated[dict[str, Any], AfterValidator(_finite)] = Field(default_factory=dict)
 
 
 def create_classifier(

@@ -13,9 +13,9 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 
 from robust_accel.models.classifier import PixelClassifier
+from robust_accel.plain_yaml import read_plain
 from robust_accel.run_folder import RunFolder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -87,7 +87,7 @@ def beside(file: Path) -> Surroundings:
             continue
         if (run.model / "config.json").exists():
             return surroundings(run.model)
-        model: dict[str, Any] = yaml.safe_load(run.recipe.read_text()).get("model") or {}
+        model: dict[str, Any] = read_plain(run.recipe).get("model") or {}
         known = {key: model[key] for key in ("mean", "std") if model.get(key) is not None}
         size = None if model.get("size") is None else (model["size"], model["size"])
         return Surroundings(known, size, None, str(run.recipe))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from robust_accel.objectives.base import Classifier, cross_entropy_of
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, Settings, Whole
 
 
 class Smoothing(Settings):
@@ -38,11 +38,11 @@ class Smoothing(Settings):
     """
 
     sigma: Annotated[Number, Gt(0)]
-    num_noise: Annotated[int, Ge(1)] = 1
+    num_noise: Annotated[Whole, Ge(1)] = 1
     consistency: Annotated[Number, Ge(0)] = 0.0
     entropy: Annotated[Number, Ge(0)] = 0.5
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
-    copies_at_a_time: Annotated[int, Ge(1)] | None = None
+    copies_at_a_time: Annotated[Whole, Ge(1)] | None = None
 
     def for_batch(self, x: Tensor) -> "NoisyBatch":
         """The objective of one batch: its noise is drawn here, once."""

@@ -15,7 +15,7 @@ from robust_accel.objectives.base import (
     labeled_cross_entropy,
     logits_of_both,
 )
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Flag, Number, Settings
 
 
 class Trades(Settings):
@@ -50,7 +50,7 @@ class Trades(Settings):
     beta: Annotated[Number, Ge(0)] = 6.0
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
     batchnorm: Literal["apart", "together"] = "apart"
-    online_targets: bool = False
+    online_targets: Flag = False
     attack_loss: Literal["kl", "cross_entropy"] = "kl"
 
     def inner_loss(

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, Settings, Whole
 
 
 class AWP(Settings):
@@ -26,7 +26,7 @@ class AWP(Settings):
     """
 
     gamma: Annotated[Number, Gt(0)] = 0.005
-    warmup_epochs: Annotated[int, Ge(0)] = 0
+    warmup_epochs: Annotated[Whole, Ge(0)] = 0
 
     def __call__(self, classifier: nn.Module, loss_fn: Callable[[], Tensor]) -> "Perturbed":
         """The classifier at the moved weights.

@@ -4,10 +4,12 @@ import inspect
 from typing import Annotated, Any
 
 import timm.optim
-from pydantic import ConfigDict, Field
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict
 from torch import nn
 from torch.optim import Optimizer
 
+from robust_accel.messages import cut, shown
 from robust_accel.optim.lamb import LAMB, Piece
 from robust_accel.optim.schedules import (
     SCHEDULES,
@@ -19,7 +21,7 @@ from robust_accel.optim.schedules import (
     Schedule,
     make_scheduler,
 )
-from robust_accel.settings import Number, Settings, close_to, parse_fraction
+from robust_accel.settings import Number, Settings, close_to, parse_flag, parse_number
 
 __all__ = [
     "LAMB",
@@ -60,9 +62,9 @@ class OptimizerSettings(Settings):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = "lamb"
-    lr: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-    weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
-    layer_decay: Annotated[Number, Field(gt=0, le=1)] | None = None
+    lr: Annotated[Number, Gt(0)]
+    weight_decay: Annotated[Number, Ge(0)] = 0.0
+    layer_decay: Annotated[Number, Gt(0), Le(1)] | None = None
 
 
 def create_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
@@ -82,8 +84,6 @@ def create_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     try:
         filtered = options.pop("filter_bias_and_bn", False)
-        if not isinstance(filtered, bool):
-            raise ValueError(f"filter_bias_and_bn must be true or false, got {filtered!r}")
         if settings.layer_decay is not None:
             params, filtered = _by_layer(model, settings, filtered), False
         if settings.name == "lamb":
@@ -92,7 +92,7 @@ def create_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer
         return timm.optim.create_optimizer_v2(
             model if filtered else params, opt=settings.name, **common, **options
         )
-    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # each has its own for an option that it cannot use
         raise ValueError(f"optimizer {settings.name!r} refuses its options: {error}") from error
 
 
@@ -119,7 +119,7 @@ def with_defaults(settings: OptimizerSettings) -> OptimizerSettings:
             option, or an impossible value.
     """
     optimizer = create_optimizer(nn.Linear(2, 2), settings)
-    known = _known_options(settings.name) - _HOW_NOT_WHAT - settings.model_fields_set
+    known = set(_known_options(settings.name)) - _HOW_NOT_WHAT - settings.model_fields_set
     defaults = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in optimizer.defaults.items()
@@ -129,26 +129,30 @@ def with_defaults(settings: OptimizerSettings) -> OptimizerSettings:
 
 
 def _options(settings: OptimizerSettings) -> dict[str, Any]:
-    """The further options, numbers in text read as numbers, each known to the optimizer's class."""
+    """The further options, each known to the optimizer's class and of the kind of its default."""
     known = _known_options(settings.name)
     options = dict(settings.model_extra or {})
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise ValueError(
-                f"optimizer.{key} is not an option of {settings.name}"
+                f"optimizer.{cut(key)} is not an option of {settings.name}"
                 f"{close_to(key, known, 3)}; allowed: {', '.join(sorted(known))}"
             )
-    return {key: _number(value) for key, value in options.items()}
+        try:
+            options[key] = _of_kind(value, known[key])
+        except ValueError as error:
+            raise ValueError(f"optimizer.{key}: {shown(value)} is not allowed: {error}") from None
+    return options
 
 
-def _known_options(name: str) -> set[str]:
-    common = {"self", "params", "lr", "weight_decay"}
+def _known_options(name: str) -> dict[str, Any]:
+    """Names of options, and their defaults."""
     if name == "lamb":
-        return set(inspect.signature(LAMB.__init__).parameters) - common
+        return _keywords(LAMB)
     names = [str(known) for known in timm.optim.list_optimizers()]
     if name not in names:
         raise ValueError(
-            f"optimizer.name: unknown optimizer {name!r}{close_to(name, names, 3)};"
+            f"optimizer.name: unknown optimizer {shown(name)}{close_to(name, names, 3)};"
             f" allowed: {', '.join(names)}"
         )
     if timm.optim.get_optimizer_info(name).second_order:
@@ -157,18 +161,34 @@ def _known_options(name: str) -> set[str]:
         cls = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as error:  # apex and bitsandbytes, without their package
         raise ValueError(f"optimizer.name: {name} is not available here: {error}") from error
-    parameters = inspect.signature(cls).parameters.values()
-    keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return (keywords | {"filter_bias_and_bn"}) - common
+    return _keywords(cls) | {"filter_bias_and_bn": False}
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-8 as text: read text as a number where it is one, within lists too."""
+def _keywords(cls: Any) -> dict[str, Any]:
+    return {
+        p.name: p.default
+        for p in inspect.signature(cls).parameters.values()
+        if p.kind is not p.VAR_KEYWORD and p.name not in ("params", "lr", "weight_decay")
+    }
+
+
+def _of_kind(value: Any, default: Any) -> Any:
+    """An option as its default is: a flag or a number; YAML reads 9/10 as text, within lists too.
+
+    Raises:
+        ValueError: It is no such, or a number that fp32 cannot hold.
+    """
     if isinstance(value, list | tuple):
-        return [_number(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(parse_fraction(value))  # type: ignore[arg-type]
-    except ValueError:
-        return value
+        parts = default if isinstance(default, tuple) else [None]
+        return [_of_kind(item, parts[min(i, len(parts) - 1)]) for i, item in enumerate(value)]
+    if isinstance(default, bool):
+        return parse_flag(value)
+    if isinstance(default, int | float):
+        found = parse_number(value)
+        return value if isinstance(value, int) else found
+    if isinstance(value, str):
+        try:
+            return parse_number(value)
+        except ValueError:
+            return value
+    return parse_number(value) if isinstance(value, float) else value

@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, Settings, Whole
 
 
 class Schedule(Settings):
@@ -24,7 +24,7 @@ class Schedule(Settings):
         warmup_epochs: Whole epochs, >= 0.
     """
 
-    warmup_epochs: Annotated[int, Ge(0)] = 0
+    warmup_epochs: Annotated[Whole, Ge(0)] = 0
 
     def factor(self, epoch: float, total_epochs: float) -> float:
         """What the base learning rate is multiplied by, >= 0.
@@ -58,8 +58,8 @@ class Constant(Schedule):
 
 
 def _increasing(milestones: tuple[float, ...]) -> tuple[float, ...]:
-    if any(not 0 < milestone < math.inf for milestone in milestones):
-        raise ValueError(f"milestones must be > 0 and finite, got {list(milestones)}")
+    if any(milestone <= 0 for milestone in milestones):
+        raise ValueError(f"milestones must be > 0, got {list(milestones)}")
     if any(a >= b for a, b in pairwise(milestones)):
         raise ValueError(f"milestones must increase, got {list(milestones)}")
     return milestones

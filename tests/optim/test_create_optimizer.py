@@ -1,5 +1,7 @@
 """Optimizers by name: what reaches them, and what is refused before a run starts."""
 
+import math
+
 import pytest
 import timm.optim
 import torch
@@ -87,10 +89,17 @@ def test_every_optimizer_of_timm_is_checked_and_built(name):
         ({"params": []}, "optimizer.params is not an option of lamb"),
         ({"weight_norm_clamp": [1, 0]}, "'lamb' refuses its options: weight_norm_clamp must be"),
         ({"weight_norm_clamp": 10}, "'lamb' refuses its options"),
-        ({"eps": "tiny"}, "'lamb' refuses its options"),
+        ({"eps": "tiny"}, "optimizer.eps: 'tiny' is not allowed: a finite number"),
         ({"name": "adamw", "betas": [0.9, 1.5]}, "'adamw' refuses its options: .*1.5"),
         ({"name": "sgd", "momentum": -1}, "'sgd' refuses its options: .*momentum.*-1"),
-        ({"name": "sgd", "filter_bias_and_bn": "no"}, "filter_bias_and_bn must be true or false"),
+        (
+            {"name": "sgd", "filter_bias_and_bn": 1},
+            "filter_bias_and_bn: 1 is not .*: true or false",
+        ),
+        ({"name": "sgd", "momentum": True}, "optimizer.momentum: True is not allowed: a finite"),
+        ({"name": "sgd", "momentum": math.nan}, "optimizer.momentum: nan is not allowed: a finite"),
+        ({"name": "adamw", "betas": [0.9, math.inf]}, r"optimizer.betas: \[0.9, inf\] is not allo"),
+        ({"name": "adamw", "betas": []}, "'adamw' refuses its options"),
     ],
 )
 def test_what_cannot_work_is_refused_without_a_model(settings, message):

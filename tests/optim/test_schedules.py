@@ -133,7 +133,7 @@ def test_a_restored_scheduler_continues(schedule):
         ("piecewise", {"milestones": (5, 5)}, "milestones must increase"),
         ("piecewise", {"milestones": (7, 5)}, "milestones must increase"),
         ("piecewise", {"milestones": (0, 5)}, "milestones must be > 0"),
-        ("piecewise", {"milestones": (math.nan,)}, "milestones must be > 0"),
+        ("piecewise", {"milestones": (math.nan,)}, "a finite number"),
         ("piecewise", {}, "milestones"),
         ("piecewise", {"milestones": (5,), "gamma": 0}, "gamma"),
         ("cyclic", {"peak": 1.0}, "peak"),

@@ -1,0 +1,240 @@
+"""Builds a recipe's sections from values, and collects every fault."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel, ValidationError
+
+from robust_accel.components import NotImported, find_component, is_custom
+from robust_accel.messages import cut, shown
+from robust_accel.optim import OptimizerSettings, with_defaults
+from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
+from robust_accel.recipe_file import RecipeValues, origin_of
+from robust_accel.settings import Settings, close_to, faults_of, listed
+
+SectionSpec: TypeAlias = type[Settings] | Mapping[str, type]
+"""A section's settings, or the family whose member its ``name`` chooses."""
+
+
+class Builder:
+    """Builds sections one by one.
+
+    Args:
+        recipe: The values.
+        sections: Those that are built; others are left as plain values.
+        every: All that a recipe may have.
+        defaults: Of those that may be left out.
+        trust: Import and call the classes that sections name, see ``components.py``.
+    """
+
+    def __init__(
+        self,
+        recipe: RecipeValues,
+        sections: Mapping[str, SectionSpec],
+        every: Mapping[str, SectionSpec],
+        defaults: Mapping[str, Any],
+        *,
+        trust: bool,
+    ) -> None:
+        self.values, self.origins = recipe.values, recipe.origins
+        self.sections, self.every, self.defaults = sections, every, defaults
+        self.trust = trust
+        self.faults: list[str] = []
+
+    def build(
+        self, *, default_output: str, required: tuple[str, ...]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Check every section.
+
+        Returns:
+            The components, None for those that are not built, and all settings as plain values,
+            with every default.
+
+        Raises:
+            RecipeError: All faults at once.
+        """
+        output = self.values.pop("output", None) or default_output
+        output = output.text if isinstance(output, Written) else output
+        if not isinstance(output, str):
+            self.fault("output", f"must be a folder, got {shown(plain(output))}")
+        self._refuse_unread()
+        # a section that is there but empty (null) is as good as left out
+        given = copy.deepcopy(dict(self.defaults))
+        given |= {key: values for key, values in self.values.items() if values is not None}
+        built: dict[str, Any] = dict.fromkeys(self.every)
+        resolved: dict[str, Any] = {}
+        for key in self.every:
+            values = given.get(key)
+            if values is None:
+                if key in required:
+                    self.fault(key, "missing: this section is required")
+            elif not isinstance(values, dict):
+                self.fault(key, f"must be a mapping of settings, got {shown(plain(values))}")
+            elif key in self.sections:
+                built[key], resolved[key] = self._section(key, self.sections[key], values)
+            else:
+                resolved[key] = plain(values)
+        if not self.faults:
+            self._check_training(built, required)
+            self._fill_sigma(built, required)
+            self._fill_threat_model(built, resolved, required)
+        if self.faults:
+            raise RecipeError(*self.faults)
+        return built, resolved | {"output": output}
+
+    def _refuse_unread(self) -> None:
+        """Sections that do not exist, and settings of the command line that nothing would read."""
+        for key in self.values:
+            if key not in self.every:
+                allowed = f"{close_to(key, self.every)}; allowed: {listed(self.every)}"
+                self.fault(key, f"unknown section{allowed}")
+        unread = [
+            dotted
+            for dotted, origin in self.origins.items()
+            if origin == "command line" and not self._is_read(*dotted.split(".")[:2])
+        ]
+        for dotted in unread:
+            if not any(other.startswith(f"{dotted}.") for other in unread):
+                allowed = listed(key for key in self.every if key in self.sections)
+                self.fault(dotted, f"this command does not read it; it reads {allowed}")
+
+    def _is_read(self, section: str, key: str | None = None) -> bool:
+        spec = self.sections.get(section)
+        if spec is None:
+            return section not in self.every  # a fault of its own
+        if key is None or isinstance(spec, Mapping) or spec.model_config.get("extra") != "ignore":
+            return True
+        return key in spec.model_fields
+
+    def _section(self, key: str, spec: Any, tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Build one section: (its component, its settings with every default)."""
+        named: dict[str, Any] = {}
+        if isinstance(spec, Mapping):
+            named = {"name": plain(tree.get("name"))}
+            tree = {k: value for k, value in tree.items() if k != "name"}
+            if is_custom(named["name"], spec) and not self.trust:
+                return NotImported.of(named["name"], plain(tree)), named | plain(tree)
+            try:
+                spec = find_component(key, spec, named["name"])
+            except ValueError as error:
+                self.fault(f"{key}.name", str(error))
+                return None, {}
+        try:
+            component = _built(spec, tree)
+            values = _settings_of(component, plain(tree))
+        except ValidationError as error:
+            for dotted, message in faults_of(error, spec):
+                self.fault(f"{key}.{dotted}".rstrip("."), message)
+        except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
+            self.fault_of(key, error)
+        except (Exception, SystemExit) as error:  # a user's own
+            self.fault(key, f"{type(error).__name__}: {error}")
+        else:
+            return component, named | values
+        return None, {}
+
+    def _check_training(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
+        """Faults of the training that no section can see alone."""
+        if "schedule" not in self.sections:
+            return
+        train, data = built["train"], built["data"]
+        if train is not None:
+            selects = train.select == "best" or train.early_stopping is not None
+            if selects and data is not None and data.validation_size == 0:
+                self.fault(
+                    "data.validation_size",
+                    "0, but train.select: best and train.early_stopping choose on a held-out "
+                    "split of train: hold out some images",
+                )
+            if train.batch_size % train.gradient_accumulation:
+                self.fault(
+                    "train.gradient_accumulation",
+                    f"{train.gradient_accumulation} does not divide train.batch_size "
+                    f"{train.batch_size}",
+                )
+            try:
+                built["schedule"].check(train.epochs)
+            except ValueError as error:
+                self.fault_of("schedule", error)
+        fault = getattr(built["attack"], "fault", None)
+        if fault is not None and "attack" in required:
+            self.fault_of("attack", ValueError(f"attack.{fault}"))
+
+    def _fill_sigma(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
+        """The noise to certify with is the objective's, where it is not given."""
+        certify, objective = built["certify"], built["objective"]
+        if certify is None or certify.sigma is not None:
+            return
+        sigma = getattr(objective, "sigma", None)
+        built["certify"] = certify.model_copy(update={"sigma": sigma})
+        if sigma is None and "certify" in required:
+            why = "the objective has no sigma to certify with"
+            if isinstance(objective, NotImported):
+                why = f"{objective.why('objective')}: give it"
+            self.fault("certify.sigma", f"missing: {why}")
+
+    def _fill_threat_model(
+        self, built: dict[str, Any], resolved: dict[str, Any], required: tuple[str, ...]
+    ) -> None:
+        """The norm and eps to evaluate with are the attack's, where they are not given."""
+        evaluate, attack = built["evaluate"], built["attack"]
+        if evaluate is None:
+            return
+        unknown = [key for key in ("norm", "eps") if getattr(evaluate, key) is None]
+        if isinstance(attack, NotImported) and attack.norm is None:
+            if unknown and "evaluate" in required:
+                names = " and ".join(f"evaluate.{key}" for key in unknown)
+                why = attack.why("attack")
+                self.fault(f"evaluate.{unknown[0]}", f"missing: {why}: give {names}")
+                return
+            attack = None
+        try:
+            built["evaluate"] = filled = evaluate.with_threat_model_of(attack)
+        except ValueError as error:
+            if "evaluate" in required:
+                self.fault_of("evaluate", ValueError(f"evaluate.{error}"))
+            return
+        if filled.eps is None and "evaluate" in required:
+            self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
+        name = resolved.get("attack", {}).get("name")
+        if is_custom(name, {}):  # so that the run can be measured without its code
+            resolved["evaluate"] |= {"norm": filled.norm, "eps": filled.eps}
+
+    def fault(self, dotted: str, message: str) -> None:
+        self.faults.append(f"{origin_of(self.origins, dotted)}: {cut(dotted)}: {message}")
+
+    def fault_of(self, section: str, error: Exception) -> None:
+        """A component's own complaint, which may begin with ``section.key``."""
+        named_key = re.match(rf"{section}\.([\w.]+):? (.*)", str(error), re.DOTALL)
+        dotted, message = named_key.groups() if named_key else ("", str(error))
+        self.fault(f"{section}.{dotted}".rstrip("."), message)
+
+
+def _built(spec: Any, tree: dict[str, Any]) -> Any:
+    """The component; what is no text is taken as it was written where a text is wanted."""
+    try:
+        component = spec(**plain(tree))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        places = [fault["loc"] for fault in found if fault["type"] == "string_type"]
+        if not places:
+            raise
+        component = spec(**with_texts(tree, places))
+    return with_defaults(component) if isinstance(component, OptimizerSettings) else component
+
+
+def _settings_of(component: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values that build the same component.
+
+    Raises:
+        ValueError: One of them cannot stand in a recipe.
+    """
+    if isinstance(component, BaseModel):
+        values = component.model_dump(mode="json")
+    elif dataclasses.is_dataclass(component) and not isinstance(component, type):
+        values = dataclasses.asdict(component)
+    refuse_other(values)
+    return values

@@ -1,0 +1,49 @@
+"""A small recipe, and what is said of one that is broken."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from robust_accel.plain_yaml import RecipeError
+from robust_accel.recipe import load_recipe
+
+SMALL = """
+model: {name: wide_resnet10_1}
+data: {path: "sklearn:digits"}
+attack: {name: pgd, eps: 0.2}
+optimizer: {lr: 0.03}
+train: {epochs: 2, batch_size: 64}
+"""
+
+
+@contextmanager
+def at_once(seconds: float = 1) -> Iterator[None]:
+    """Ends what hangs, and holds what is computed to so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)  # of a machine that does other things
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.process_time() - start < seconds
+
+
+def faults(source: str | Path, *overrides: str) -> list[str]:
+    """The lines of a recipe's error, of which each is one."""
+    with at_once(), pytest.raises(RecipeError) as refused:
+        load_recipe(source, overrides)
+    lines = str(refused.value).split("\n")
+    for line in lines:
+        assert line.isprintable()
+        assert 10 < len(line) <= 4000
+    return lines

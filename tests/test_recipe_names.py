@@ -1,0 +1,202 @@
+"""Names in a recipe that is trained: a class of the family, found without calling anything."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from bad_recipes import SMALL, faults
+
+from robust_accel.components import find_component
+from robust_accel.recipe import SECTIONS, load_recipe
+
+FAMILIES = {"attack", "objective", "schedule", "communication"}
+RECIPE = SMALL + "evaluate: {norm: linf, eps: 0.2}\n"
+OWN = """
+import dataclasses, enum, torch
+
+class Attack:
+    def __init__(self, eps=0.1):
+        self.eps = eps
+    def __call__(self, loss_fn, x, *, generator=None):
+        return x
+
+class Module(torch.nn.Module):
+    def forward(self, loss_fn, x, *, generator=None):
+        return x
+
+class Static:
+    @staticmethod
+    def __call__(loss_fn, x, *, generator=None):
+        return x
+
+class Child(Attack):
+    pass
+
+class Nothing:
+    pass
+
+class Positional:
+    def __call__(self, loss_fn, x):
+        return x
+
+class More:
+    def __call__(self, loss_fn, x, labels, *, generator=None):
+        return x
+
+class Attribute:
+    __call__ = None
+
+class Raises(Attack):
+    def __init__(self):
+        raise KeyError("line\\nbreak")
+
+class Exits(Attack):
+    def __init__(self):
+        raise SystemExit(3)
+
+@dataclasses.dataclass
+class NotPlain(Attack):
+    device: object = torch.device("cpu")
+
+class Objective:
+    def inner_loss(self, classifier, x, labels): ...
+    def loss(self, classifier, x, x_adv, labels): ...
+
+class HalfObjective:
+    def inner_loss(self, classifier, x, labels): ...
+
+class OfBatches:
+    def for_batch(self, x): ...
+
+class Schedule:
+    def factor(self, epoch, total_epochs): return 1.0
+    def check(self, epochs): ...
+
+class Collective:
+    def exchanges(self, flat, segments, step, workers, meter): ...
+
+def function(*args, **kwargs): ...
+instance = Attack()
+"""
+BODIES = {
+    "raises": ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
+    "exits": ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
+    "leaves": ("import os; os._exit(0)", "cannot be imported: it ends the process (status 0)"),
+    "aborts": ("import os; os.abort()", "cannot be imported: it ends the process (signal 6)"),
+    "crashes": (
+        "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "cannot be imported: it ends the process (signal 11)",
+    ),
+    "breaks": ("raise ValueError('a\\nb')", "cannot be imported: ValueError: a b"),
+    "syntax": ("class", "cannot be imported: SyntaxError: invalid syntax"),
+    "empty": ("", "cannot be imported: AttributeError: module"),
+    "generator": ("raise GeneratorExit", "cannot be imported: GeneratorExit"),
+    "recursive": ("def f(): f()\nf()", "cannot be imported: RecursionError"),
+    "late": ("def __getattr__(name): raise SystemExit", "cannot be imported: SystemExit"),
+}
+_number = itertools.count()
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's module, of another name in each test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"own_{os.getpid()}_{next(_number)}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return name
+
+
+def fault(folder: Path, section: str, name: str) -> str:
+    (found,) = faults(folder / "small.yaml", f"{section}={{name: '{name}'}}")
+    return found
+
+
+@pytest.mark.parametrize("section", sorted(FAMILIES))
+def test_our_own_classes_follow_the_protocol(section: str) -> None:
+    for cls in SECTIONS[section].values():
+        assert find_component(section, {}, f"{cls.__module__}:{cls.__name__}") is cls
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        ("attack", ["Attack", "Module", "Static", "Child"]),
+        ("objective", ["Objective", "OfBatches"]),
+        ("schedule", ["Schedule"]),
+        ("communication", ["Collective"]),
+    ],
+)
+def test_classes_that_follow_the_protocol(
+    own: str, tmp_path: Path, section: str, names: list[str]
+) -> None:
+    for name in names:
+        recipe = load_recipe(tmp_path / "small.yaml", [f"{section}={{name: '{own}:{name}'}}"])
+        assert type(getattr(recipe, section)).__name__ == name
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_modules_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    text, said = BODIES[body]
+    (tmp_path / f"broken_{body}.py").write_text(text)
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    for section in FAMILIES:
+        found = fault(tmp_path, section, f"broken_{body}:Attack")
+        assert found.startswith(f"command line: {section}.name: 'broken_{body}:Attack' {said}")
+    sys.modules.pop(f"broken_{body}", None)
+
+
+METHODS = {
+    "attack": "__call__(loss_fn, x, generator=)",
+    "objective": "inner_loss(classifier, x, labels)",
+    "schedule": "factor(epoch, total_epochs)",
+    "communication": "exchanges(flat, segments, step, workers, meter)",
+}
+
+
+@pytest.mark.parametrize("section", sorted(FAMILIES))
+def test_what_is_no_class_of_the_family(own: str, tmp_path: Path, section: str) -> None:
+    said = f"command line: {section}.name: "
+    for name in (f"{own}:function", f"{own}:instance", f"{own}:torch", "os:system", "os:environ",
+                 "builtins:eval", "builtins:exec", "shutil:rmtree"):  # fmt: skip
+        assert fault(tmp_path, section, name).startswith(f"{said}{name!r} is no class, but ")
+    for name in (f"{own}:Nothing", "subprocess:Popen", "threading:Thread", "pathlib:Path",
+                 "builtins:int", "enum:Enum"):  # fmt: skip
+        found = fault(tmp_path, section, name)
+        assert (
+            found == f"{said}{name!r} cannot be the {section}: it has no method {METHODS[section]}"
+        )
+    others = {"attack": "Objective", "objective": "Attack", "schedule": "Collective"}
+    other = others.get(section, "Schedule")
+    assert f"it has no method {METHODS[section]}" in fault(tmp_path, section, f"{own}:{other}")
+
+
+def test_methods_take_the_protocols_arguments(own: str, tmp_path: Path) -> None:
+    for name in ("Positional", "More", "Attribute"):
+        assert f"no method {METHODS['attack']}" in fault(tmp_path, "attack", f"{own}:{name}")
+    found = fault(tmp_path, "objective", f"{own}:HalfObjective")
+    assert found.endswith("it has no method loss(classifier, x, x_adv, labels)")
+
+
+def test_a_class_that_cannot_be_made_or_kept(own: str, tmp_path: Path) -> None:
+    said = "command line: attack: "
+    assert fault(tmp_path, "attack", f"{own}:Raises") == f"{said}KeyError: 'line\\nbreak'"
+    assert fault(tmp_path, "attack", f"{own}:Exits") == f"{said}SystemExit: 3"
+    found = fault(tmp_path, "attack", f"{own}:NotPlain")
+    assert found == f"{said}device(type='cpu') is no plain value"
+    assert fault(tmp_path, "attack", "robust_accel.attacks:Attack").startswith(said)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ":", "a:", ":a", "a:b:c", "..a:B", ".:a", "a b:C", "a\\b:c", "os.path:", "x" * 500,
+             f"{'x' * 500}:A", "https://x:y", "os;system:a", "1:30", "None:None"],
+)  # fmt: skip
+def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    for section in FAMILIES:
+        assert f"command line: {section}.name: '" in fault(tmp_path, section, name)
