@@ -1,12 +1,14 @@
 """Files that are written whole or not at all, and never through a link."""
 
+import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
 
@@ -30,6 +32,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _on_disk(path.parent)
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """Open a file to read, which others may have put there: nothing is waited for.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is no file, but a folder, pipe or device", str(path))
+    return os.fdopen(file, "rb")
 
 
 def write_text(path: str | Path, text: str) -> None:
