@@ -1,12 +1,13 @@
-"""Files that are written whole or not at all, and never through a link."""
+"""Files that are written whole or not at all, never through a link, and read with suspicion."""
 
 import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,10 +60,16 @@ def write_json(path: str | Path, content: Any) -> None:
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line, on a line of its own even after one that was cut off.
 
+    A file that has another name, too (a hard link: ``cp -al`` makes them), becomes one of its own:
+    what stands under the other name stays as it is.
+
     Raises:
         OSError: The file is a link, among others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and path.lstat().st_nlink > 1:
+        with written_whole(path) as own:
+            shutil.copyfile(path, own)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "ab+") as file:
         if file.seek(0, os.SEEK_END):
@@ -81,6 +88,47 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def check_contained(folder: Path) -> None:
+    """Raise ValueError if writing into a folder could reach what lies outside of it.
+
+    The folder itself may be a link, and links in it may lead to other places in it.
+    """
+    root = folder.resolve()
+    for place, folders, names in os.walk(root):  # follows no link
+        for name in (*folders, *names):
+            path = Path(place, name)
+            with suppress(FileNotFoundError):  # another process has just removed it
+                kind = path.lstat().st_mode
+                if stat.S_ISLNK(kind) and not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise ValueError(
+                        f"{path} is a link to {os.readlink(path)}, outside of {folder}: nothing is "
+                        "written into a folder with such links; remove it"
+                    )
+                if not (stat.S_ISLNK(kind) or stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+                    raise ValueError(f"{path} is a pipe or device, no file: remove it")
+
+
+def give_to_umask(folder: Path) -> None:
+    """Let the umask say who reads a folder's files: some libraries write for their owner alone."""
+    probe = folder / f"{INCOMPLETE}{secrets.token_hex(4)}"
+    mode = _created(probe)
+    probe.unlink()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            Path(place, name).chmod(mode)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in a folder, at any depth."""
+    for place, folders, names in os.walk(folder):
+        for name in names:
+            if name.startswith(INCOMPLETE):
+                Path(place, name).unlink(missing_ok=True)
+        for name in [name for name in folders if name.startswith(INCOMPLETE)]:
+            folders.remove(name)
+            shutil.rmtree(Path(place, name), ignore_errors=True)
 
 
 def _created(path: Path) -> int:

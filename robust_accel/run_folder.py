@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from robust_accel.files import read_lines, write_json, write_text
+from robust_accel.files import check_contained, read_lines, write_json, write_text
 
 
 class RunFolder:
@@ -70,6 +70,17 @@ class RunFolder:
     def steps(self) -> list[Path]:
         """Complete checkpoints, the newest last."""
         return sorted(self.checkpoints.glob("step-*"))
+
+    def check_contained(self) -> None:
+        """Refuse to write where a link would lead out of the folder: to be asked before any work.
+
+        Raises:
+            ValueError: ``output: ...``: there is such a link in it, or a pipe or device.
+        """
+        try:
+            check_contained(self.path)
+        except ValueError as error:
+            raise ValueError(f"output: {error}") from None
 
     def read_report(self) -> dict[str, Any]:
         return json.loads(self.report.read_text()) if self.report.exists() else {}

@@ -37,7 +37,7 @@ def folder_for(
     name have two folders.
 
     Raises:
-        ValueError: The folder holds another model.
+        ValueError: The folder holds another model, or a link that leads out of it.
     """
     from robust_accel.evaluation.identity import digest_of_function
     from robust_accel.run_folder import RunFolder
@@ -59,4 +59,5 @@ def folder_for(
         folder = RunFolder(Path("runs") / name)
     if folder.path.resolve() != run.path.resolve() and folder.recipe.exists():
         raise ValueError(f"output: {folder.path} holds a training run: choose another")
+    folder.check_contained()
     return folder

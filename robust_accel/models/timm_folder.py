@@ -6,6 +6,8 @@ What ``PixelClassifier`` does outside of the network, timm ignores: it stands in
 
 import copy
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ import timm
 import torch
 import yaml
 
+from robust_accel.files import INCOMPLETE, written_whole
 from robust_accel.models.classifier import PixelClassifier
 from robust_accel.run_folder import RunFolder
 
@@ -128,7 +131,8 @@ def save_model(classifier: PixelClassifier, folder: Path) -> None:
     Args:
         classifier: From ``create_classifier``; its mean and std go into ``pretrained_cfg``, its
             class names into ``label_names``, its size where only this package looks.
-        folder: Made when it is not there.
+        folder: Made when it is not there. What it holds already is replaced file by file, each in
+            one move: it can be read at any moment.
     """
     # without the prefix that torch.compile puts before each key; safetensors wants plain layout
     model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
@@ -148,7 +152,12 @@ def save_model(classifier: PixelClassifier, folder: Path) -> None:
             config["label_names"] = list(names)
     if classifier.size is not None:
         config[_OWN] = {"size": list(classifier.size), "resize": "bilinear, antialiased"}
-    timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=folder.parent) as written:
+        timm.models.save_for_hf(model, written, model_config=config, safe_serialization=True)
+        for name in sorted(os.listdir(written), reverse=True):  # the weights before config.json
+            with written_whole(folder / name) as whole:
+                os.replace(Path(written, name), whole)
 
 
 def beyond_timm(config: Mapping[str, Any]) -> list[str]:

@@ -49,7 +49,8 @@ def latex(table: Table) -> str:
 def check_export(option: str, path: Path, suffix: str) -> None:
     """Raise ValueError unless this is a file of the kind to be written, where one can be.
 
-    A file of that kind is replaced, as the user named it; anything else is no export of ours.
+    A file of that kind is replaced, as the user named it, and so is a link: it is not followed.
+    Anything else is no export of ours.
     """
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{option}: {path} is no file {suffix}: name one to write (or replace)")

@@ -26,8 +26,10 @@ def write_report(folder: RunFolder, *, everything: bool = False) -> str:
         The Markdown text.
 
     Raises:
-        ValueError: Nothing was measured, or before there was a ledger.
+        ValueError: Nothing was measured, or before there was a ledger; or the folder holds a link
+            that leads out of it.
     """
+    folder.check_contained()
     (run,) = read_runs([folder.path], everything=everything)
     text = _markdown(run)
     write_text(folder.path / "report.md", text)
