@@ -3,15 +3,22 @@
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
+_LARGEST = 2**28  # bytes of a text, or of a line
+# Control characters but tabs and line feeds, other line ends, directions, halves of characters.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @contextmanager
@@ -35,7 +42,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     _on_disk(path.parent)
 
 
-def opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> BufferedReader:
     """Open a file to read, which others may have put there: nothing is waited for.
 
     Raises:
@@ -79,15 +86,69 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file that others may have put there.
+
+    Raises:
+        ValueError: It cannot be read, is no file, or none of text, or of more than 256 MiB.
+    """
+    try:
+        with opened(path) as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"{path} has more than {_LARGEST} bytes: too many for such a file")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return _object(read_text(path), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; one that was cut off when its process was killed is left out."""
+    """The JSON objects of a file's lines; one that was cut off when its process was killed is left
+    out.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is no object.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LARGEST), b""), 1):
+                with suppress(json.JSONDecodeError, UnicodeDecodeError):
+                    lines.append(_object(line.decode("utf-8"), f"{path}, line {number}"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     return lines
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; too deep
+        raise ValueError(f"{where}: {str(error)[:100]}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: no JSON object, but {type(found).__name__}")
+    return found
+
+
+def printable(text: str) -> str:
+    """Text without what makes a terminal or an editor do or hide something."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def check_contained(folder: Path) -> None:
