@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from robust_accel.files import check_contained, read_lines, write_json, write_text
+from robust_accel.files import check_contained, read_json, read_lines, write_json, write_text
 
 
 class RunFolder:
@@ -83,7 +83,12 @@ class RunFolder:
             raise ValueError(f"output: {error}") from None
 
     def read_report(self) -> dict[str, Any]:
-        return json.loads(self.report.read_text()) if self.report.exists() else {}
+        """``report.json``; nothing where there is none.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        return read_json(self.report) if self.report.exists() else {}
 
     def write_report(self, report: dict[str, Any]) -> None:
         write_json(self.report, report)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from robust_accel.files import printable
+
 if TYPE_CHECKING:  # --help imports nothing
     from robust_accel.recipe import Recipe
     from robust_accel.run_folder import RunFolder
@@ -18,9 +20,9 @@ def is_main() -> bool:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print from that process."""
+    """Print from that process; what a stranger's file has said, too."""
     if is_main():
-        print(text, file=file or sys.stdout, flush=True)
+        print(printable(text), file=file or sys.stdout, flush=True)
 
 
 def is_setting(argument: str) -> bool:

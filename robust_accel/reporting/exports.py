@@ -15,7 +15,8 @@ def csv(runs: Sequence[Run]) -> str:
     """A line a row, a column for whatever any row has: nested keys dotted, lists as JSON.
 
     ``accuracy_percent`` and its ``interval_low_percent`` and ``interval_high_percent`` stand for
-    ``accuracy`` and ``interval`` and are not rounded.
+    ``accuracy`` and ``interval`` and are not rounded. Text that a spreadsheet would take for a
+    formula gets an apostrophe.
     """
     lines = []
     for run in runs:
@@ -25,7 +26,8 @@ def csv(runs: Sequence[Run]) -> str:
             low, high = row.pop("interval", None) or (None, None)
             numbers |= {"interval_low_percent": low, "interval_high_percent": high}
             shares = {key: 100 * value for key, value in numbers.items() if value is not None}
-            lines.append({"run": run.name} | shares | _cells(row))
+            cells = {"run": run.name} | shares | _cells(row)
+            lines.append({_no_formula(key): _no_formula(value) for key, value in cells.items()})
     return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
@@ -37,6 +39,11 @@ def _cells(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             cells[prefix + key] = json.dumps(value) if isinstance(value, list) else value
     return cells
+
+
+def _no_formula(cell: Any) -> Any:
+    """A spreadsheet executes text that begins so; behind an apostrophe it shows it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
 
 
 def latex(table: Table) -> str:
