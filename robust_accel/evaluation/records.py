@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from robust_accel.files import printable
+from robust_accel.settings import first_fault
 
 Share = Annotated[float, Ge(0), Le(1)]
 _AnyPart = TypeVar("_AnyPart", bound="_Part")
@@ -110,8 +110,4 @@ def check(cls: type[_AnyPart], found: Iterable[dict[str, Any]], where: str) -> N
         try:
             cls.model_validate(one)
         except ValidationError as error:
-            fault = error.errors(include_url=False, include_context=False)[0]
-            key = ".".join(map(str, fault["loc"]))
-            kind = type(fault["input"]).__name__
-            said = f"{where}, {number}: {key}: {fault['msg']}, found {kind}"
-            raise ValueError(printable(said)[:500]) from None
+            raise ValueError(f"{where}, {number}: {first_fault(error)}") from None

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from robust_accel.settings import faults_of
+from robust_accel.settings import first_fault
 
 # Entries of timm's pretrained_cfg that say where weights lie or how they are read.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
@@ -65,10 +65,9 @@ def described(config: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         _Config.model_validate(config)
     except ValidationError as error:
-        (key, message), *_ = faults_of(error, _Config)
-        if key == "architecture" and "architecture" not in config:
-            message = "it names no architecture of timm: no timm folder"
-        raise ValueError(f"{where}: {key}: {message[:300]}") from None
+        if "architecture" not in config:
+            raise ValueError(f"{where} names no architecture of timm: no timm folder") from None
+        raise ValueError(f"{where}: {first_fault(error)}") from None
     kept = {key: value for key, value in config.items() if key not in _SOURCES}
     if kept.get("pretrained_cfg") is not None:
         cfg = kept["pretrained_cfg"]

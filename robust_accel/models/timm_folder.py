@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from robust_accel.files import INCOMPLETE, read_json, write_json, written_whole
 from robust_accel.models.classifier import PixelClassifier
 from robust_accel.models.config_file import described
-from robust_accel.models.weight_files import check_readable
+from robust_accel.models.weight_files import check_readable, read_weights
 from robust_accel.run_folder import RunFolder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -130,14 +130,15 @@ def checked_copy(folder: Path, *, weights: bool) -> Iterator[Path]:
         if file is None:
             raise ValueError(f"{folder} holds no weights ({', '.join(WEIGHTS)})")
         try:
-            check_readable(file)
+            check = check_readable if file.suffix == ".safetensors" else read_weights
+            check(file)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     with tempfile.TemporaryDirectory() as copied:
         write_json(Path(copied, "config.json"), read_config(folder))
         if file is not None:
             Path(copied, file.name).symlink_to(file.resolve())
-        with parameters_up_to(None if file is None else 8 * file.stat().st_size + 2**28):
+        with parameters_up_to(None if file is None else 8 * file.stat().st_size + 2**25):
             yield Path(copied)
 
 

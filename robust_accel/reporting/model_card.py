@@ -146,8 +146,8 @@ def _measured(run: Run) -> list[str]:
     if balls:
         lines = [
             f"**Threat model{'s' * (len(balls) > 1)}:** {escaped('; '.join(balls))}: "
-            "on pixels in [0, 1], at the size of the data's images, before normalisation. The attacker knows the model. "
-            "Nothing is claimed of larger or other perturbations.",
+            "on pixels in [0, 1], at the size of the data's images, before normalisation. "
+            "The attacker knows the model. Nothing is claimed of larger or other perturbations.",
             "",
         ]
     table = [_line(row) for row in rows]
