@@ -1,14 +1,24 @@
-"""Files that are written whole or not at all, and never through a link."""
+"""Files that are written whole or not at all, never through a link, and read with suspicion."""
 
+import errno
 import json
 import os
+import re
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
+_LARGEST = 2**28  # bytes of a text, or of a line
+# Control characters but tabs and line feeds, other line ends, directions, halves of characters.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @contextmanager
@@ -32,6 +42,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     _on_disk(path.parent)
 
 
+def opened(path: str | Path) -> BufferedReader:
+    """Open a file to read, which others may have put there: nothing is waited for.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is no file, but a folder, pipe or device", str(path))
+    return os.fdopen(file, "rb")
+
+
 def write_text(path: str | Path, text: str) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -44,10 +67,16 @@ def write_json(path: str | Path, content: Any) -> None:
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line, on a line of its own even after one that was cut off.
 
+    A file that has another name, too (a hard link: ``cp -al`` makes them), becomes one of its own:
+    what stands under the other name stays as it is.
+
     Raises:
         OSError: The file is a link, among others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and path.lstat().st_nlink > 1:
+        with written_whole(path) as own:
+            shutil.copyfile(path, own)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "ab+") as file:
         if file.seek(0, os.SEEK_END):
@@ -57,15 +86,110 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file that others may have put there.
+
+    Raises:
+        ValueError: It cannot be read, is no file, or none of text, or of more than 256 MiB.
+    """
+    try:
+        with opened(path) as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"{path} has more than {_LARGEST} bytes: too many for such a file")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return _object(read_text(path), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; one that was cut off when its process was killed is left out."""
+    """The JSON objects of a file's lines; one that was cut off when its process was killed is left
+    out.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is no object.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LARGEST), b""), 1):
+                with suppress(json.JSONDecodeError, UnicodeDecodeError):
+                    lines.append(_object(line.decode("utf-8"), f"{path}, line {number}"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     return lines
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; too deep
+        raise ValueError(f"{where}: {str(error)[:100]}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: no JSON object, but {type(found).__name__}")
+    return found
+
+
+def printable(text: str) -> str:
+    """Text without what makes a terminal or an editor do or hide something."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def check_contained(folder: Path) -> None:
+    """Raise ValueError if writing into a folder could reach what lies outside of it.
+
+    The folder itself may be a link, and links in it may lead to other places in it.
+    """
+    root = folder.resolve()
+    for place, folders, names in os.walk(root):  # follows no link
+        for name in (*folders, *names):
+            path = Path(place, name)
+            with suppress(FileNotFoundError):  # another process has just removed it
+                kind = path.lstat().st_mode
+                if stat.S_ISLNK(kind) and not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise ValueError(
+                        f"{path} is a link to {os.readlink(path)}, outside of {folder}: nothing is "
+                        "written into a folder with such links; remove it"
+                    )
+                if not (stat.S_ISLNK(kind) or stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+                    raise ValueError(f"{path} is a pipe or device, no file: remove it")
+
+
+def give_to_umask(folder: Path) -> None:
+    """Let the umask say who reads a folder's files: some libraries write for their owner alone."""
+    probe = folder / f"{INCOMPLETE}{secrets.token_hex(4)}"
+    mode = _created(probe)
+    probe.unlink()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            Path(place, name).chmod(mode)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in a folder, at any depth."""
+    for place, folders, names in os.walk(folder):
+        for name in names:
+            if name.startswith(INCOMPLETE):
+                Path(place, name).unlink(missing_ok=True)
+        for name in [name for name in folders if name.startswith(INCOMPLETE)]:
+            folders.remove(name)
+            shutil.rmtree(Path(place, name), ignore_errors=True)
 
 
 def _created(path: Path) -> int:

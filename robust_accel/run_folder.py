@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from robust_accel.files import read_lines, write_json, write_text
+from robust_accel.files import check_contained, read_json, read_lines, write_json, write_text
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 
 
@@ -70,8 +70,24 @@ class RunFolder:
         """Complete checkpoints, the newest last."""
         return sorted(self.checkpoints.glob("step-*"))
 
+    def check_contained(self) -> None:
+        """Refuse to write where a link would lead out of the folder: to be asked before any work.
+
+        Raises:
+            ValueError: ``output: ...``: there is such a link in it, or a pipe or device.
+        """
+        try:
+            check_contained(self.path)
+        except ValueError as error:
+            raise ValueError(f"output: {error}") from None
+
     def read_report(self) -> dict[str, Any]:
-        return json.loads(self.report.read_text()) if self.report.exists() else {}
+        """``report.json``; nothing where there is none.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        return read_json(self.report) if self.report.exists() else {}
 
     def write_report(self, report: dict[str, Any]) -> None:
         write_json(self.report, report)

@@ -132,6 +132,14 @@ def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
     return [(key, "; or ".join(by_key[key])) for key in by_key if key not in whole]
 
 
+def first_fault(error: ValidationError) -> str:
+    """pydantic's first fault in a short line, whatever a stranger's file has held."""
+    fault = error.errors(include_url=False)[0]
+    key, found = ".".join(map(str, fault["loc"]))[:200], repr(fault["input"])[:80]
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {found} is not allowed: {message[:1].lower()}{message[1:200]}"
+
+
 def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
     """One pydantic fault as its keys, and: what was found, what is allowed."""
     keys: list[str] = []

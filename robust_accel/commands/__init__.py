@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from robust_accel.files import printable
+
 if TYPE_CHECKING:  # --help imports nothing
     from robust_accel.recipe import Recipe
     from robust_accel.run_folder import RunFolder
@@ -18,9 +20,9 @@ def is_main() -> bool:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print from that process."""
+    """Print from that process; what a stranger's file has said, too."""
     if is_main():
-        print(text, file=file or sys.stdout, flush=True)
+        print(printable(text), file=file or sys.stdout, flush=True)
 
 
 def is_setting(argument: str) -> bool:
@@ -37,7 +39,7 @@ def folder_for(
     name have two folders.
 
     Raises:
-        ValueError: The folder holds another model.
+        ValueError: The folder holds another model, or a link that leads out of it.
     """
     from robust_accel.evaluation.identity import digest_of_function
     from robust_accel.run_folder import RunFolder
@@ -59,4 +61,5 @@ def folder_for(
         folder = RunFolder(Path("runs") / name)
     if folder.path.resolve() != run.path.resolve() and folder.recipe.exists():
         raise ValueError(f"output: {folder.path} holds a training run: choose another")
+    folder.check_contained()
     return folder

@@ -1,6 +1,7 @@
 """The pseudo-label command: a teacher labels images, for ``data.unlabeled`` to read."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def pseudo_label(
         ValueError: ``section.key: ...``, before anything is labelled.
     """
     out = Path(out)
-    if out.suffix != ".parquet" or out.exists():
-        found = "is there already" if out.exists() else "does not end in .parquet"
+    if out.suffix != ".parquet" or os.path.lexists(out):
+        found = "is there already" if os.path.lexists(out) else "does not end in .parquet"
         raise ValueError(f"--out: {out} {found}: choose another name")
     if data is not None:
         overrides = [f"data.unlabeled.path={data}", *overrides]

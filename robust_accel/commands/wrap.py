@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
 from robust_accel.commands import is_setting, say
+from robust_accel.files import write_json
 from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
 from robust_accel.integrations.witness import NotAttacked, Witness
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
@@ -291,7 +292,7 @@ def keep_with_checkpoints(accelerator: Accelerator, compression: GradientCompres
 
     def save(models: Any, weights: Any, folder: str) -> None:
         if accelerator.is_main_process:
-            Path(folder, _STATE_FILE).write_text(json.dumps(compression.state_dict()))
+            write_json(Path(folder, _STATE_FILE), compression.state_dict())
 
     def load(models: Any, folder: str) -> None:
         if Path(folder, _STATE_FILE).exists():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robust_accel.data.classes import shown
+from robust_accel.files import read_text
 
 Ids = str | Sequence[int] | None
 
@@ -67,8 +68,8 @@ def _checked(rows: list[int], num_rows: int, listed: list[str], where: str) -> T
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
+    except ValueError as error:
         raise IdsError(
             f"ids: {str(path)!r} is neither a readable text file nor {IMAGENET5000} ({error})"
         ) from None

@@ -144,7 +144,7 @@ def _images_of_pickle(path: str, settings: DataSettings, seed: int) -> ImageSet:
             f"path: 'extrapolated_targets' of {path} are numbers, but data.classes numbers classes "
             "anew: it cannot be told which class is meant"
         )
-    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
     return MemoryImages(images, labels, augment=settings.augment == "crop_flip", seed=seed)
 
 

@@ -220,6 +220,9 @@ class Bench:
         """
         keys = self._keys(about, units)
         known = self.ledger.units() if keys else {}
+        for key, unit in zip(keys, units, strict=bool(keys)):
+            if len(known.get(key, {}).get("prediction") or unit.indices) != len(unit.indices):
+                raise ValueError(f"measurements: the outcome {key} is of another number of images")
         left = [i for i in range(len(units)) if not keys or keys[i] not in known]
         mine = left[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.images.batches([units[i].indices for i in mine], self.accelerator.device)

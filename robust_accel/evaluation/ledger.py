@@ -18,7 +18,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from robust_accel.evaluation import records
 from robust_accel.evaluation.identity import digest_of_json, same_answers
+from robust_accel.evaluation.records import Function, Unit, check
 from robust_accel.files import append_line, read_lines
 from robust_accel.run_folder import RunFolder
 
@@ -29,6 +31,13 @@ _KIND = ("purpose", "attack", "threat_model", "point", "seed", "draws", "batch_s
 # results in reports that were written before the ledger: of which model and attack is unknown
 BEFORE = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified"}
 _ABOUT_BEFORE = {"threat_model", "evaluated_with", "batchnorm_mode", "evaluation_seed", "data"}
+
+
+class _Outcome(dict[str, Any]):
+    """Of a unit, as a file says; what is asked for and not there is the file's fault."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"measurements: an outcome has no {key}: it is of another kind than asked")
 
 
 class Ledger:
@@ -55,8 +64,11 @@ class Ledger:
             lines: list[dict[str, Any]] = []
             if self._work is not None and self._accelerator.is_main_process:
                 for path in sorted(self._work.glob("process-*.jsonl")):
-                    lines += read_lines(path)
-            self._units = {line.pop("key"): line for line in told_to_all(lines, self._accelerator)}
+                    found = read_lines(path)
+                    check(Unit, found, str(path))
+                    lines += found
+            told = told_to_all(lines, self._accelerator)
+            self._units = {line.pop("key"): _Outcome(line) for line in told}
         return self._units
 
     def function(self, digest: str, answers: list[list[float]]) -> str:
@@ -69,6 +81,7 @@ class Ledger:
         if self._work is not None and self._accelerator.is_main_process:
             path = self._work / "functions.jsonl"
             known = read_lines(path) if path.exists() else []
+            check(Function, known, str(path))
             alike = [line for line in known if line["digest"] == digest]
             found = [line["function"] for line in alike if same_answers(line["answers"], answers)]
             if not found:
@@ -134,12 +147,18 @@ def plain(record: Record) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, the oldest first."""
+    """All records of a folder, the oldest first.
+
+    Raises:
+        ValueError: One of them is none.
+    """
     path = folder / "measurements.jsonl"
-    return read_lines(path) if path.exists() else []
+    found = read_lines(path) if path.exists() else []
+    check(records.Record, found, str(path))
+    return found
 
 
-def shown(records: Iterable[Record], function: str, *, everything: bool = False) -> list[Record]:
+def shown(found: Iterable[Record], function: str, *, everything: bool = False) -> list[Record]:
     """What views show of a model: records that no other stands for.
 
     Another stands for a record if it is of the same attack, threat model and seed, and its images
@@ -147,7 +166,7 @@ def shown(records: Iterable[Record], function: str, *, everything: bool = False)
     is of another function.
 
     Args:
-        records: The oldest first.
+        found: Records, the oldest first.
         function: Digest of the model in question.
         everything: All of its records.
 
@@ -155,7 +174,7 @@ def shown(records: Iterable[Record], function: str, *, everything: bool = False)
         Rows: records without the outcomes of single images.
     """
     rows: list[tuple[str, set[str], Record]] = []
-    for record in records:
+    for record in found:
         if record["function"] != function:
             continue
         kind = digest_of_json([record.get(key) for key in _KIND])

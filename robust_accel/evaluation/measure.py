@@ -15,6 +15,7 @@ from robust_accel.evaluation.arrays import as_images, as_labels
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.files import check_contained
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
@@ -93,6 +94,8 @@ def measure(
             f"folder: {folder} holds a training run, which robust-accel evaluate measures: choose "
             "another"
         )
+    if folder is not None:
+        check_contained(Path(folder))
     x, labels = as_images(x), as_labels(labels)
     if len(x) != len(labels):
         raise ValueError(f"labels must be one an image, got {len(labels)} for {len(x)} images")

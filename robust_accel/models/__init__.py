@@ -8,7 +8,12 @@ from robust_accel.models.creation import (
     create_classifier,
     timm_name,
 )
-from robust_accel.models.timm_folder import beyond_timm, model_folder, save_model
+from robust_accel.models.timm_folder import (
+    beyond_timm,
+    model_folder,
+    read_config,
+    save_model,
+)
 
 __all__ = [
     "ModelSettings",
@@ -19,6 +24,7 @@ __all__ = [
     "logits_of",
     "model_folder",
     "normalized",
+    "read_config",
     "save_model",
     "timm_name",
 ]

@@ -7,8 +7,6 @@ Whatever else lies beside them must be known too: the pixels' mean and std, whic
 ``PixelClassifier``, another copy of the network, or a counter. Anything else is refused.
 """
 
-import argparse
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from robust_accel.models.weight_files import read_weights
 
 State = dict[str, Tensor]
 # Put into the middle of keys by those who wrap parts of a network (compile, FSDP, activations).
@@ -76,7 +75,7 @@ def find_weights(path: Path, own: Mapping[str, Tensor]) -> FoundWeights:
         ValueError: The file cannot be read, holds no such network, several and no average among
             them, or tensors besides it that would change what it computes.
     """
-    content = _read(path)
+    content = read_weights(path)
     candidates = [c for where, state in _states(content) for c in _candidates(where, state, own)]
     whole = [c for c in candidates if c.count == len(own)]
     if not whole:
@@ -88,34 +87,6 @@ def find_weights(path: Path, own: Mapping[str, Tensor]) -> FoundWeights:
     others = [c.said for c in whole if c is not taken]
     said = taken.said + (f"; also there, and left: {' and '.join(others)}" if others else "")
     return FoundWeights({key: taken.weight(key) for key in own}, statistics, said)
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError("no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # timm's own checkpoints hold their arguments: a namespace of plain values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"cannot be read: {_more_than_tensors(path, error)}") from error
-    except Exception as error:  # torch and safetensors have an error for each kind of damage
-        raise ValueError(f"cannot be read: {error}") from error
-
-
-def _more_than_tensors(path: Path, error: Exception) -> str:
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no zip file, or none of torch
-        unknown = []
-    if not unknown:
-        return str(error).splitlines()[0]
-    return (
-        f"besides tensors it holds {', '.join(unknown)}, and a pickle may execute anything: where "
-        "it can be trusted, load it there and save its state_dict()"
-    )
 
 
 def _states(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], State]]:

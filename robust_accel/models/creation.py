@@ -3,6 +3,8 @@
 import copy
 import difflib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from robust_accel.models.timm_folder import (
     WEIGHTS,
     Surroundings,
     beside,
+    checked_copy,
     model_folder,
     names_of,
     read_config,
@@ -91,9 +94,12 @@ def create_classifier(
     }
     options = {key: value for key, value in shape.items() if value} | settings.options
     try:
-        model: Any = timm.create_model(name, pretrained=settings.pretrained, **options)
+        with _source(name, settings.pretrained) as source:
+            model: Any = timm.create_model(source, pretrained=settings.pretrained, **options)
     except Exception as error:  # timm, torch, safetensors and the hub have an error for each fault
         raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
+    if name.startswith(_LOCAL):
+        model.pretrained_cfg["file"] = name.removeprefix(_LOCAL)
     named = start = _surroundings(name, model)
     weights_source = name if settings.pretrained else None
     in_file: dict[str, Any] = {}
@@ -119,6 +125,16 @@ def create_classifier(
     classifier.model_args = _args_of_folder(name) | options
     classifier.model_args.pop("num_classes", None)  # timm's folder has it elsewhere
     return classifier
+
+
+@contextmanager
+def _source(name: str, pretrained: bool) -> Iterator[str]:
+    """What timm is given of a name: of a folder, what has been checked of it."""
+    if name.startswith(_LOCAL):
+        with checked_copy(Path(name.removeprefix(_LOCAL)), weights=pretrained) as copied:
+            yield f"{_LOCAL}{copied}"
+    else:
+        yield name
 
 
 def timm_name(name: str) -> str:

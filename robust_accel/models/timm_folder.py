@@ -5,16 +5,23 @@ What ``PixelClassifier`` does outside of the network, timm ignores: it stands in
 """
 
 import copy
-import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from robust_accel.files import INCOMPLETE, read_json, write_json, written_whole
 from robust_accel.models.classifier import PixelClassifier
+from robust_accel.models.config_file import described
+from robust_accel.models.weight_files import check_readable, read_weights
 from robust_accel.plain_yaml import read_plain
 from robust_accel.run_folder import RunFolder
 
@@ -57,21 +64,15 @@ def model_folder(run: str | Path) -> Path:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """The folder's config.json, without what would fetch weights from elsewhere.
 
     Raises:
-        ValueError: There is none, or it is not timm's.
+        ValueError: There is none, or it is not as timm or this package writes it.
     """
     file = Path(folder) / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json there: no timm folder") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(f"{file}: it names no architecture of timm: no timm folder")
-    return config
+    if not file.exists():
+        raise ValueError(f"{folder}: no config.json there: no timm folder")
+    return described(read_json(file), str(file))
 
 
 def beside(file: Path) -> Surroundings:
@@ -112,9 +113,58 @@ def surroundings(folder: str | Path) -> Surroundings:
     )
 
 
+@contextmanager
+def checked_copy(folder: Path, *, weights: bool) -> Iterator[Path]:
+    """A timm folder of config.json as it was checked, and a link to the one file of weights.
+
+    While it is there, no network grows that has far more parameters than the file can hold.
+
+    Args:
+        weights: Whether they are to be loaded.
+
+    Raises:
+        ValueError: There are none, or they cannot be read.
+    """
+    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if weights:
+        if file is None:
+            raise ValueError(f"{folder} holds no weights ({', '.join(WEIGHTS)})")
+        try:
+            check = check_readable if file.suffix == ".safetensors" else read_weights
+            check(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    with tempfile.TemporaryDirectory() as copied:
+        write_json(Path(copied, "config.json"), read_config(folder))
+        if file is not None:
+            Path(copied, file.name).symlink_to(file.resolve())
+        with parameters_up_to(None if file is None else 8 * file.stat().st_size + 2**25):
+            yield Path(copied)
+
+
+@contextmanager
+def parameters_up_to(limit: int | None) -> Iterator[None]:
+    """Raise ValueError where modules that are made here get more bytes of parameters."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel() * parameter.element_size()
+        if limit is not None and count > limit:
+            raise ValueError("its config.json makes a network far larger than its weights")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def names_of(label_names: Any) -> tuple[str, ...] | None:
     """timm's ``label_names``, a list or a mapping from indices, as a name a class, or None."""
     if isinstance(label_names, Mapping):
+        if not all(str(index).isdecimal() for index in label_names):
+            return None
         by_index = {int(index): name for index, name in label_names.items()}
         if sorted(by_index) != list(range(len(by_index))):
             return None  # with gaps, which nothing here has
@@ -128,7 +178,8 @@ def save_model(classifier: PixelClassifier, folder: Path) -> None:
     Args:
         classifier: From ``create_classifier``; its mean and std go into ``pretrained_cfg``, its
             class names into ``label_names``, its size where only this package looks.
-        folder: Made when it is not there.
+        folder: Made when it is not there. What it holds already is replaced file by file, each in
+            one move: it can be read at any moment.
     """
     # without the prefix that torch.compile puts before each key; safetensors wants plain layout
     model: Any = getattr(classifier.model, "_orig_mod", classifier.model)
@@ -148,7 +199,12 @@ def save_model(classifier: PixelClassifier, folder: Path) -> None:
             config["label_names"] = list(names)
     if classifier.size is not None:
         config[_OWN] = {"size": list(classifier.size), "resize": "bilinear, antialiased"}
-    timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=folder.parent) as written:
+        timm.models.save_for_hf(model, written, model_config=config, safe_serialization=True)
+        for name in sorted(os.listdir(written), reverse=True):  # the weights before config.json
+            with written_whole(folder / name) as whole:
+                os.replace(Path(written, name), whole)
 
 
 def beyond_timm(config: Mapping[str, Any]) -> list[str]:

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from robust_accel.files import opened
 from robust_accel.reporting.views import (
     Row,
     Run,
     attack_text,
     threat_text,
+    tidy,
 )
 from robust_accel.statistics import wilson_interval
+
+_SHOWN = 8  # examples
+_CLASSES = 200  # of a matrix: of more, none is kept
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def about(run: Run, row: Row) -> str:
 
 def training_charts(run: Run) -> list[Chart]:
     """Loss and accuracies over training; nothing where nothing was trained."""
-    metrics = run.folder.read_metrics()
-    steps = [line for line in metrics if "loss" in line]
+    metrics = tidy(run.folder.read_metrics())
+    steps = [line for line in metrics if line.get("loss") is not None]
     validations = [line for line in metrics if "validation_robust_accuracy" in line]
     if not steps:
         return []
@@ -278,7 +283,7 @@ def confusions(run: Run, rows: Sequence[Row]) -> list[Chart]:
             row["confusion"],
         )
         for number, row in enumerate(rows)
-        if row.get("confusion")
+        if row.get("confusion") and len(row["confusion"]) <= _CLASSES
     ]
 
 
@@ -302,9 +307,13 @@ def examples(run: Run) -> list[Chart]:
     """The images that were kept, if they are of the model that the report is of."""
     if not run.folder.examples.exists():
         return []
-    with safe_open(run.folder.examples, "pt") as file:
-        metadata = file.metadata() or {}
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        opened(run.folder.examples).close()
+        with safe_open(run.folder.examples, "pt") as file:
+            metadata = tidy(file.metadata() or {})
+            found = {key: file.get_tensor(key)[:_SHOWN] for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{run.folder.examples} cannot be read: {error}") from error
     if metadata.get("function", "unknown") != run.model.get("function") or not len(found["labels"]):
         return []
     names = {

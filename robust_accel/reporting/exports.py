@@ -15,7 +15,8 @@ def csv(runs: Sequence[Run]) -> str:
     """A line a row, a column for whatever any row has: nested keys dotted, lists as JSON.
 
     ``accuracy_percent`` and its ``interval_low_percent`` and ``interval_high_percent`` stand for
-    ``accuracy`` and ``interval`` and are not rounded.
+    ``accuracy`` and ``interval`` and are not rounded. Text that a spreadsheet would take for a
+    formula gets an apostrophe.
     """
     lines = []
     for run in runs:
@@ -25,7 +26,8 @@ def csv(runs: Sequence[Run]) -> str:
             low, high = row.pop("interval", None) or (None, None)
             numbers |= {"interval_low_percent": low, "interval_high_percent": high}
             shares = {key: 100 * value for key, value in numbers.items() if value is not None}
-            lines.append({"run": run.name} | shares | _cells(row))
+            cells = {"run": run.name} | shares | _cells(row)
+            lines.append({_no_formula(key): _no_formula(value) for key, value in cells.items()})
     return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
@@ -39,6 +41,11 @@ def _cells(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return cells
 
 
+def _no_formula(cell: Any) -> Any:
+    """A spreadsheet executes text that begins so; behind an apostrophe it shows it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
+
+
 def latex(table: Table) -> str:
     """A booktabs table (``\\usepackage{booktabs}``), all its text escaped."""
     frame = pandas.DataFrame(table.rows, columns=list(table.head))
@@ -49,7 +56,8 @@ def latex(table: Table) -> str:
 def check_export(option: str, path: Path, suffix: str) -> None:
     """Raise ValueError unless this is a file of the kind to be written, where one can be.
 
-    A file of that kind is replaced, as the user named it; anything else is no export of ours.
+    A file of that kind is replaced, as the user named it, and so is a link: it is not followed.
+    Anything else is no export of ours.
     """
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{option}: {path} is no file {suffix}: name one to write (or replace)")

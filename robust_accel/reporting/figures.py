@@ -1,5 +1,6 @@
 """Pictures of a run: each chart as PNG and SVG, by matplotlib."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,11 @@ _ANNOTATED = 20  # classes of a matrix whose cells show their numbers
 
 
 def draw(chart: Chart, folder: Path) -> Path:
-    """Write ``folder/NAME.png`` and ``folder/NAME.svg``; returns the first."""
-    path = folder / f"{chart.name}.png"
+    """Write ``folder/NAME.png`` and ``folder/NAME.svg``; returns the first.
+
+    Of a name, which may be a stranger's, letters, digits, ``-`` and ``_`` are left.
+    """
+    path = folder / (re.sub(r"[^A-Za-z0-9_-]", "_", chart.name)[:100] + ".png")
     if isinstance(chart, Lines):
         _draw_lines(chart, path)
     elif isinstance(chart, Waterfall):

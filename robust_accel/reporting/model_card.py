@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 import robust_accel.models  # noqa: F401  registers the package's own architectures
 from robust_accel.models import beyond_timm
 from robust_accel.reporting.sections import certified_tables
-from robust_accel.reporting.tables import Table
+from robust_accel.reporting.tables import Table, escaped, fenced
 from robust_accel.reporting.views import (
     Row,
     Run,
@@ -35,13 +35,13 @@ def model_card(run: Run, config: dict[str, Any]) -> str:
         Metadata for the hub with each result, the threat model of each number with its images and
         attack, how to load the model and what that leaves out, and where the weights come from.
     """
-    lines = ["---", _metadata(run, config).to_yaml().strip(), "---", f"# {run.name}", ""]
-    lines += [f"{_architecture(config)}, trained by robust-accel.", ""]
+    lines = ["---", _metadata(run, config).to_yaml().strip(), "---", f"# {escaped(run.name)}", ""]
+    lines += [escaped(f"{_architecture(config)}, trained by robust-accel."), ""]
     lines += _measured(run) + _smoothed(run) + _how_measured(run.report)
     lines += _use(run, config)
     if "recipe" in run.report:
         recipe = yaml.safe_dump(run.report["recipe"], sort_keys=False).strip()
-        lines += ["", "## Recipe", "", "```yaml", recipe, "```"]
+        lines += ["", "## Recipe", "", fenced(recipe)]
     return "\n".join(lines) + "\n"
 
 
@@ -145,9 +145,9 @@ def _measured(run: Run) -> list[str]:
     lines = []
     if balls:
         lines = [
-            f"**Threat model{'s' * (len(balls) > 1)}:** {'; '.join(balls)}: on pixels in [0, 1], "
-            "at the size of the data's images, before normalisation. The attacker knows the model. "
-            "Nothing is claimed of larger or other perturbations.",
+            f"**Threat model{'s' * (len(balls) > 1)}:** {escaped('; '.join(balls))}: "
+            "on pixels in [0, 1], at the size of the data's images, before normalisation. "
+            "The attacker knows the model. Nothing is claimed of larger or other perturbations.",
             "",
         ]
     table = [_line(row) for row in rows]
@@ -188,7 +188,7 @@ def _smoothed(run: Run) -> list[str]:
             "model predicts most often. **The model by itself, without the noise, has no "
             "certificate.** `robust-accel certify` predicts and certifies in this way.",
             "",
-            table.caption,
+            escaped(table.caption),
             "",
             table.markdown(),
             "",
@@ -210,15 +210,16 @@ def _how_measured(report: dict[str, Any]) -> list[str]:
         "digest of the function measured (SHA-256)": (report.get("model") or {}).get("function"),
         "versions": ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items()),
     }
-    lines = [f"- {key}: {value}" for key, value in facts.items() if value not in (None, "")]
-    return [*lines, *(f"- doubt: {doubt}" for doubt in report.get("doubts", ())), ""]
+    told = [f"{key}: {value}" for key, value in facts.items() if value not in (None, "")]
+    told += [f"doubt: {doubt}" for doubt in report.get("doubts", ())]
+    return [*(f"- {escaped(text)}" for text in told), ""]
 
 
 def _use(run: Run, config: dict[str, Any]) -> list[str]:
     statistics, beyond = config["pretrained_cfg"], _beyond_timm(config)
     lines = ["## Use", ""]
     for sentence in beyond:
-        lines += [sentence, ""]
+        lines += [escaped(sentence), ""]
     lines += ["```python", "import timm"]
     lines += ["import robust_accel  # registers the architecture"] * _is_own(config["architecture"])
     lines += [

@@ -1,18 +1,17 @@
 """report.json for people: report.md with its pictures, report.html, the model's card."""
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from robust_accel.files import write_text
+from robust_accel.models import read_config
 from robust_accel.reporting.figures import draw
 from robust_accel.reporting.model_card import model_card
 from robust_accel.reporting.page import page
 from robust_accel.reporting.sections import Section, certified_tables, sections
-from robust_accel.reporting.tables import Table, comparison, escaped
-from robust_accel.reporting.views import Run, read_runs
+from robust_accel.reporting.tables import Table, comparison, escaped, fenced
+from robust_accel.reporting.views import Run, read_runs, refused_by_name, tidy
 from robust_accel.run_folder import RunFolder
 
 
@@ -26,15 +25,18 @@ def write_report(folder: RunFolder, *, everything: bool = False) -> str:
         The Markdown text.
 
     Raises:
-        ValueError: Nothing was measured, or before there was a ledger.
+        ValueError: Nothing was measured, or before there was a ledger; or the folder holds a link
+            that leads out of it.
     """
+    folder.check_contained()
     (run,) = read_runs([folder.path], everything=everything)
-    text = _markdown(run)
+    config = tidy(read_config(folder.model)) if (folder.model / "config.json").exists() else None
+    with refused_by_name(folder):
+        text, html = _markdown(run), page([run])
+        card = None if config is None else model_card(run, config)
     write_text(folder.path / "report.md", text)
-    write_text(folder.path / "report.html", page([run]))
-    config = folder.model / "config.json"
-    if config.exists():
-        card = model_card(run, json.loads(config.read_text()))
+    write_text(folder.path / "report.html", html)
+    if card is not None:
         write_text(folder.model / "README.md", card)
     return text
 
@@ -52,7 +54,7 @@ def certified_table(report: dict[str, Any]) -> list[str]:
 
 def _markdown(run: Run) -> str:
     """The whole report; writes the pictures that it shows."""
-    lines = [f"# {run.name}", "", *_table(comparison([run]))]
+    lines = [f"# {escaped(run.name)}", "", *_table(comparison([run]))]
     for section in sections(run):
         lines += _section(section, run.folder.path)
     return "\n".join(lines).rstrip() + "\n"
@@ -68,8 +70,7 @@ def _section(section: Section, folder: Path) -> list[str]:
         path = draw(chart, folder / "figures")
         lines += [f"![{escaped(chart.title)}](figures/{path.name})", ""]
     if section.block:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", section.block)), default=0))
-        lines += [f"{fence}yaml", section.block, fence, ""]
+        lines += [fenced(section.block), ""]
     return lines
 
 

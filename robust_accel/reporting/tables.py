@@ -1,6 +1,7 @@
 """Tables of plain text cells, as Markdown; and runs side by side."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,12 @@ def escaped(text: str) -> str:
     """Text that Markdown shows as it is within a table's cell."""
     text = " ".join(text.split()).replace("|", "\\|")
     return text.replace("<", "&lt;").replace("](", "]\\(")
+
+
+def fenced(text: str) -> str:
+    """A block of YAML in Markdown that no text within it ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text}\n{fence}"
 
 
 def comparison(runs: Sequence[Run]) -> Table:

@@ -6,17 +6,21 @@ them in. report.md, report.html, the model card and the exports show what stands
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robust_accel.evaluation.ledger import BEFORE, read_records, shown
+from robust_accel.evaluation.records import Report, check
+from robust_accel.files import printable
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import eps_text
 
 Row = dict[str, Any]
 
+_LONGEST = 4000  # characters of a text
 _VERSIONS = ("quick", "rand", "standard")  # of AutoAttack, the weakest first
 
 
@@ -63,10 +67,10 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
         ValueError: Nothing was measured in one of them, or before there was a ledger.
     """
     folders = [Path(path) for path in paths]
-    names = [folder.name or str(folder.resolve().name) for folder in folders]
+    names = [printable(folder.name or folder.resolve().name) for folder in folders]
     runs = []
     for folder, name in zip(folders, names, strict=True):
-        report = RunFolder(folder).read_report()
+        report = tidy(RunFolder(folder).read_report())
         if not report:
             raise ValueError(f"{folder}: no report.json: nothing was measured there yet")
         if "measurements" not in report and any(key in report for key in BEFORE):
@@ -74,15 +78,43 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
                 f"{folder}: report.json is from before the ledger of measurements: measure the "
                 f"model again by robust-accel evaluate {folder}"
             )
-        name = name if names.count(name) == 1 else str(folder)
+        check(Report, [report], str(RunFolder(folder).report))
+        name = name if names.count(name) == 1 else printable(str(folder))
         rows = _ledger_rows(folder, report) if everything else report.get("measurements", [])
         runs.append(Run(RunFolder(folder), name, report, rows))
     return runs
 
 
+def tidy(found: Any) -> Any:
+    """JSON of a stranger's folder as it may be shown: printable text, not too long; finite numbers.
+
+    What is not finite is None.
+    """
+    if isinstance(found, dict):
+        return {tidy(key): tidy(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [tidy(value) for value in found]
+    if isinstance(found, str):
+        text = printable(found)
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+@contextmanager
+def refused_by_name(folder: RunFolder) -> Iterator[None]:
+    """Of a run whose files do not hold what they should, this is said, and of which."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"{folder.path} cannot be shown: its files are not as robust-accel writes them "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
 def _ledger_rows(folder: Path, report: dict[str, Any]) -> list[Row]:
     function = str((report.get("model") or {}).get("function"))
-    return shown(read_records(folder), function, everything=True)
+    return tidy(shown(read_records(folder), function, everything=True))
 
 
 # How numbers are written.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robust_accel.comm.deepspeed import weights_only_loads
-from robust_accel.files import written_whole
+from robust_accel.files import give_to_umask, written_whole
 from robust_accel.run_folder import RunFolder
 
 DataIdentity = dict[str, dict[str, int | str]]
@@ -85,6 +85,7 @@ class Checkpoint:
         self.accelerator.wait_for_everyone()
         if main:
             older = [path for path in self.folder.steps() if path != target]
+            give_to_umask(new)
             shutil.rmtree(target, ignore_errors=True)
             new.rename(target)
             for path in older:

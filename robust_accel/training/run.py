@@ -16,6 +16,7 @@ from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
+from robust_accel.files import remove_incomplete
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
@@ -54,6 +55,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     settings = recipe.train
     assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
+    folder.check_contained()
     continued = folder.check(recipe.settings, resume=resume)
     data = recipe.checked(
         "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
@@ -173,6 +175,7 @@ class _Run:
             self.say(doubt)
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
+            remove_incomplete(self.folder.path)
             self.recipe.save(self.folder.recipe)
             self.folder.truncate_metrics(self.progress.step)
         self.accelerator.wait_for_everyone()

@@ -230,7 +230,7 @@ class Hidden:
     ("content", "message"),
     [
         (arrays() | {"more": Malicious()}, "builtins.print"),
-        (arrays() | {"data": np.array([Malicious()], dtype=object)}, "builtins.print"),
+        (arrays() | {"data": np.array([Malicious()], dtype=object)}, "holds objects"),
         (arrays() | {"more": Hidden()}, "builtins.getattr"),
         (arrays() | {"more": io.BytesIO(b"")}, "_io.BytesIO"),
         (arrays() | {"more": np.array([None])}, "holds objects"),

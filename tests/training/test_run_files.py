@@ -1,0 +1,130 @@
+"""A run's files: for whom the umask says, none through a link, no model in halves."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from robust_accel.commands.certify import certify_model
+from robust_accel.commands.evaluate import evaluate_model
+from robust_accel.files import INCOMPLETE
+from robust_accel.models import ModelSettings, create_classifier, save_model
+from robust_accel.recipe import load_recipe
+from robust_accel.reporting.report import write_report
+from robust_accel.run_folder import RunFolder
+from robust_accel.trained_model import load_model
+from robust_accel.training.run import train
+
+TINY = (
+    "train.epochs=1",
+    "train.validate_every=1",
+    "train.batch_size=50",
+    "train.ema_decay=0.9",
+    "train.log_with=[tensorboard]",
+    "attack.num_steps=1",
+    "data.train_size=100",
+    "data.validation_size=20",
+    "data.test_size=20",
+    "evaluate.autoattack=null",
+    "evaluate.pgd.num_steps=1",
+)
+UMASK = 0o027  # unlike what anybody's own is likely to be
+
+
+def run(folder: Path, *, resume: bool = False) -> None:
+    train(load_recipe("quickstart", [*TINY, f"output={folder}"]), resume=resume, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    leftover = folder / "figures" / f"{INCOMPLETE}01234567-loss.png"
+    leftover.parent.mkdir(parents=True)
+    load_recipe("quickstart", [*TINY, f"output={folder}"]).save(RunFolder(folder).recipe)
+    leftover.write_bytes(b"half")
+    old = os.umask(UMASK)
+    try:
+        run(folder, resume=True)
+    finally:
+        os.umask(old)
+    return folder
+
+
+def test_the_umask_says_who_reads_each_file(finished: Path) -> None:
+    made_before = {finished, finished / "figures", finished / "recipe.yaml"}
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    modes = {path: path.stat().st_mode & 0o777 for path in {*finished.rglob("*")} - made_before}
+    for path, mode in modes.items():
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~UMASK, path
+
+
+def test_what_a_killed_process_had_begun_is_gone(finished: Path) -> None:
+    assert not list(finished.rglob(f"{INCOMPLETE}*"))
+
+
+COMMANDS: dict[str, Callable[[Path], object]] = {
+    "train": lambda folder: run(folder, resume=True),
+    "evaluate": lambda folder: evaluate_model(str(folder)),
+    "certify": lambda folder: certify_model(str(folder), ["certify.sigma=0.1", "certify.images=1"]),
+    "report": lambda folder: write_report(RunFolder(folder)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_writes_through_a_link(finished: Path, tmp_path: Path, command: str) -> None:
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    shutil.copytree(finished, folder)
+    victim.write_text("mine")
+    link = folder / "measurements" / "process-0.jsonl"
+    link.unlink()
+    link.symlink_to(victim)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(ValueError, match=f"output: .*{link.name} is a link to {victim}"):
+        COMMANDS[command](folder)
+    assert victim.read_text() == "mine"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_model_is_whole_whenever_its_writer_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is readable, or the new one, and links are replaced."""
+    victim, folder = tmp_path / "victim", tmp_path / "model"
+    victim.write_text("mine")
+    classifier = create_classifier(ModelSettings(name="wide_resnet10_1"), num_classes=3, in_chans=1)
+    save_model(classifier, folder)
+    (folder / "README.md").write_text("card")
+    old = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(1)
+    real, left = os.replace, []
+
+    def dies(source: object, target: object) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(source, target)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dies)
+        for moves in range(4):
+            left[:] = [None] * moves
+            with pytest.raises(KeyboardInterrupt):
+                save_model(classifier, folder)
+            key, value = next(iter(load_model(folder).model.state_dict().items()))
+            assert torch.equal(value, old[key]) or torch.equal(value, old[key] + 1)
+    config = folder / "config.json"
+    config.unlink()
+    config.symlink_to(victim)
+    save_model(classifier, folder)
+    assert victim.read_text() == "mine"
+    assert not config.is_symlink()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(INCOMPLETE)] == []
