@@ -1,11 +1,12 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -56,7 +57,13 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     folder = RunFolder(recipe.output)
     continued = folder.check(recipe.settings, resume=resume)
     data = recipe.checked(
-        "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
+        "data",
+        lambda: load_data(
+            recipe.data,
+            seed=settings.seed,
+            ids=recipe.evaluate.ids,
+            num_classes=recipe.model.num_classes,
+        ),
     )
     identity = data.identity()
     if continued:
@@ -72,6 +79,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    recipe.checked("data", lambda: _check_same_everywhere(data, identity))
     run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
     run.open(continued)
     run.fit()
@@ -280,6 +288,7 @@ class _Run:
         digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
+            "left_out": {name: asdict(found) for name, found in self.data.left_out.items()},
             "doubts": self.recipe.doubts,
             "steps": progress.step,
             "epochs": epochs,
@@ -342,6 +351,17 @@ def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> Training
         seed=recipe.train.seed,
         sharding=recipe.data.sharding,
     )
+
+
+def _check_same_everywhere(data: Data, identity: DataIdentity) -> None:
+    """Processes must deal the same images; one may fail to read what another can."""
+    found = gather_object([(identity, len(data.test), dict(data.left_out))])
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"path: process {rank} does not see the images that process 0 sees: "
+                f"{other}, not {found[0]}"
+            )
 
 
 def _check_labels(recipe: Recipe, data: Data) -> None:

@@ -88,5 +88,5 @@ def test_a_damaged_image_ends_training_with_its_name(data: Path, tmp_path: Path)
         ValueError, match=r"image 3 of split train of .*dark/3.png\) cannot be read"
     ):
         run(tmp_path / "refused", data, *files)
-    report = run(tmp_path / "skipped", data, *files, "data.damaged=skip", "train.batch_size=5")
+    report = run(tmp_path / "skipped", data, *files, "data.on_bad=skip", "train.batch_size=5")
     assert report["steps"] == 3  # 15 images
