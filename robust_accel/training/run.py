@@ -354,14 +354,16 @@ def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> Training
 
 
 def _check_same_everywhere(data: Data, identity: DataIdentity) -> None:
-    """Processes must deal the same images; one may fail to read what another can."""
-    found = gather_object([(identity, len(data.test), dict(data.left_out))])
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise ValueError(
-                f"path: process {rank} does not see the images that process 0 sees: "
-                f"{other}, not {found[0]}"
-            )
+    """Of one image that a process fails to read, all would be dealt otherwise from there on."""
+    own = {n: f"{of['images']} images (digest {of['digest']})" for n, of in identity.items()}
+    found = gather_object([own | {"test": f"{len(data.test)} images"}])
+    for rank, sets in enumerate(found):
+        for name, about in sets.items():
+            if about != found[0].get(name):
+                raise ValueError(
+                    f"path: process {rank} does not have the images of process 0: {name} {about}, "
+                    f"not {found[0].get(name)}"
+                )
 
 
 def _check_labels(recipe: Recipe, data: Data) -> None:
