@@ -23,6 +23,8 @@ _MAIN_IS_FIRST = ("MPO", "PSD")  # a photo and its previews, a picture and its l
 class UnusableImage(ValueError):
     """An image that is missing, damaged or several, or whose pixels 8 bits cannot show surely."""
 
+    of_one_process = True  # where training comes to it, the others do not know of it
+
 
 # ---- one image ---------------------------------------------------------------------------------
 

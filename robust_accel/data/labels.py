@@ -57,7 +57,7 @@ def labels_of(
     wrong = np.flatnonzero(missing | (values < lowest) | (values >= number))
     allowed = f"0 to {number - 1}" if number else "integers from 0 on"
     allowed += f", and {lowest} for none" if lowest < 0 else ""
-    sparse = "" if class_names(rows, column) else " (or model.num_classes)"
+    sparse = "" if class_names(rows, column) or lowest < 0 else " (or model.num_classes)"
     bad = {}
     for row in map(int, wrong):
         has = f"the label {rows.data.column(column)[row]}, allowed are {allowed}"

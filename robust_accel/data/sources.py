@@ -147,14 +147,14 @@ def _loaded(
     """
     own = builder()
     copy = Path(own.cache_dir)
-    if not copy.exists():
+    if not (files and copy.exists()):
         return _prepared(own)
     if not _is_older(copy, files):
-        with suppress(Exception):
+        with suppress(OSError, ValueError):  # it is broken
             return _prepared(own)
     with FileLock(f"{copy}.lock"):
         if not _is_older(copy, files):
-            with suppress(Exception):  # another process may have made it anew
+            with suppress(OSError, ValueError):  # another process may have made it anew
                 return _prepared(builder())
         shutil.rmtree(copy)
         return _prepared(builder())

@@ -111,7 +111,7 @@ def test_one_process_with_a_bad_image_ends_both(data: Path, tmp_path: Path) -> N
         f"data.path={data}",
     )
     code, output = Forked(*own).wait()
-    assert code in (1, 2)
+    assert code in (1, 2)  # of the process that is alone, or that found it
     (line,) = [line for line in output.splitlines() if line.startswith("robust-accel: ")]
     assert re.search(r"data\.path: image 3 of .*dark/3\.png\) is empty; data\.on_bad: skip", line)
 
