@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # late: a command imports what it needs, and --help nothing
         return importlib.import_module(options.command).run(options)
     except ValueError as error:
-        say(f"robust-accel: {error}", file=sys.stderr)
+        tell = print if getattr(error, "of_one_process", False) else say
+        tell(f"robust-accel: {error}", file=sys.stderr)
         return 2
 
 

@@ -124,7 +124,7 @@ def load_subject(recipe: Recipe, model: str, ids: Ids, section: str) -> Subject:
 
     def load() -> EvaluationImages:
         try:
-            return load_test(recipe.data, ids=ids)
+            return load_test(recipe.data, ids=ids, num_classes=recipe.model.num_classes)
         except IdsError as error:
             error.section = section
             raise

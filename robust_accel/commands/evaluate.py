@@ -63,7 +63,9 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             )
     if recipe.evaluate.train_images is not None and _has_training_images(recipe):
         labeled = recipe.data.model_copy(update={"unlabeled": None})
-        train = subject.of_model(recipe.checked("data", lambda: load_data(labeled)).train)
+        num_classes = recipe.model.num_classes
+        data = recipe.checked("data", lambda: load_data(labeled, num_classes=num_classes))
+        train = subject.of_model(data.train)
     folder = folder_for(model, recipe, subject, overrides, "evaluate")
     for text in (*subject.notes, *recipe.doubts):
         say(text)

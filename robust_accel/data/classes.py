@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,9 @@ def check_classes(labels: Tensor, classes: Classes, *, also: Tensor | None = Non
             f"label_column: all {len(labels)} training images of {where} are of one class, "
             f"{names[only] if names else only}: at least two are needed"
         )
+    times = Counter(name.lower() for name in names or ())
+    if alike := [name for name in names or () if times[name.lower()] > 1]:
+        tell(f"classes of {where} differ only by capitals: {shown(alike)}: each is its own class")
     present |= set() if also is None else set(also.unique().tolist()) - {NO_LABEL}
     missing = [i for i in range(classes.number) if i not in present]
     if missing:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from robust_accel.data.classes import Classes, renumbered_labels, tell
 from robust_accel.data.decoding import Pictures, Source
+from robust_accel.data.labels import class_names, labels_of, number_of_classes
 from robust_accel.data.settings import DataSettings
 from robust_accel.data.sources import rows_of
 
@@ -23,12 +23,14 @@ class LabeledRows:
         numbers: Rows of the split: [N].
         labels: Of these rows: [N].
         classes: Of the split, or of the data set.
+        bad: Rows that ``data.on_bad`` leaves out for their labels, and why.
     """
 
     source: Source
     numbers: Tensor
     labels: Tensor
     classes: Classes
+    bad: dict[int, str]
 
     @property
     def pictures(self) -> Pictures:
@@ -36,6 +38,14 @@ class LabeledRows:
 
     def select(self, indices: Tensor) -> "LabeledRows":
         return replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
+
+    def listed(self, numbers: Tensor) -> "LabeledRows":
+        """Rows by their numbers in the split, in this order."""
+        place = torch.full((len(self.source),), -1)
+        place[self.numbers] = torch.arange(len(self.numbers))
+        found = place[numbers]
+        bad = {row: self.bad[row] for row in numbers[found < 0].tolist()}
+        return replace(self.select(found[found >= 0]), bad=bad)
 
     def of_classes(self, classes: tuple[int, ...] | None) -> "LabeledRows":
         """The rows of some classes, which are numbered anew.
@@ -73,8 +83,19 @@ class LabeledRows:
         return replace(self, labels=labels, classes=Classes(train.number, train.names, where))
 
 
-def labeled_rows(splits: datasets.DatasetDict, settings: DataSettings, key: str) -> LabeledRows:
+def labeled_rows(
+    splits: datasets.DatasetDict,
+    settings: DataSettings,
+    key: str,
+    *,
+    num_classes: int | None = None,
+    known: int = 0,
+) -> LabeledRows:
     """The split that a key of the settings names.
+
+    Args:
+        num_classes: See ``number_of_classes``.
+        known: Classes that another split tells.
 
     Raises:
         ValueError: ``key: ...``: no such split, columns, or labels that are none.
@@ -83,25 +104,19 @@ def labeled_rows(splits: datasets.DatasetDict, settings: DataSettings, key: str)
     rows = rows_of(splits, split, key, settings.path)
     where = f"split {split} of {settings.path}"
     image_column = find_image_column(rows, settings.image_column)
-    label_column = find_label_column(rows, settings.label_column)
-    labels = labels_of(rows, label_column)
-    low, high = (int(value) for value in labels.aminmax())
-    names = class_names(rows, label_column)
-    num_classes = len(names) if names else high + 1
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"label_column: {label_column!r} of split {split} holds labels from {low} to {high}, "
-            f"allowed are 0 to {num_classes - 1}"
-        )
-    return LabeledRows(
-        Source(rows, image_column, where),
-        torch.arange(len(rows)),
-        labels,
-        Classes(num_classes, names, where),
-    )
+    column = find_label_column(rows, settings.label_column)
+    names = class_names(rows, column)
+    number = number_of_classes(rows, column, num_classes)
+    number = number if names else max(number, known)
+    labels, bad = labels_of(rows, column, number, where, skip=settings.on_bad == "skip")
+    numbers = torch.tensor([i for i in range(len(rows)) if i not in bad])
+    classes = Classes(number, names, where)
+    return LabeledRows(Source(rows, image_column, where), numbers, labels[numbers], classes, bad)
 
 
-def classes_of_train(splits: datasets.DatasetDict, settings: DataSettings) -> Classes | None:
+def classes_of_train(
+    splits: datasets.DatasetDict, settings: DataSettings, num_classes: int | None = None
+) -> Classes | None:
     """The classes of the training split; None if there is none, or they cannot be told."""
     rows = splits.get(settings.train_split)
     if rows is None or len(rows) == 0:
@@ -110,28 +125,9 @@ def classes_of_train(splits: datasets.DatasetDict, settings: DataSettings) -> Cl
         column = find_label_column(rows, settings.label_column)
     except ValueError:  # evaluation does not need that split
         return None
-    names = class_names(rows, column)
-    highest = pc.max(rows.data.column(column)).as_py()
-    number = len(names) if names else max(-1, -1 if highest is None else highest) + 1
-    return Classes(number, names, f"split {settings.train_split} of {settings.path}")
-
-
-def class_names(rows: datasets.Dataset, column: str) -> tuple[str, ...] | None:
-    """Of a column of class labels; of plain integers None."""
-    names = getattr(rows.features[column], "names", None)
-    return tuple(names) if names else None
-
-
-def labels_of(rows: datasets.Dataset, column: str) -> Tensor:
-    """A column of integers as int64 [N].
-
-    Raises:
-        ValueError: A row has no label.
-    """
-    labels = rows[column][:]
-    if None in labels:
-        raise ValueError(f"label_column: {column!r} has no label in row {labels.index(None)}")
-    return torch.tensor(labels, dtype=torch.int64)
+    number = number_of_classes(rows, column, num_classes)
+    where = f"split {settings.train_split} of {settings.path}"
+    return Classes(number, class_names(rows, column), where)
 
 
 def find_image_column(rows: datasets.Dataset, given: str | None) -> str:
@@ -153,13 +149,16 @@ def find_label_column(rows: datasets.Dataset, given: str | None) -> str:
 def _choose(
     key: str, given: str | None, found: list[str], allowed: list[str], features: dict[str, Any]
 ) -> str:
+    kind = "images" if key == "image_column" else "integers"
     if given is not None and given not in features:
         raise ValueError(f"{key}: there is no column {given!r}; columns are {list(features)}")
     if given is not None and given not in allowed:
-        kind = "images" if key == "image_column" else "integers"
         raise ValueError(f"{key}: {given!r} holds no {kind}: {features[given]}")
     if given is None and len(found) != 1:
+        types = {n: getattr(f, "dtype", type(f).__name__) for n, f in features.items()}
         raise ValueError(
-            f"{key}: name the column; {found or 'none'} would do, columns are {list(features)}"
+            f"{key}: name the column; {found or f'none holds {kind} and'} would do, columns are "
+            + ", ".join(f"{name} ({dtype})" for name, dtype in types.items())
+            + " (folders are classes if all images lie in SPLIT/CLASS)" * (list(types) == ["image"])
         )
     return found[0] if given is None else given

@@ -2,23 +2,28 @@
 
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _COLOUR = ("RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION = 274  # tag of EXIF
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
+SKIP = "data.on_bad: skip leaves such images out"
+_MAIN_IS_FIRST = ("MPO", "PSD")  # a photo and its previews, a picture and its layers
 
 
 class UnusableImage(ValueError):
-    """An image that is missing or damaged, or whose pixels have no sure meaning in 8 bits."""
+    """An image that is missing, damaged or several, or whose pixels 8 bits cannot show surely."""
+
+    of_one_process = True  # where training comes to it, the others do not know of it
 
 
 # ---- one image ---------------------------------------------------------------------------------
@@ -33,10 +38,9 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     if encoded is None:
         raise UnusableImage("is missing")
     try:
-        content, path = encoded["bytes"], encoded["path"]
-        if content is None and path is not None and "://" in path:
-            return eight_bits(datasets.Image().decode_example(encoded))
-        image: Image.Image = Image.open(path if content is None else io.BytesIO(content))
+        image = _opened(encoded["bytes"], encoded["path"])
+        if image.format not in _MAIN_IS_FIRST and getattr(image, "n_frames", 1) > 1:
+            raise UnusableImage(f"holds {image.n_frames} frames, not one")  # type: ignore[attr-defined]
         image.load()
         levels = _levels(image)  # of the file: a turned image has forgotten it
         if image.getexif().get(_ORIENTATION, 1) != 1:
@@ -45,7 +49,28 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     except (UnusableImage, MemoryError):
         raise
     except Exception as error:  # a broken file may raise anything
-        raise UnusableImage(f"cannot be read ({type(error).__name__}: {error})") from error
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableImage(f"cannot be read ({text})") from error
+
+
+def _opened(content: bytes | None, path: str | None) -> Image.Image:
+    """An image whose header alone is read; PIL refuses more than 178,956,970 pixels here."""
+    if content is None and path is not None and "://" in path:
+        return datasets.Image().decode_example({"bytes": None, "path": path})
+    if content is not None:
+        source: str | io.BytesIO = io.BytesIO(content)
+    elif path is not None and os.path.isfile(path):  # reading a pipe would wait for ever
+        source = path
+    else:
+        raise UnusableImage("is missing")
+    if (os.path.getsize(source) if isinstance(source, str) else source.getbuffer().nbytes) == 0:
+        raise UnusableImage("is empty")
+    try:
+        with warnings.catch_warnings():  # of half that size
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(source)
+    except UnidentifiedImageError:
+        raise UnusableImage("has no format that PIL knows") from None
 
 
 def eight_bits(image: Image.Image, levels: int | None = None) -> Image.Image:
@@ -128,6 +153,9 @@ class Source:
         self._rows = rows.select_columns([column]).cast_column(column, undecoded)
         self.column = column
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def encoded(self, number: int) -> dict[str, Any] | None:
         """``bytes`` and ``path`` of a row, one of which may be None."""
         return self._rows.data.column(self.column)[number].as_py()  # a tenth of what rows[] takes
@@ -142,9 +170,7 @@ class Source:
         try:
             image = open_image(encoded)
         except UnusableImage as error:
-            raise UnusableImage(
-                f"path: {self.name(number)} {error}; data.damaged: skip leaves such images out"
-            ) from error
+            raise UnusableImage(f"path: {self.name(number)} {error}; {SKIP}") from error
         return image.convert(self.mode) if self.mode in ("L", "RGB") else image
 
     def name(self, number: int) -> str:

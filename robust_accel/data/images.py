@@ -147,7 +147,7 @@ class FileImages:
         )
         for batch in loader:
             if isinstance(batch, UnusableImage):
-                raise batch
+                raise UnusableImage(f"data.{batch}")  # nobody else adds the section by then
             x, labels = batch
             yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 

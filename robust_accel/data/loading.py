@@ -1,7 +1,7 @@
 """From a hub, a folder or parquet to the splits of a data set."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import datasets
 import torch
@@ -12,7 +12,7 @@ from robust_accel.data.columns import LabeledRows, classes_of_train, labeled_row
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.ids import Ids, IdsError, find_rows
 from robust_accel.data.images import NO_LABEL, FileImages, ImageSet, MemoryImages
-from robust_accel.data.reading import by, drawn, drawn_order, held_out, read_images
+from robust_accel.data.reading import LeftOut, by, drawn, drawn_order, held_out, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 from robust_accel.data.unlabeled import NONE_LEFT_OUT, load_unlabeled, rows_to_label
@@ -32,6 +32,8 @@ class Data:
     """By label; None where the label column is of plain integers."""
     selection: str = "all"
     """Which images of the test split ``test`` is, see ``EvaluationImages``."""
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    """By ``train``, ``test`` and ``unlabeled``, where ``data.on_bad: skip`` left images out."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,25 +71,32 @@ class EvaluationImages:
     num_classes: int
     class_names: tuple[str, ...] | None
     selection: str
+    left_out: LeftOut | None = None
 
 
-def load_data(settings: DataSettings, *, seed: int = 0, ids: Ids = None) -> Data:
+def load_data(
+    settings: DataSettings, *, seed: int = 0, ids: Ids = None, num_classes: int | None = None
+) -> Data:
     """Load and check all splits.
 
     Args:
+        num_classes: Plain integers below are classes, see ``number_of_classes``.
         ids: The images of the test split, see ``load_test``.
 
     Raises:
         ValueError: ``key: what was found, what is allowed`` for a path, split, column or image
             that is not as declared.
     """
-    splits = load_splits(settings.path, settings.config)
-    rows = labeled_rows(splits, settings, "train_split")
-    test_rows = labeled_rows(splits, settings, "test_split").in_classes_of(rows.classes)
+    splits = load_splits(settings.path, settings.config, settings.on_bad)
+    rows = labeled_rows(splits, settings, "train_split", num_classes=num_classes)
+    test_rows = labeled_rows(
+        splits, settings, "test_split", num_classes=num_classes, known=rows.classes.number
+    ).in_classes_of(rows.classes)
     number = test_rows.classes.number  # of plain integers, the test split may have more
     rows = replace(rows, classes=replace(rows.classes, number=number)).of_classes(settings.classes)
     classes = rows.classes
-    train, _ = read_images(rows.pictures, rows.labels, settings, seed)
+    read = read_images(rows.pictures, rows.labels, settings, seed, rows.bad)
+    train = read.images
     test = _test(test_rows, settings, ids, seed)
     if train.shape != test.images.shape:
         raise ValueError(
@@ -96,9 +105,11 @@ def load_data(settings: DataSettings, *, seed: int = 0, ids: Ids = None) -> Data
         )
     train, rest = drawn(train, settings.train_size, "train_size")
     train, validation = held_out(train, settings.validation_size)
-    unlabeled = None
+    unlabeled, left_out = None, {"train": read.left_out, "test": test.left_out}
     if settings.unlabeled is not None:
-        unlabeled = load_unlabeled(settings.unlabeled, settings, train, rest, classes, seed)
+        unlabeled, left_out["unlabeled"] = load_unlabeled(
+            settings.unlabeled, settings, train, rest, classes, seed
+        )
     check_classes(train.labels, classes, also=None if unlabeled is None else unlabeled.labels)
     if settings.unlabeled is not None and settings.unlabeled.fraction is None:
         train, unlabeled = train.pooled(unlabeled), None
@@ -110,13 +121,17 @@ def load_data(settings: DataSettings, *, seed: int = 0, ids: Ids = None) -> Data
         unlabeled,
         classes.names,
         test.selection,
+        {name: found for name, found in left_out.items() if found is not None},
     )
 
 
-def load_test(settings: DataSettings, *, ids: Ids = None) -> EvaluationImages:
+def load_test(
+    settings: DataSettings, *, ids: Ids = None, num_classes: int | None = None
+) -> EvaluationImages:
     """The test split alone, for evaluation.
 
     Args:
+        num_classes: As of ``load_data``.
         ids: Measure these images only, in their order: row numbers of the test split; or the path
             of a text file with one image a line, a row number or a file name (of the file that the
             image lies in, or that the data set remembers); or ``robustbench/imagenet5000``.
@@ -124,9 +139,11 @@ def load_test(settings: DataSettings, *, ids: Ids = None) -> EvaluationImages:
     Raises:
         ValueError: As ``load_data``; an ``IdsError`` where ``ids`` are not to be had.
     """
-    splits = load_splits(settings.path, settings.config)
-    rows = labeled_rows(splits, settings, "test_split")
-    if (train := classes_of_train(splits, settings)) is not None:
+    splits = load_splits(settings.path, settings.config, settings.on_bad)
+    train = classes_of_train(splits, settings, num_classes)
+    known = train.number if train else 0
+    rows = labeled_rows(splits, settings, "test_split", num_classes=num_classes, known=known)
+    if train is not None:
         rows = rows.in_classes_of(train)
     return _test(rows, settings, ids, 0)
 
@@ -136,13 +153,16 @@ def _test(rows: LabeledRows, settings: DataSettings, ids: Ids, seed: int) -> Eva
     if ids is not None:
         rows, selection = _listed(rows, settings, ids)
     rows = rows.of_classes(settings.classes)
-    images, kept = read_images(rows.pictures, rows.labels, settings, seed)
+    read = read_images(rows.pictures, rows.labels, settings, seed, rows.bad)
+    images = read.images
     if settings.test_size is not None:
         images, _ = drawn(images, settings.test_size, "test_size")
         selection = f"{settings.test_size} drawn by a fixed seed"
-    if left_out := len(rows.labels) - len(kept):
-        selection += f", {left_out} damaged left out"
-    return EvaluationImages(images, rows.classes.number, rows.classes.names, selection)
+    if read.left_out is not None:
+        selection += f", {read.left_out.images} bad left out"
+    return EvaluationImages(
+        images, rows.classes.number, rows.classes.names, selection, read.left_out
+    )
 
 
 def _listed(
@@ -152,14 +172,14 @@ def _listed(
         raise IdsError(
             f"ids: these and data.test_size {settings.test_size} both choose test images: give one"
         )
-    found, selection = find_rows(ids, len(rows.labels), rows.source.paths, rows.classes.where)
-    rows = rows.select(found)
+    found, selection = find_rows(ids, len(rows.source), rows.source.paths, rows.classes.where)
+    rows = rows.listed(found)
     if settings.classes is not None:
         other = ~torch.isin(rows.labels, torch.tensor(settings.classes))
         if other.any():
             raise IdsError(
-                f"ids: row {int(found[other][0])} is of class {int(rows.labels[other][0])}, which "
-                f"data.classes {list(settings.classes)} leaves out"
+                f"ids: row {int(rows.numbers[other][0])} is of class {int(rows.labels[other][0])}, "
+                f"which data.classes {list(settings.classes)} leaves out"
             )
     return rows, selection
 
@@ -175,27 +195,27 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     if own.path is None:
         return _left_out(plain)
     try:
-        rows, column, where = rows_to_label(own)
+        rows, column, where = rows_to_label(own, settings.on_bad)
         numbers = torch.arange(len(rows))
         pictures = Pictures.of(Source(rows, column, where), numbers)
-        images, kept = read_images(pictures, torch.full_like(numbers, NO_LABEL), plain, 0)
+        read = read_images(pictures, torch.full_like(numbers, NO_LABEL), plain, 0)
     except ValueError as error:
         raise ValueError(f"unlabeled.{error}") from error
-    return _one_column(rows, column, numbers[kept]), images
+    return _one_column(rows, column, numbers[read.kept]), read.images
 
 
 def _left_out(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     """What ``train_size`` leaves out of the training split."""
-    splits = load_splits(settings.path, settings.config)
+    splits = load_splits(settings.path, settings.config, settings.on_bad)
     rows = labeled_rows(splits, settings, "train_split").of_classes(settings.classes)
-    images, kept = read_images(rows.pictures, rows.labels, settings, 0)
-    rest = drawn_order(len(images))[settings.train_size :]
+    read = read_images(rows.pictures, rows.labels, settings, 0)
+    rest = drawn_order(len(read.images))[settings.train_size :]
     if settings.train_size is None or len(rest) == 0:
         raise ValueError(f"unlabeled.{NONE_LEFT_OUT}")
-    images = images.subset(rest)
+    images = read.images.subset(rest)
     images.labels = torch.full((len(rest),), NO_LABEL)
     all_rows = rows_of(splits, settings.train_split, "train_split", settings.path)
-    return _one_column(all_rows, rows.source.column, rows.numbers[kept][rest]), images
+    return _one_column(all_rows, rows.source.column, rows.numbers[read.kept][rest]), images
 
 
 def _one_column(rows: datasets.Dataset, column: str, numbers: Tensor) -> datasets.Dataset:

@@ -1,13 +1,14 @@
 """Encoded images to image sets, in memory or from files, and drawn parts of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robust_accel.data.classes import tell
-from robust_accel.data.decoding import Pictures, UnusableImage
+from robust_accel.data.decoding import SKIP, Pictures, UnusableImage
 from robust_accel.data.images import (
     FileImages,
     ImageSet,
@@ -20,27 +21,54 @@ from robust_accel.data.settings import DataSettings
 _NAMED = 3  # of the images that are left out
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Images that ``data.on_bad: skip`` leaves out: how many of how many, and why the first few."""
+
+    images: int
+    of: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image set, which of the pictures are in it ([N], int64), and what is left out."""
+
+    images: ImageSet
+    kept: Tensor
+    left_out: LeftOut | None
+
+
 def read_images(
-    pictures: Pictures, labels: Tensor, settings: DataSettings, seed: int
-) -> tuple[ImageSet, Tensor]:
-    """An image set as the settings say, and which of the pictures are in it: [N], int64.
+    pictures: Pictures,
+    labels: Tensor,
+    settings: DataSettings,
+    seed: int,
+    bad_rows: Mapping[int, str] | None = None,
+) -> Read:
+    """An image set as the settings say.
+
+    Args:
+        bad_rows: That are left out already, and why.
 
     Raises:
         ValueError: ``path: ...``: in memory an image that cannot be used, or of another size than
-            the first; with ``damaged: skip`` only where no image is left.
+            the first; with ``on_bad: skip`` only where no image is left, or no size has most.
     """
-    skip = settings.damaged == "skip"
+    skip = settings.on_bad == "skip"
     if settings.in_memory:
         pixels, bad = _decode(pictures, skip=skip)
     else:
         bad = unusable(pictures, settings.num_workers) if skip else {}
+    if len(bad) == len(pictures):
+        raise ValueError(next(iter(bad.values()), "path: there is no image"))
     kept = torch.tensor([i for i in range(len(pictures)) if i not in bad], dtype=torch.int64)
-    if bad:
-        _say_left_out(list(bad.values()), len(pictures))
+    left_out = _left_out([*(bad_rows or {}).values(), *bad.values()], len(kept))
     if settings.in_memory:
         augment = settings.augment == "crop_flip"
-        return MemoryImages(pixels, labels[kept], augment=augment, seed=seed), kept
-    return FileImages(pictures.select(kept), labels[kept], settings, seed), kept
+        memory = MemoryImages(pixels, labels[kept], augment=augment, seed=seed)
+        return Read(memory, kept, left_out)
+    return Read(FileImages(pictures.select(kept), labels[kept], settings, seed), kept, left_out)
 
 
 def drawn(images: ImageSet, size: int | None, key: str) -> tuple[ImageSet, ImageSet]:
@@ -76,7 +104,8 @@ def by(shape: Iterable[int]) -> str:
 
 def _decode(pictures: Pictures, *, skip: bool) -> tuple[Tensor, dict[int, str]]:
     """All images as uint8 [N, C, H, W], one channel if all are grey; what is skipped, and why."""
-    arrays: list[np.ndarray] = []  # [1 or 3, H, W]
+    arrays: dict[int, np.ndarray] = {}  # [1 or 3, H, W]
+    sizes: dict[str, list[int]] = {}
     bad: dict[int, str] = {}
     for index in range(len(pictures)):
         try:
@@ -86,24 +115,39 @@ def _decode(pictures: Pictures, *, skip: bool) -> tuple[Tensor, dict[int, str]]:
                 raise
             bad[index] = str(error)
             continue
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        if arrays and array.shape[1:] != arrays[0].shape[1:]:
-            raise ValueError(
-                f"path: {pictures.name(index)} is {by(array.shape[1:])}, the first is "
-                f"{by(arrays[0].shape[1:])}; images of several sizes need in_memory: false and "
-                "image_size"
-            )
-        arrays.append(array)
+        arrays[index] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        sizes.setdefault(by(array.shape[:2]), []).append(index)
+        if len(sizes) > 1 and not skip:
+            raise _several_sizes(pictures, sizes)
     if not arrays:
-        raise ValueError(next(iter(bad.values()), "path: there is no image"))
-    channels = max(len(array) for array in arrays)
-    images = [np.broadcast_to(array, (channels, *array.shape[1:])) for array in arrays]
-    return torch.from_numpy(np.stack(images)).contiguous(), bad
+        return torch.empty(0), bad
+    usual = max(sizes, key=lambda size: len(sizes.get(size, ())))
+    if 2 * len(sizes[usual]) <= len(arrays):
+        raise _several_sizes(pictures, sizes)
+    for size, indices in sizes.items():
+        for index in indices if size != usual else ():
+            bad[index] = f"path: {pictures.name(index)} is {size}, most are {usual}"
+            del arrays[index]
+    channels = max(len(array) for array in arrays.values())
+    images = [np.broadcast_to(a, (channels, *a.shape[1:])) for a in arrays.values()]
+    return torch.from_numpy(np.stack(images)).contiguous(), dict(sorted(bad.items()))
 
 
-def _say_left_out(reasons: list[str], number: int) -> None:
-    if len(reasons) == number:
-        raise ValueError(reasons[0])
-    first = [r.removeprefix("path: ").partition("; data.damaged")[0] for r in reasons[:_NAMED]]
-    text = "; ".join(first + ["..."] * (len(reasons) > _NAMED))
-    tell(f"{len(reasons)} of {number} images are left out (data.damaged: skip): {text}")
+def _several_sizes(pictures: Pictures, sizes: dict[str, list[int]]) -> ValueError:
+    first, other = list(sizes)[:2]
+    return ValueError(
+        f"path: {pictures.name(sizes[other][0])} is {other}, the first is {first}; images of "
+        "several sizes need in_memory: false and image_size, or on_bad: skip if most have one"
+    )
+
+
+def _left_out(reasons: list[str], kept: int) -> LeftOut | None:
+    """What is told, and what reports say."""
+    if not reasons:
+        return None
+    first = tuple(r.removeprefix("path: ").removesuffix(f"; {SKIP}") for r in reasons[:_NAMED])
+    of = len(reasons) + kept
+    more = ["..."] * (len(reasons) > _NAMED)
+    text = "; ".join([*first, *more])
+    tell(f"{len(reasons)} of {of} images are left out (data.on_bad: skip): {text}")
+    return LeftOut(len(reasons), of, first)

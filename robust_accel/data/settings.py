@@ -54,10 +54,13 @@ class DataSettings(Settings):
             ``timm`` (from files: random resized crop and mirror), or ``none``.
         image_size: Height and width that images from files are cropped and resized to.
         num_workers: Processes that decode images from files.
-        damaged: What to do about images that are missing, cannot be decoded, or have transparent
-            or more than 8-bit pixels of unknown range: ``refuse`` names the first (from files:
-            when training or evaluation comes to it), ``skip`` leaves them out and says which (from
-            files: each process first decodes all of them once).
+        on_bad: What to do about images that are missing, empty or cannot be decoded, have several
+            frames, more than 178,956,970 pixels, transparent pixels or such of unknown range, or
+            (in memory) another size; and about rows without a label, or with one that is no class.
+            ``refuse`` names the first (images from files: when training or evaluation comes to
+            it), ``skip`` leaves them out, says which, and counts them in the report (from files:
+            each process first decodes all of them once). Of plain integers the classes are those
+            below 1000, or at least half of the numbers up to which occur.
         classes: Use only the images of these classes, numbered anew in the order given.
         unlabeled: More images to train on, see ``UnlabeledSettings``.
         sharding: ``global``: each epoch deals all images anew. ``fixed``: each worker keeps its
@@ -77,7 +80,7 @@ class DataSettings(Settings):
     augment: Literal["none", "crop_flip", "timm"] = "none"
     image_size: Annotated[Whole, Ge(1), Le(16384)] | None = None
     num_workers: Annotated[Whole, Ge(0), Le(1024)] = 4
-    damaged: Literal["refuse", "skip"] = "refuse"
+    on_bad: Literal["refuse", "skip"] = "refuse"
     classes: Annotated[tuple[Annotated[Whole, Ge(0)], ...], Len(2)] | None = None
     unlabeled: UnlabeledSettings | None = None
     sharding: Literal["global", "fixed"] = "global"

@@ -1,32 +1,70 @@
-"""Splits of a hub's data set, a folder, a parquet file, or scikit-learn's digits."""
+"""Splits of a hub's data set, a folder, a file, or scikit-learn's digits."""
 
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from filelock import FileLock
 from PIL import Image
 
+from robust_accel.data.classes import tell
+from robust_accel.data.decoding import SKIP
+from robust_accel.data.tar_files import check_tar
+
 DIGITS = "sklearn:digits"
+_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # and who reads them
+_LONGEST = 400  # characters of another library's message
 
 
-def load_splits(path: str, config: str | None) -> datasets.DatasetDict:
+def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datasets.DatasetDict:
     """All splits, each with the class names of its own files.
+
+    Args:
+        on_bad: See ``DataSettings``.
 
     Raises:
         ValueError: ``path: ...``: it cannot be loaded, or files of one split disagree on names.
     """
-    try:
-        if path == DIGITS:
-            return _digits()
-        if Path(path).suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=path)
-        splits = datasets.load_dataset(path, config)
-        files = _local_parquet(path, config) if Path(path).is_dir() else {}
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        local = "" if Path(path).exists() else " (no such local path, so the hub was asked)"
-        raise ValueError(f"path: {path!r} cannot be loaded{local}: {error}") from error
-    return _with_own_names(splits, files)
+    if path == DIGITS:
+        return _digits()
+    loader = _FILES.get(Path(path).suffix)
+    if loader is None and Path(path).is_file():
+        raise ValueError(
+            f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)} "
+            "(WebDataset), and folders"
+        )
+    if Path(path, datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+        raise ValueError(f"path: {path!r} was written by save_to_disk: write it by to_parquet")
+
+    def builder() -> datasets.DatasetBuilder:
+        if loader is None:
+            return datasets.load_dataset_builder(path, config)
+        return datasets.load_dataset_builder(loader, data_files=path)
+
+    with _explained(path):
+        found: dict[str, list[str]] = builder().config.data_files or {}
+    files = {str(split): [n for n in names if os.path.isfile(n)] for split, names in found.items()}
+    every = [name for names in files.values() for name in names]
+    for name in every:
+        if Path(name).suffix == ".tar":
+            check_tar(name)
+    if any(map(_is_image, every)) and (lost := _no_files(path)):
+        text = f"{lost[0]} is a link to nothing, or no file"
+        if on_bad != "skip":
+            raise ValueError(f"path: {text}; {SKIP}")
+        tell(f"{len(lost)} files of {path} are left out (data.on_bad: skip): {text}")
+    with _explained(path):
+        splits = _loaded(builder, every)
+    are_parquet = all(Path(name).suffix == ".parquet" for name in every)
+    return _with_own_names(path, splits, files) if are_parquet else splits
 
 
 def rows_of(splits: datasets.DatasetDict, split: str, key: str, path: str) -> datasets.Dataset:
@@ -42,17 +80,103 @@ def rows_of(splits: datasets.DatasetDict, split: str, key: str, path: str) -> da
     return splits[split]
 
 
-def _local_parquet(path: str, config: str | None) -> dict[str, list[str]]:
-    """The files of each split, where they are parquet."""
-    builder = datasets.load_dataset_builder(path, config)
-    files = builder.config.data_files or {}
-    found = {str(split): [str(name) for name in names] for split, names in files.items()}
-    every = [name for names in found.values() for name in names]
-    return found if all(Path(name).suffix == ".parquet" for name in every) else {}
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _no_files(path: str) -> list[str]:
+    """What has an image's name in a folder and is no file, so that ``datasets`` passes it over."""
+    found, folders = [], [path]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif _is_image(entry.name) and not (entry.is_file() or entry.is_dir()):
+                    found.append(entry.path)
+    return sorted(found)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Any error of ``datasets`` as one sentence with its cause, and with the file that it logs."""
+    told: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            told.append(record.getMessage())
+        return record.levelno < logging.ERROR
+
+    handlers = list(logging.getLogger("datasets").handlers)
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield
+    except Exception as error:  # its readers raise anything
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and (
+            inner := cause.__cause__ or cause.__context__
+        ):
+            cause = inner
+        local = "" if Path(path).exists() else " (no such local path, so the hub was asked)"
+        where = next((f"{name}: " for name in _files_at_hand(cause)), "")
+        text = told[-1] if told else f"{where}{type(cause).__name__}: {cause}"
+        text = " ".join(text.split())
+        text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+        raise ValueError(f"path: {path!r} cannot be loaded{local}: {text}") from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
+
+
+def _files_at_hand(error: BaseException) -> list[str]:
+    """What the readers of ``datasets`` call ``file`` where they fail: they seldom name it."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [names["file"] for names in frames if isinstance(names.get("file"), str)]
+
+
+# ---- the copies that datasets keeps ------------------------------------------------------------
+
+
+def _loaded(
+    builder: Callable[[], datasets.DatasetBuilder], files: list[str]
+) -> datasets.DatasetDict:
+    """All splits, from a copy that ``datasets`` keeps if it has the content of these files.
+
+    By itself it tells files by their names and times of writing, which others can have, too.
+    """
+    own = builder()
+    copy = Path(own.cache_dir)
+    if not (files and copy.exists()):
+        return _prepared(own)
+    if not _is_older(copy, files):
+        with suppress(OSError, ValueError):  # it is broken
+            return _prepared(own)
+    with FileLock(f"{copy}.lock"):
+        if not _is_older(copy, files):
+            with suppress(OSError, ValueError):  # another process may have made it anew
+                return _prepared(builder())
+        shutil.rmtree(copy)
+        return _prepared(builder())
+
+
+def _prepared(builder: datasets.DatasetBuilder) -> datasets.DatasetDict:
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _is_older(copy: Path, files: list[str]) -> bool:
+    """Whether a copy is older than what it was made of: not than images, whose paths it has."""
+    read = [name for name in files if not _is_image(name)]
+    made = copy / datasets.config.DATASET_INFO_FILENAME
+    return made.exists() and any(os.stat(n).st_ctime > made.stat().st_mtime for n in read)
+
+
+# ---- class names -------------------------------------------------------------------------------
 
 
 def _with_own_names(
-    splits: datasets.DatasetDict, files: dict[str, list[str]]
+    path: str, splits: datasets.DatasetDict, files: dict[str, list[str]]
 ) -> datasets.DatasetDict:
     """Read anew where splits name classes differently: ``datasets`` gives all the first one's."""
     of_split: dict[str, dict[str, list[str]]] = {}
@@ -68,11 +192,14 @@ def _with_own_names(
             of_split[split] = named
     if all(named == next(iter(of_split.values())) for named in of_split.values()):
         return splits
-    own = {
-        split: datasets.load_dataset("parquet", data_files={split: files[split]}, split=split)
-        for split in of_split
-    }
-    return datasets.DatasetDict(splits | own)
+
+    def alone(split: str) -> datasets.Dataset:
+        own = {split: files[split]}
+        builder = lambda: datasets.load_dataset_builder("parquet", data_files=own)  # noqa: E731
+        return _loaded(builder, files[split])[split]
+
+    with _explained(path):
+        return datasets.DatasetDict(splits | {split: alone(split) for split in of_split})
 
 
 def _class_names(file: str) -> dict[str, list[str]]:

@@ -9,15 +9,11 @@ from torch import Tensor
 
 from robust_accel.data.array_pickle import load_arrays
 from robust_accel.data.classes import Classes, renumbered_labels, tell
-from robust_accel.data.columns import (
-    class_names,
-    find_image_column,
-    find_label_column,
-    labels_of,
-)
+from robust_accel.data.columns import find_image_column, find_label_column
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, seeded_generator
-from robust_accel.data.reading import by, drawn, read_images
+from robust_accel.data.labels import class_names, labels_of
+from robust_accel.data.reading import LeftOut, by, drawn, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 
@@ -32,7 +28,7 @@ def load_unlabeled(
     rest: ImageSet,
     classes: Classes,
     seed: int,
-) -> ImageSet:
+) -> tuple[ImageSet, LeftOut | None]:
     """Images that ``data.unlabeled`` names, decoded and augmented as ``data`` says.
 
     Args:
@@ -45,39 +41,44 @@ def load_unlabeled(
     """
     seed = seeded_generator(seed, 8).initial_seed()  # other crops than the labelled images'
     try:
-        images = drawn(_read(own, settings, rest, classes, seed), own.size, "size")[0]
+        images, left_out = _read(own, settings, rest, classes, seed)
+        images, _ = drawn(images, own.size, "size")
         _check(images, train, classes.number)
     except ValueError as error:
         raise ValueError(f"unlabeled.{error}") from error
-    return images
+    return images, left_out
 
 
-def rows_to_label(own: UnlabeledSettings) -> tuple[datasets.Dataset, str, str]:
+def rows_to_label(own: UnlabeledSettings, on_bad: str) -> tuple[datasets.Dataset, str, str]:
     """Rows that ``data.unlabeled.path`` names, their image column, and both in words."""
     assert own.path is not None
-    rows = rows_of(load_splits(own.path, own.config), own.split, "split", own.path)
+    rows = rows_of(load_splits(own.path, own.config, on_bad), own.split, "split", own.path)
     return rows, find_image_column(rows, own.image_column), f"split {own.split} of {own.path}"
 
 
 def _read(
     own: UnlabeledSettings, settings: DataSettings, rest: ImageSet, classes: Classes, seed: int
-) -> ImageSet:
+) -> tuple[ImageSet, LeftOut | None]:
     path = own.path
     if path is None:
         if len(rest) == 0:
             raise ValueError(NONE_LEFT_OUT)
         rest.labels = torch.full((len(rest),), NO_LABEL)
-        return rest
+        return rest, None
     if Path(path).suffix in (".pickle", ".pkl"):
-        return _images_of_pickle(path, settings, seed)
-    rows, image_column, where = rows_to_label(own)
+        return _images_of_pickle(path, settings, seed), None
+    rows, image_column, where = rows_to_label(own, settings.on_bad)
     labels = torch.full((len(rows),), NO_LABEL)
+    bad: dict[int, str] = {}
     column = own.label_column or (PSEUDO_LABEL if PSEUDO_LABEL in rows.features else None)
     if column is not None:
-        labels = _labels(rows, find_label_column(rows, column), where, settings, classes)
-    numbers = _confident(rows, own.min_confidence, path)
+        labels, bad = _labels(rows, find_label_column(rows, column), where, settings, classes)
+    confident = _confident(rows, own.min_confidence, path).tolist()
+    numbers = torch.tensor([row for row in confident if row not in bad])
+    bad = {row: bad[row] for row in confident if row in bad}
     pictures = Pictures.of(Source(rows, image_column, where), numbers)
-    return read_images(pictures, labels[numbers], settings, seed)[0]
+    read = read_images(pictures, labels[numbers], settings, seed, bad)
+    return read.images, read.left_out
 
 
 def _confident(rows: datasets.Dataset, least: float, path: str) -> Tensor:
@@ -96,17 +97,10 @@ def _confident(rows: datasets.Dataset, least: float, path: str) -> Tensor:
 
 def _labels(
     rows: datasets.Dataset, column: str, where: str, settings: DataSettings, train: Classes
-) -> Tensor:
+) -> tuple[Tensor, dict[int, str]]:
     """A column of labels in the numbers of the training data's classes, found by name."""
-    labels = labels_of(rows, column)
     names = class_names(rows, column)
-    low, high = (int(value) for value in labels.aminmax())
-    if names is not None and not NO_LABEL <= low <= high < len(names):
-        raise ValueError(
-            f"label_column: labels are from {low} to {high}, allowed are 0 to {len(names) - 1}, "
-            f"and {NO_LABEL} for none"
-        )
-    number = len(names) if names else train.number  # of plain integers, `_check` looks at the range
+    number = len(names) if names else train.number
     own = Classes(number, names, f"column {column!r} of {where}")
     try:
         positions, doubt = own.positions_in(train)
@@ -120,7 +114,10 @@ def _labels(
         )
     if doubt and column != PSEUDO_LABEL and (own.named or train.named):
         tell(doubt)
-    return renumbered_labels(labels, positions)
+    skip = settings.on_bad == "skip"
+    labels, bad = labels_of(rows, column, number, where, lowest=NO_LABEL, skip=skip)
+    kept = torch.tensor([row not in bad for row in range(len(rows))])
+    return renumbered_labels(torch.where(kept, labels, NO_LABEL), positions), bad
 
 
 def _images_of_pickle(path: str, settings: DataSettings, seed: int) -> ImageSet:

@@ -1,11 +1,12 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -58,7 +59,13 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     folder.check_contained()
     continued = folder.check(recipe.settings, resume=resume)
     data = recipe.checked(
-        "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
+        "data",
+        lambda: load_data(
+            recipe.data,
+            seed=settings.seed,
+            ids=recipe.evaluate.ids,
+            num_classes=recipe.model.num_classes,
+        ),
     )
     identity = data.identity()
     if continued:
@@ -74,6 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    recipe.checked("data", lambda: _check_same_everywhere(data, identity))
     run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
     run.open(continued)
     run.fit()
@@ -283,6 +291,7 @@ class _Run:
         digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
+            "left_out": {name: asdict(found) for name, found in self.data.left_out.items()},
             "doubts": self.recipe.doubts,
             "steps": progress.step,
             "epochs": epochs,
@@ -345,6 +354,19 @@ def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> Training
         seed=recipe.train.seed,
         sharding=recipe.data.sharding,
     )
+
+
+def _check_same_everywhere(data: Data, identity: DataIdentity) -> None:
+    """Of one image that a process fails to read, all would be dealt otherwise from there on."""
+    own = {n: f"{of['images']} images (digest {of['digest']})" for n, of in identity.items()}
+    found = gather_object([own | {"test": f"{len(data.test)} images"}])
+    for rank, sets in enumerate(found):
+        for name, about in sets.items():
+            if about != found[0].get(name):
+                raise ValueError(
+                    f"path: process {rank} does not have the images of process 0: {name} {about}, "
+                    f"not {found[0].get(name)}"
+                )
 
 
 def _check_labels(recipe: Recipe, data: Data) -> None:

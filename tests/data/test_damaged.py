@@ -33,7 +33,7 @@ def by_pixels(images: Any) -> list[list[float]]:
 
 
 def test_in_memory_the_first_is_named(broken: Path) -> None:
-    message = r"^path: image 2 of split train of .*cat/2\.png\) cannot be read \(.*damaged: skip"
+    message = r"^path: image 2 of split train of .*cat/2\.png\) cannot be read \(.*on_bad: skip"
     with pytest.raises(ValueError, match=message):
         load_data(settings(broken))
 
@@ -43,7 +43,9 @@ def test_from_files_the_first_is_named_in_one_sentence(broken: Path, num_workers
     of_train = settings(broken, test_split="train", num_workers=num_workers, **FILES)
     images = load_test(of_train).images
     assert len(list(images.batches([torch.tensor([0, 1])], CPU))) == 1
-    with pytest.raises(ValueError, match=r"^path: image 5 of split train .*dog/5\.png") as caught:
+    with pytest.raises(
+        ValueError, match=r"^data\.path: image 5 of split train .*dog/5\.png"
+    ) as caught:
         list(images.batches([torch.tensor([0, 1]), torch.tensor([4, 5])], CPU, 0))
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
@@ -52,10 +54,10 @@ def test_from_files_the_first_is_named_in_one_sentence(broken: Path, num_workers
 def test_skipped_images_are_counted_named_and_all_others_keep_their_labels(
     broken: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = load_data(settings(broken, damaged="skip", **options))
+    data = load_data(settings(broken, on_bad="skip", **options))
     assert sorted(data.train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert re.match(r"2 of 8 images are left out \(data.damaged: skip\): image 2 .*cat/2.png", said)
+    assert re.match(r"2 of 8 images are left out \(data.on_bad: skip\): image 2 .*cat/2.png", said)
     assert "dog/5.png" in said
     assert data.selection == "all"
     for file in (broken / "train" / "cat" / "2.png", broken / "train" / "dog" / "5.png"):
@@ -64,23 +66,23 @@ def test_skipped_images_are_counted_named_and_all_others_keep_their_labels(
 
 
 def test_what_is_measured_says_how_many_are_left_out(broken: Path) -> None:
-    of_train = settings(broken, damaged="skip", test_split="train")
-    assert load_test(of_train).selection == "all, 2 damaged left out"
+    of_train = settings(broken, on_bad="skip", test_split="train")
+    assert load_test(of_train).selection == "all, 2 bad left out"
     listed = load_test(of_train, ids=(3, 2))
-    assert (numbers(listed.images), listed.selection) == ([3], "2 listed ids, 1 damaged left out")
+    assert (numbers(listed.images), listed.selection) == ([3], "2 listed ids, 1 bad left out")
 
 
 def test_a_missing_image_is_skipped_like_a_damaged_one(tmp_path: Path) -> None:
     path = write_parquet(tmp_path, "train", [image(0), None, image(2)])
-    images = load_test(settings(path, test_split="train", damaged="skip")).images
+    images = load_test(settings(path, test_split="train", on_bad="skip")).images
     assert (numbers(images), images.labels.tolist()) == ([0, 2], [0, 2])
     files = settings(path, test_split="train", **FILES, num_workers=0)
-    with pytest.raises(ValueError, match=r"^path: image 1 of split train of .* is missing"):
+    with pytest.raises(ValueError, match=r"^data\.path: image 1 of split train of .* is missing"):
         list(load_test(files).images.batches([torch.arange(3)], CPU))
 
 
 def test_rows_to_label_are_those_that_training_leaves_out(broken: Path) -> None:
-    options = {"damaged": "skip", "train_size": 3}
+    options = {"on_bad": "skip", "train_size": 3}
     rows, images = load_to_label(settings(broken, **options))
     rest = load_data(settings(broken, **options, unlabeled={})).unlabeled
     assert numbers(images) == numbers(rest)
@@ -94,6 +96,6 @@ def test_unlabeled_images_are_skipped_with_their_labels(broken: Path, tmp_path: 
     write_folder(whole, "test", {"cat": 1, "dog": 1})
     with pytest.raises(ValueError, match=r"^unlabeled\.path: image 2 of split train"):
         load_data(settings(whole, unlabeled=own))
-    unlabeled = load_data(settings(whole, unlabeled=own, damaged="skip")).unlabeled
+    unlabeled = load_data(settings(whole, unlabeled=own, on_bad="skip")).unlabeled
     assert numbers(unlabeled) == [0, 1, 3, 4, 6, 7]
     assert unlabeled.labels.tolist() == [0, 0, 0, 1, 1, 1]

@@ -130,7 +130,7 @@ def test_pixels_without_a_sure_meaning_are_refused_and_the_file_is_named(
 ) -> None:
     save, message = REFUSED[name]
     path = folder(tmp_path, save)
-    pattern = rf"^path: image 0 of split test of .*a0\.(png|tif)\) has .*{message}"
+    pattern = rf"^(data\.)?path: image 0 of split test of .*a0\.(png|tif)\) has .*{message}"
     with pytest.raises(ValueError, match=pattern):
         load_test(settings(path))
     options = {"in_memory": False, "image_size": 5}
@@ -141,7 +141,7 @@ def test_pixels_without_a_sure_meaning_are_refused_and_the_file_is_named(
             list(files.batches([torch.arange(4)], CPU))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message):  # all of them
-        load_test(settings(path, damaged="skip"))
+        load_test(settings(path, on_bad="skip"))
 
 
 def test_white_that_is_zero_and_upright_pixels(tmp_path: Path) -> None:

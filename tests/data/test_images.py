@@ -156,7 +156,7 @@ INT, TEXT, FLOAT = (datasets.Value(name) for name in ("int32", "string", "float3
         ({"other": TEXT}, {"label_column": "other"}, r"^label_column: 'other' holds no integers"),
         ({"other": FLOAT}, {"label_column": "other"}, r"^label_column: 'other' holds no integers"),
         ({"other": TEXT}, {"image_column": "other"}, r"^image_column: 'other' holds no images"),
-        ({"label": TEXT}, {}, r"^label_column: name the column; none would do"),
+        ({"label": TEXT}, {}, r"^label_column: name the column; none holds integers and would do"),
         ({"label": FLOAT, "a": INT, "b": INT}, {}, r"^label_column: .*\['a', 'b'\] would do"),
     ],
 )  # fmt: skip
@@ -190,9 +190,13 @@ def test_columns_are_found_by_type_and_may_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0, -1], INT, r"labels from -1 to 0, allowed are 0 to 0"),
-        ([0, -1], datasets.ClassLabel(num_classes=3), r"labels from -1 to 0, allowed are 0 to 2"),
-        ([0, None], INT, r"'label' has no label in row 1"),
+        ([0, -1], INT, r"row 1 of .* the label -1, allowed are 0 to 0"),
+        (
+            [0, -1],
+            datasets.ClassLabel(num_classes=3),
+            r"row 1 of .* the label -1, allowed are 0 to 2",
+        ),
+        ([0, None], INT, r"'label': row 1 of .* has no label"),
     ],
 )
 @pytest.mark.parametrize("in_memory", [True, False])

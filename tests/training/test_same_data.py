@@ -1,10 +1,13 @@
 """A run goes on with the data that it began with, or says what has changed."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import Forked
 from PIL import Image
 
 from robust_accel.__main__ import main
@@ -84,9 +87,53 @@ def test_a_damaged_image_ends_training_with_its_name(data: Path, tmp_path: Path)
     file = data / "train" / "dark" / "3.png"
     file.write_bytes(file.read_bytes()[:40])
     files = ("data.in_memory=false", "data.image_size=8", "data.num_workers=1", "data.augment=none")
-    with pytest.raises(
-        ValueError, match=r"image 3 of split train of .*dark/3.png\) cannot be read"
-    ):
+    with pytest.raises(ValueError, match=r"image 3 of split train of .*dark/3.png\) has no format"):
         run(tmp_path / "refused", data, *files)
-    report = run(tmp_path / "skipped", data, *files, "data.damaged=skip", "train.batch_size=5")
+    report = run(tmp_path / "skipped", data, *files, "data.on_bad=skip", "train.batch_size=5")
     assert report["steps"] == 3  # 15 images
+    assert report["left_out"]["train"].items() >= {"images": 1, "of": 16}.items()
+    assert "3.png) has no format that PIL knows" in report["left_out"]["train"]["first"][0]
+    text = (tmp_path / "skipped" / "report.md").read_text()
+    assert re.search(r"left_out\.train\.images *\| *1 ", text)
+
+
+@pytest.mark.launch
+def test_one_process_with_a_bad_image_ends_both(data: Path, tmp_path: Path) -> None:
+    (data / "train" / "dark" / "3.png").write_bytes(b"")
+    files = ("data.in_memory=false", "data.image_size=8", "data.num_workers=1", "data.augment=none")
+    own = (
+        "train",
+        "quickstart",
+        "--quiet",
+        *SMALL,
+        *files,
+        f"output={tmp_path / 'run'}",
+        f"data.path={data}",
+    )
+    code, output = Forked(*own).wait()
+    assert code in (1, 2)  # of the process that is alone, or that found it
+    (line,) = [line for line in output.splitlines() if line.startswith("robust-accel: ")]
+    assert re.search(r"data\.path: image 3 of .*dark/3\.png\) is empty; data\.on_bad: skip", line)
+
+
+EACH_ITS_OWN = """
+import os, sys
+from robust_accel.__main__ import main
+sys.exit(main([*sys.argv[1:-1], f"data.path={sys.argv[-1]}/{os.environ['RANK']}"]))
+"""
+
+
+@pytest.mark.launch
+def test_processes_that_see_other_images_are_refused(data: Path, tmp_path: Path) -> None:
+    """As where one of them could not read what another could."""
+    for rank in range(2):
+        shutil.copytree(data, tmp_path / "own" / str(rank))
+    (tmp_path / "own" / "1" / "train" / "dark" / "3.png").write_bytes(b"")
+    script = tmp_path / "each_its_own.py"
+    script.write_text(EACH_ITS_OWN)
+    own = ("data.on_bad=skip", f"output={tmp_path / 'run'}", tmp_path / "own")
+    code, output = Forked("train", "quickstart", *SMALL, *own, script=script).wait()
+    assert code == 2
+    said = "data.path: process 1 does not have the images of process 0: train 15 images"
+    assert output.count(said) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,240 @@
+"""What cannot be loaded is said with its file and cause; copies of changed files are not used."""
+
+import io
+import logging
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numbered_images import image, numbers, settings, write_parquet
+from picture_folders import truncate, write_folder
+
+from robust_accel.data import load_test
+
+
+def load(path: Path, **options: Any) -> Any:
+    return load_test(settings(path, test_split="train", **options)).images
+
+
+# ---- errors of datasets ------------------------------------------------------------------------
+
+
+def no_bytes(folder: Path) -> None:
+    (folder / "train.parquet").write_bytes(b"")
+
+
+def half(folder: Path) -> None:
+    truncate(write_parquet(folder, "train", [image(0), image(1)]))
+
+
+def half_a_shard(folder: Path) -> None:
+    write_parquet(folder, "train-00000-of-00002", [image(0)])
+    truncate(write_parquet(folder, "train-00001-of-00002", [image(0)]))
+
+
+def other_columns(folder: Path) -> None:
+    write_parquet(folder, "train-00000-of-00002", [image(0)])
+    pq.write_table(pa.table({"foo": [1.5]}), folder / "train-00001-of-00002.parquet")
+
+
+def broken_pages(folder: Path) -> None:
+    file = write_parquet(folder, "train", [image(i) for i in range(9)])
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+
+
+def half_an_arrow(folder: Path) -> None:
+    (folder / "train.arrow").write_bytes(b"ARROW1\0\0" + bytes(100))
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"a": 1}\n' * 50 + '{"a":')
+
+
+def other_metadata(folder: Path) -> None:
+    write_folder(folder, "train", {"cat": 1})
+    (folder / "train" / "metadata.csv").write_text("x,label\ncat/0.png,1\n")
+
+
+def only_a_table(folder: Path) -> None:
+    (folder / "a.csv").write_text("x,y\n1,2\n")
+
+
+def folders_in_folders(folder: Path) -> None:
+    files = write_folder(folder, "train", {"cat": 2, "dog": 2})
+    (folder / "train" / "cat" / "more").mkdir()
+    files[0].rename(folder / "train" / "cat" / "more" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (no_bytes, r"train\.parquet' with error ArrowInvalid: .* is 0 bytes"),
+        (half, r"train\.parquet' with error ArrowInvalid: Parquet magic bytes not found"),
+        (half_a_shard, r"train-00001-of-00002\.parquet' with error ArrowInvalid: .*magic bytes"),
+        (other_columns, r"train-00001-of-00002\.parquet' with error CastError: .* don't match"),
+        (broken_pages, r"train\.parquet: OSError: .*(page header|thrift)"),
+        (half_an_arrow, r"train\.arrow: ArrowInvalid: Not an Arrow file"),
+        (broken_json, r"train\.jsonl' with error .*JSON parse error"),
+        (other_metadata, r"cannot be loaded: ValueError: .*file_name"),
+        (lambda folder: None, r"cannot be loaded: EmptyDatasetError: .*doesn't contain any data"),
+        (only_a_table, r"image_column: .* none holds images .* x \(int64\), y \(int64\)"),
+        (folders_in_folders, r"label_column: .*folders are classes if all images lie in SPLIT/CLA"),
+    ],
+)
+def test_file_and_cause_are_said_in_one_line(
+    tmp_path: Path, make: Callable[[Path], None], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder)
+    for on_bad in ("refuse", "skip"):  # which is about images: a broken file may hold any number
+        with pytest.raises(ValueError, match=said) as caught:
+            load(folder, on_bad=on_bad)
+        assert "\n" not in str(caught.value) and "while generating" not in str(caught.value)
+    assert "Failed to" not in capfd.readouterr().err  # said once
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png", "a.zip", "a"])
+def test_files_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"^path: .*a.* is no file that is read here: allowed are"):
+        load(tmp_path / name)
+
+
+def test_what_save_to_disk_wrote_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"label": [0]}).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=r"^path: .* was written by save_to_disk"):
+        load(tmp_path)
+
+
+def test_messages_of_datasets_are_heard_again_afterwards(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(tmp_path)
+    assert not any(handler.filters for handler in logging.getLogger("datasets").handlers)
+
+
+# ---- copies that datasets keeps ----------------------------------------------------------------
+
+
+def at(file: Path, seconds: float) -> Path:
+    os.utime(file, (seconds, seconds))
+    return file
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_a_changed_file_is_read_anew_though_it_has_the_same_name_and_time(
+    tmp_path: Path, whole_folder: bool
+) -> None:
+    """As after `rsync -t`, `cp -p`, `tar x` and in images of containers."""
+    pictures: Any = [image(i) for i in range(4)]
+    for labels in ([0, 1, 2, 0], [2, 2, 1, 0]):
+        path = at(write_parquet(tmp_path, "train", pictures, labels), 1e9)
+        for _ in range(2):
+            assert load(tmp_path if whole_folder else path).labels.tolist() == labels
+
+
+def test_a_changed_image_is_read_anew(tmp_path: Path) -> None:
+    files = [at(file, 1e9) for file in write_folder(tmp_path, "train", {"cat": 2, "dog": 2})]
+    assert numbers(load(tmp_path)) == [0, 1, 2, 3]
+    image(77).save(files[1])
+    at(files[1], 1e9)
+    assert numbers(load(tmp_path)) == [0, 77, 2, 3]
+
+
+def test_a_copy_is_used_again_while_its_files_stay(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path, "train", [image(0), image(1)])
+    load(path)
+    (copy,) = datasets.load_dataset("parquet", data_files=str(path), split="train").cache_files
+    before = os.stat(copy["filename"]).st_ino
+    load(path)
+    assert os.stat(copy["filename"]).st_ino == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [truncate, lambda file: file.write_bytes(b""), Path.unlink],
+    ids=["half", "empty", "gone"],
+)
+def test_a_broken_copy_is_made_anew(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = write_parquet(tmp_path, "train", [image(0), image(1)])
+    load(path)
+    (copy,) = datasets.load_dataset("parquet", data_files=str(path), split="train").cache_files
+    spoil(Path(copy["filename"]))
+    assert numbers(load(path)) == [0, 1]
+
+
+# ---- WebDataset --------------------------------------------------------------------------------
+
+
+def write_tar(
+    path: Path, number: int = 8, mode: str = "w", **changed: bytes | None
+) -> tuple[Path, list[int]]:
+    """Samples of a picture and a class each; where in the file each member starts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = []
+    with tarfile.open(path, mode) as archive:
+        for i in range(number):
+            file = io.BytesIO()
+            image(i).save(file, "PNG")
+            for ending, content in (("png", file.getvalue()), ("cls", str(i % 3).encode())):
+                found = changed.get(f"{ending}{i}", content)
+                if found is not None:
+                    info = tarfile.TarInfo(f"{i:04}.{ending}")
+                    info.size = len(found)
+                    starts.append(archive.offset)
+                    archive.addfile(info, io.BytesIO(found))
+    return path, starts
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_tar_files_are_read_and_their_bad_images_and_labels_named_or_left_out(
+    tmp_path: Path, whole_folder: bool
+) -> None:
+    tar, _ = write_tar(tmp_path / "train" / "0.tar", png2=b"no image", cls6=None, png7=None)
+    path = tmp_path if whole_folder else tar
+    with pytest.raises(ValueError, match=r"^label_column: 'cls': row 6 of .* has no label; data\."):
+        load(path)
+    images = load(path, on_bad="skip")
+    assert (numbers(images), images.labels.tolist()) == ([0, 1, 3, 4, 5], [0, 1, 0, 1, 2])
+    tar, _ = write_tar(tmp_path / "train" / "0.tar", png2=b"no image", png7=None)
+    with pytest.raises(ValueError, match=r"^path: image 2 of .*\(0002\.png\) has no format that"):
+        load(path)
+
+
+def test_broken_tar_files_are_named(tmp_path: Path) -> None:
+    """`datasets` takes what comes before for all."""
+    tar, starts = write_tar(tmp_path / "train.tar")
+    whole = tar.read_bytes()
+    for end in (starts[4], starts[4] + 100, starts[4] + 512, starts[4] + 600, starts[-1] + 1024):
+        tar.write_bytes(whole[:end])
+        with pytest.raises(
+            ValueError, match=r"^path: .*train\.tar is (no whole tar file|truncated)"
+        ):
+            load(tar)
+    tar.write_bytes(whole[: starts[4]] + b"\xff" * 512 + whole[starts[4] + 512 :])
+    with pytest.raises(ValueError, match=rf"^path: .*train\.tar is broken at byte {starts[4]}"):
+        load(tar)
+    for content in (b"", b"no archive", b"\x1f\x8b" + bytes(50)):
+        tar.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^path: .*train\.tar is (no whole|truncated|broken)"):
+            load(tar)
+    write_tar(tar, cls5=b"cat")
+    with pytest.raises(ValueError, match=r"train\.tar: 0005\.cls holds b'cat', no integer"):
+        load(tar)
+    write_tar(tar, cls2=None)
+    with pytest.raises(
+        ValueError, match=r"sample 0002 has \['png'\], sample 0000 \['cls', 'png'\]"
+    ):
+        load(tar)
+    write_tar(tar, mode="w:gz")
+    assert numbers(load(tar)) == [*range(8)]
+    truncate(tar)
+    with pytest.raises(ValueError, match=r"^path: .*train\.tar is no whole tar file: Compressed"):
+        load(tar)
