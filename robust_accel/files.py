@@ -37,12 +37,18 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def plain(content: Any) -> Any:
+    """As JSON has it: tuples are lists, and what is not finite is null."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
 def write_json(path: str | Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write as ``plain`` has it."""
+    write_text(path, json.dumps(plain(content), indent=2) + "\n")
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line, on a line of its own even after one that was cut off.
+    """Append one line as ``plain`` has it, on a line of its own even after one that was cut off.
 
     Raises:
         OSError: The file is a link, among others.
@@ -54,7 +60,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(plain(line)).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ begins with what a smaller one has done, and nothing is ever taken from another 
 Tables, reports, cards and pictures show what ``shown`` picks of the records.
 """
 
-import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from robust_accel.evaluation.identity import digest_of_json, same_answers
-from robust_accel.files import append_line, read_lines
+from robust_accel.files import append_line, plain, read_lines
 from robust_accel.run_folder import RunFolder
 
 Record = dict[str, Any]
@@ -126,11 +125,6 @@ def refresh_report(
     report["measurements"] = shown(read_records(folder.path), report["model"]["function"])
     folder.write_report(report)
     return report
-
-
-def plain(record: Record) -> Record:
-    """As JSON has it: tuples are lists, and what is not finite is null."""
-    return json.loads(json.dumps(record), parse_constant=lambda _: None)
 
 
 def read_records(folder: Path) -> list[Record]:
