@@ -1,4 +1,4 @@
-"""Objectives in which numbers cease to be numbers, for recipes: ``objective.name=faulty:Faulty``."""
+"""An objective that meets NaN and Inf, for recipes: ``objective.name=faulty:Faulty``."""
 
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ class Faulty(Adversarial):
     at: tuple[int, ...] = ()
     rank: int | None = None
     where: Literal["loss", "value", "gradient", "weight", "buffer", "huge"] = "loss"
-    number: float = float("nan")
+    number: Literal["nan", "inf"] = "nan"
     _calls: int = PrivateAttr(default=0)
 
     def loss(self, classifier: Any, x: Tensor, x_adv: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -32,17 +32,17 @@ class Faulty(Adversarial):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         if self._calls not in self.at or self.rank not in (None, rank):
             return out
+        number = float(self.number)
         if self.where == "loss":
-            return out | {"loss": out["loss"] * self.number}
+            return out | {"loss": out["loss"] * number}
         if self.where == "value":
-            return out | {"loss": out["loss"] + self.number}
+            return out | {"loss": out["loss"] + number}
         if self.where == "gradient":
-            out["logits"].register_hook(lambda gradient: gradient * self.number)
+            out["logits"].register_hook(lambda gradient: gradient * number)
         elif self.where == "buffer":
-            next(b for n, b in classifier.named_buffers() if "running_var" in n).data.fill_(
-                self.number
-            )
+            variances = (b for n, b in classifier.named_buffers() if "running_var" in n)
+            next(variances).data.fill_(number)
         else:
             *_, weight = classifier.parameters()
-            weight.data.fill_(3e19 if self.where == "huge" else self.number)
+            weight.data.fill_(3e19 if self.where == "huge" else number)
         return out

@@ -70,7 +70,7 @@ class Checkpoint:
         self.parts, self.ema, self.data = parts, ema, data
 
     def save(self) -> None:
-        """Write ``checkpoints/step-N`` whole, then remove the older ones; first see that all is finite."""
+        """Write ``checkpoints/step-N`` whole if all is finite, then remove the older ones."""
         self.check()
         target = self.folder.checkpoints / f"step-{self.progress.step:08d}"
         new = target.with_name("incomplete")

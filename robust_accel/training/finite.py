@@ -131,7 +131,7 @@ class Watch:
         if min(steps) == _NEVER and not any(of_each):
             return  # finite, and so large that a sum of squares is not
         what = [
-            f"{name} since step {min(note)}{_where([step < _NEVER for step in note])}"
+            f"{name} since step {min(note)}{_where([step == min(note) for step in note])}"
             for name, note in zip(_NOTED, notes, strict=True)
             if min(note) < _NEVER
         ]
