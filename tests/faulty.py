@@ -16,8 +16,8 @@ class Faulty(Adversarial):
         at: The calls, from 1.
         rank: The process that does; all when not given.
         where: The loss and so its gradient; the ``value`` of the loss alone; the ``gradient``
-            alone; a ``weight``, or a ``buffer`` of BatchNorm, which is then what it is; nowhere,
-            but the last layer is made ``huge`` and finite.
+            alone; a ``weight``, or a ``buffer`` of BatchNorm, which is then what it is. Nowhere,
+            but the last bias is made ``huge``: finite, and all classes are alike.
     """
 
     at: tuple[int, ...] = ()
@@ -43,6 +43,6 @@ class Faulty(Adversarial):
             variances = (b for n, b in classifier.named_buffers() if "running_var" in n)
             next(variances).data.fill_(number)
         else:
-            *_, weight = classifier.parameters()
-            weight.data.fill_(3e19 if self.where == "huge" else number)
+            *_, bias = classifier.parameters()
+            bias.data.fill_(3e19 if self.where == "huge" else number)
         return out

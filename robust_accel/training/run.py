@@ -33,6 +33,7 @@ from robust_accel.training.checkpoint import (
     load_weights,
     save_weights,
 )
+from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
@@ -199,6 +200,9 @@ class _Run:
                 epoch = self.progress.step // steps_per_epoch
                 self.loop.epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
                 self.validate(epoch + 1)
+                for fall in self._falls():
+                    if fall.epoch > epoch:  # the others were told
+                        self.say(fall.text)
                 self.checkpoint.save()
 
     def validate(self, epoch: int) -> None:
@@ -297,7 +301,7 @@ class _Run:
         digest, equal = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
-            "doubts": self.recipe.doubts,
+            "doubts": [*self.recipe.doubts, *(fall.text for fall in self._falls())],
             "steps": progress.step,
             "epochs": epochs,
             "stopped_early": progress.stopped_early,
@@ -322,6 +326,16 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "versions": versions(),
         }
+
+    def _falls(self) -> list[Fall]:
+        settings = self.settings
+        return falls(
+            self.folder.read_metrics(),
+            self.data.num_classes,
+            held_out=len(self.data.validation),
+            batch=settings.log_every * settings.batch_size,
+            after=settings.eps_warmup_epochs,
+        )
 
     def _best_against_last(self) -> dict[str, Any]:
         """Robust accuracy on the held-out split: of the best epoch, and of the last."""

@@ -218,3 +218,32 @@ def test_weights_that_are_large_and_masks_of_infinity_are_fine(
         run(tmp_path, *settings, *fault(6, "huge"))
     (step,) = RunFolder(tmp_path).steps()
     assert max(t.abs().max() for t in load_file(step / "model.safetensors").values()) > 1e18
+
+
+def test_validation_by_a_model_without_an_answer_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are finite, its logits are not: it is no best, not even the first."""
+    from robust_accel.models import PixelClassifier
+
+    forward = PixelClassifier.forward
+
+    def speechless(self: PixelClassifier, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) + (0 if self.training or len(x) != 15 else math.nan)
+
+    monkeypatch.setattr(PixelClassifier, "forward", speechless)
+    with pytest.raises(FloatingPointError, match="of 15 held-out images the model answers none"):
+        run(tmp_path, "data.validation_size=15", "train.select=best")
+    assert not RunFolder(tmp_path).best.exists()
+    check_finite(tmp_path)
+
+
+def test_robust_accuracy_that_is_gone_is_told_at_once_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["data.train_size=640", "data.validation_size=128", "train.batch_size=64"]
+    settings += ["train.epochs=3", "evaluate.pgd=null", "optimizer.lr=0.03"]
+    report = run(tmp_path, *settings, "objective.at=[24]", "objective.where=huge")
+    (doubt,) = report["doubts"]
+    assert doubt.startswith("robust accuracy on the held-out split is gone: ")
+    assert doubt in capsys.readouterr().out.splitlines()

@@ -21,7 +21,11 @@ def train(folder: Path, engine: str, *settings: str) -> tuple[int, str]:
     return Forked(*command, environment=ENGINES[engine]).wait()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+LONG = ("zero0", "zero1")
+BOTH = [pytest.param(e, marks=pytest.mark.long) if e in LONG else e for e in ENGINES]
+
+
+@pytest.mark.parametrize("engine", BOTH)
 def test_one_process_meets_nan_and_both_stop(tmp_path: Path, engine: str) -> None:
     code, output = train(tmp_path, engine, "objective.at=[8]", "objective.where=loss")
     assert code == 1, output
@@ -35,7 +39,7 @@ def test_one_process_meets_nan_and_both_stop(tmp_path: Path, engine: str) -> Non
     check_finite(tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", pytest.param("zero1", marks=pytest.mark.long)])
 def test_one_process_meets_nan_and_both_skip(tmp_path: Path, engine: str) -> None:
     more = ["train.gradient_accumulation=2", "train.on_nonfinite=skip", "train.ema_decay=0.5"]
     code, output = train(tmp_path, engine, "objective.at=[7]", "train.max_steps=6", *more)
