@@ -10,7 +10,10 @@ from robust_accel.commands import is_setting, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; faults of the user's go to standard error, one line each, with status 2."""
+    """Run a command; faults of the user's go to standard error, one line each, with status 2.
+
+    A training that ends at NaN or Inf says so likewise, with status 1.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse stops taking settings at the first flag: take those behind one, too
@@ -25,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell = print if getattr(error, "of_one_process", False) else say
         tell(f"robust-accel: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
+        say(f"robust-accel: {error}", file=sys.stderr)
+        return 1
 
 
 def _numbers(text: str) -> list[float]:

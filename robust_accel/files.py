@@ -60,12 +60,18 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def as_json(content: Any) -> Any:
+    """As JSON has it: tuples are lists, and what is not finite is null."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
 def write_json(path: str | Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write as ``as_json`` has it."""
+    write_text(path, json.dumps(as_json(content), indent=2) + "\n")
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line, on a line of its own even after one that was cut off.
+    """Append one line as ``as_json`` has it, on a line of its own even after one that was cut off.
 
     A file that has another name, too (a hard link: ``cp -al`` makes them), becomes one of its own:
     what stands under the other name stays as it is.
@@ -83,7 +89,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(as_json(line)).encode() + b"\n")
 
 
 def read_text(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
 from robust_accel.attacks import Attack
 from robust_accel.attacks.base import gradients_seen
-from robust_accel.objectives import AWP, Adversarial, Classifier, Objective
+from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class MinMax:
                 f"{' and '.join(asked)} computes the loss, and needs labels: {how}; or keep the "
                 "script's own loss with objective Adversarial() alone"
             )
-        labels = self.predict(classifier, x)
+        labels = self.predict(classifier, x).clamp(min=0)  # whatever NaN is taken for
         x_adv = self._first(classifier, self._of_batch(x), x, labels)
         self._note(x, x_adv, None)
         return x_adv
@@ -185,10 +185,10 @@ class MinMax:
 
     @torch.no_grad()
     def predict(self, classifier: Classifier, x: Tensor) -> Tensor:
-        """Predicted classes [B] of clean images, in the attack's mode."""
+        """Predicted classes [B] of clean images, in the attack's mode; -1 where there is none."""
         assert isinstance(classifier, nn.Module)
         with attack_context(classifier, self.attack_mode):
-            return classifier(x).argmax(dim=1)
+            return predicted(classifier(x))
 
     def _perturb(
         self,

@@ -66,6 +66,11 @@ class TrainSettings(Settings):
             they are: in the k-th of these epochs they are k / eps_warmup_epochs of it.
         awp: Adversarial weight perturbation: ``{gamma: 0.005, warmup_epochs: 10}``, see ``AWP``.
         max_grad_norm: Clip the gradient's global L2 norm to this.
+        on_nonfinite: What to do where a loss or gradient is NaN or infinite on any process:
+            ``stop`` ends the run at the next log line, validation or checkpoint, and keeps the last
+            checkpoint, which is finite; ``skip`` leaves the step out on all processes, at the price
+            of a small message a step, and counts it (``skipped_steps``).
+        max_skipped_in_a_row: Of more steps than this the run ends; of a loss scaler's (fp16), too.
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
         select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
             train (``data.validation_size``), or ``last``.
@@ -88,6 +93,8 @@ class TrainSettings(Settings):
     eps_warmup_epochs: Annotated[Whole, Ge(0)] = 0
     awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_in_a_row: Annotated[int, Ge(0)] = 20
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     select: Literal["best", "last"] = "last"
     validate_every: Annotated[Whole, Ge(1)] = 1

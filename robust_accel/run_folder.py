@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from robust_accel.files import check_contained, read_json, read_lines, write_json, write_text
+from robust_accel.files import (
+    as_json,
+    check_contained,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 
 
@@ -57,9 +64,11 @@ class RunFolder:
                 "output=FOLDER chooses another"
             )
         started = read_plain(self.recipe)
-        # what a run may change on the way: how it is measured and where it lies
+        # what a run may change on the way: how it is measured, where it lies, and NaN's
         now = plain(parse(dump(settings), "recipe"))  # as it was saved: a tuple became a list
-        changed = _differences(started, now, ignored={"evaluate", "certify", "output"})
+        ignored = {"evaluate", "certify", "output"}
+        ignored |= {"train.on_nonfinite", "train.max_skipped_in_a_row"}
+        changed = _differences(started, now, ignored)
         if changed:
             raise ValueError(
                 f"output: {self.path} was started with other settings: {'; '.join(changed)}"
@@ -97,8 +106,8 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after the step that a run continues from: they will be written again."""
-        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics, "".join(lines))
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(as_json(line)) + "\n" for line in lines))
 
 
 def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> list[str]:
@@ -107,6 +116,7 @@ def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> lis
         return [] if old == new else [f"{prefix[:-1]}: {old!r}, now {new!r}"]
     return [
         line
-        for key in sorted({*old, *new} - (ignored if not prefix else set()))
+        for key in sorted({*old, *new})
+        if f"{prefix}{key}" not in ignored
         for line in _differences(old.get(key), new.get(key), ignored, f"{prefix}{key}.")
     ]

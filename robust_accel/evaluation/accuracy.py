@@ -13,7 +13,7 @@ from robust_accel.evaluation.bench import Attacker, Bench, Unit
 from robust_accel.evaluation.identity import digest_of_object
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.objectives import cross_entropy_of
+from robust_accel.objectives import cross_entropy_of, predicted
 
 
 def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
@@ -31,7 +31,7 @@ def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
             x_adv = found if restart == 0 else x_adv.index_copy(0, left, found)
             if restart < restarts - 1:
                 with torch.no_grad():
-                    left = left[classifier(found).argmax(dim=1) == own]
+                    left = left[predicted(classifier(found)) == own]
                 if len(left) == 0:
                     break
         return x_adv

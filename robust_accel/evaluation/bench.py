@@ -25,16 +25,15 @@ from robust_accel.evaluation.identity import (
 )
 from robust_accel.evaluation.ledger import Ledger, Record, told_to_all
 from robust_accel.evaluation.outcomes import (
-    NOT_A_NUMBER,
     Collector,
     Outcomes,
     Verdict,
     by_class,
     counted,
     global_state_kept,
-    predicted,
 )
 from robust_accel.models import PixelClassifier
+from robust_accel.objectives import NOT_A_NUMBER, predicted
 from robust_accel.provenance import hardware, source_digest, versions
 from robust_accel.statistics import wilson_interval
 

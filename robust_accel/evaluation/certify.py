@@ -19,6 +19,7 @@ from scipy.special import bdtr, betaincinv, betaln, logsumexp, ndtr, ndtri
 from torch import Tensor
 
 from robust_accel.models import PixelClassifier
+from robust_accel.objectives import NOT_A_NUMBER, predicted
 
 ABSTAIN = -1
 Floats = NDArray[np.float64]
@@ -215,13 +216,17 @@ class SmoothedClassifier:
 
     @torch.no_grad()
     def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        """Predictions of n noisy copies. x: [C, H, W] on the generator's device -> counts [K]."""
+        """Predictions of n noisy copies. x: [C, H, W] on the generator's device -> counts [K].
+
+        Logits that are not finite vote for no class.
+        """
         counts: Tensor | None = None
         for size in _parts(n, self.batch_size):
             noise = torch.empty(size, *x.shape, device=x.device).normal_(generator=generator)
             with torch.autocast(x.device.type, self._dtype, enabled=self._dtype != torch.float32):
                 logits = self.classifier(noise.mul_(self.sigma).add_(x))
-            found = torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1])
+            votes = predicted(logits)
+            found = torch.bincount(votes[votes != NOT_A_NUMBER], minlength=logits.shape[1])
             counts = found if counts is None else counts + found
         assert counts is not None
         return counts

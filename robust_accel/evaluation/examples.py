@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from robust_accel.attack_context import attack_context
 from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.bench import Bench
-from robust_accel.evaluation.outcomes import global_state_kept, predicted
+from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
 from robust_accel.files import written_whole
+from robust_accel.objectives import predicted
 
 NUMBER = 8
 

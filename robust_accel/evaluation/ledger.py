@@ -9,7 +9,6 @@ begins with what a smaller one has done, and nothing is ever taken from another 
 Tables, reports, cards and pictures show what ``shown`` picks of the records.
 """
 
-import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +20,7 @@ from accelerate.utils import gather_object
 from robust_accel.evaluation import records
 from robust_accel.evaluation.identity import digest_of_json, same_answers
 from robust_accel.evaluation.records import Function, Unit, check
-from robust_accel.files import append_line, read_lines
+from robust_accel.files import append_line, as_json, read_lines
 from robust_accel.run_folder import RunFolder
 
 Record = dict[str, Any]
@@ -104,7 +103,7 @@ class Ledger:
             about: The identity, the result, and what else is worth knowing: plain values.
         """
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = plain({"key": key, **about, "time": time})
+        record = as_json({"key": key, **about, "time": time})
         if self._file is None:
             return record
         found: list[Record] = []
@@ -139,11 +138,6 @@ def refresh_report(
     report["measurements"] = shown(read_records(folder.path), report["model"]["function"])
     folder.write_report(report)
     return report
-
-
-def plain(record: Record) -> Record:
-    """As JSON has it: tuples are lists, and what is not finite is null."""
-    return json.loads(json.dumps(record), parse_constant=lambda _: None)
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NOT_A_NUMBER = -1  # the prediction where logits are not finite
-
 
 class Verdict(NamedTuple):
     """How a classifier answers: over its draws, if it is randomised."""
@@ -122,11 +120,6 @@ def by_class(outcomes: Outcomes, names: Sequence[str] | None) -> dict[str, Any]:
         counts = torch.bincount(pairs, minlength=number**2)
         found["confusion"] = counts.reshape(number, number).tolist()
     return found
-
-
-def predicted(logits: Tensor) -> Tensor:
-    """Classes [B]; NOT_A_NUMBER where a logit is not finite, whose argmax would be a class."""
-    return logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), NOT_A_NUMBER)
 
 
 class Collector:

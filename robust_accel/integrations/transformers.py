@@ -15,7 +15,7 @@ from robust_accel.attacks import Attack
 from robust_accel.comm import Collective, GradientCompression, compress_gradients
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.integrations.in_place import robust_training
-from robust_accel.objectives.base import cross_entropy_of
+from robust_accel.objectives import cross_entropy_of, predicted
 
 
 class RobustAccuracy(TrainerCallback):
@@ -92,7 +92,7 @@ class RobustAccuracy(TrainerCallback):
                 labels = batch["labels"].to(accelerator.device)
                 x_adv = self.attack(cross_entropy_of(classifier, labels), x, generator=generator)
                 with torch.no_grad():
-                    right = [(classifier(z).argmax(dim=1) == labels).sum() for z in (x, x_adv)]
+                    right = [(predicted(classifier(z)) == labels).sum() for z in (x, x_adv)]
                 counts += torch.stack([*right, labels.new_tensor(len(labels))])
         clean, robust, total = accelerator.reduce(counts, "sum").tolist()
         shares = {"robust_accuracy": robust / total, "clean_accuracy": clean / total}

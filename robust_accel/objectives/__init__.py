@@ -1,7 +1,14 @@
 """What the attack climbs and what is trained: one file an objective, one line a name."""
 
 from robust_accel.objectives.adversarial import Adversarial
-from robust_accel.objectives.base import Classifier, LogitLoss, Objective, cross_entropy_of
+from robust_accel.objectives.base import (
+    NOT_A_NUMBER,
+    Classifier,
+    LogitLoss,
+    Objective,
+    cross_entropy_of,
+    predicted,
+)
 from robust_accel.objectives.mart import Mart
 from robust_accel.objectives.smoothing import Smoothing
 from robust_accel.objectives.trades import Trades
@@ -11,6 +18,7 @@ OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart, "smoot
 
 __all__ = [
     "AWP",
+    "NOT_A_NUMBER",
     "OBJECTIVES",
     "Adversarial",
     "Classifier",
@@ -20,4 +28,5 @@ __all__ = [
     "Smoothing",
     "Trades",
     "cross_entropy_of",
+    "predicted",
 ]

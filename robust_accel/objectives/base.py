@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+NOT_A_NUMBER = -1  # the prediction where logits are not finite
+
 Classifier = Callable[[Tensor], Tensor]
 """x: [B, C, H, W] in [0, 1] -> logits [B, K]."""
 
@@ -76,8 +78,8 @@ def cross_entropy_of(classifier: Classifier, labels: Tensor) -> LogitLoss:
 
 
 def predicted(logits: Tensor) -> Tensor:
-    """The class of the largest logit, -1 where one is NaN: [B, K] -> [B]."""
-    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
+    """Classes [B] of logits [B, K]; NOT_A_NUMBER where one is not finite: argmax has a class."""
+    return logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), NOT_A_NUMBER)
 
 
 def logits_of_both(

@@ -1,6 +1,7 @@
 """What the pictures of a run show, before anything is drawn: figures.py and page.py draw it."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,14 +119,14 @@ def training_charts(run: Run) -> list[Chart]:
     if not steps:
         return []
     epochs = [line["epoch"] for line in steps]
-    loss = Line("loss", epochs, [line["loss"] for line in steps])
+    loss = Line("loss", epochs, _values(steps, "loss", 1))
     lines = []
     for color, kind in enumerate(("clean", "robust")):
-        batch = [100 * line[f"{kind}_batch_accuracy"] for line in steps]
+        batch = _values(steps, f"{kind}_batch_accuracy")
         lines.append(Line(f"{kind}, training batch", epochs, batch, faint=True, color=color))
         if validations:
             at = [line["epoch"] for line in validations]
-            held_out = [100 * line[f"validation_{kind}_accuracy"] for line in validations]
+            held_out = _values(validations, f"validation_{kind}_accuracy")
             name = f"{kind}, held-out split"
             lines.append(Line(name, at, held_out, markers=True, color=color))
     title = f"{run.name}: {{}} over training"
@@ -142,6 +143,12 @@ def training_charts(run: Run) -> list[Chart]:
             lines,
         ),
     ]
+
+
+def _values(lines: Sequence[dict[str, Any]], key: str, scale: float = 100) -> list[float]:
+    """A gap (NaN) where a line has no number."""
+    found = [line.get(key) for line in lines]
+    return [math.nan if value is None else scale * value for value in found]
 
 
 def _training_attack(run: Run) -> str:

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from robust_accel.files import as_json
 from robust_accel.reporting.charts import (
     Chart,
     Examples,
@@ -44,7 +45,7 @@ def page(runs: Sequence[Run]) -> str:
     plots: list[dict[str, Any]] = []
 
     def plot_number(chart: Chart) -> int:
-        plots.append(plot(chart))
+        plots.append(as_json(plot(chart)))
         return len(plots) - 1
 
     return _template().render(

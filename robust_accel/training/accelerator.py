@@ -28,6 +28,9 @@ def create_accelerator(
         precision: Accelerate's ``mixed_precision``.
         micro_batch_size: Images a process and backward pass.
         project_dir: Where trackers write.
+
+    Raises:
+        ValueError: The engine cannot leave out a step, as ``train.on_nonfinite`` asks.
     """
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     accelerator = Accelerator(
@@ -39,6 +42,11 @@ def create_accelerator(
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.deepspeed_plugin.deepspeed_config
+        if settings.on_nonfinite == "skip" and not accelerator.deepspeed_plugin.zero_stage:
+            raise ValueError(
+                "train.on_nonfinite: skip is not possible with DeepSpeed's ZeRO 0, which takes the "
+                "step inside of its backward: use ZeRO 1, 2 or DDP, or stop"
+            )
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = settings.gradient_accumulation
         config["gradient_clipping"] = settings.max_grad_norm or 0.0

@@ -1,6 +1,7 @@
 """Checkpoints of everything that a run needs to continue as if nothing had happened."""
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class Progress:
     comm_exposed_seconds: float = 0.0  # not hidden behind the backward
     bytes_sent: int = 0  # by this rank
     stopped_early: bool = False
+    skipped_steps: int = 0  # of those done: left out, see train.on_nonfinite
+    skipped_in_a_row: int = 0
 
 
 class Stateful(Protocol):
@@ -60,12 +63,15 @@ class Checkpoint:
         parts: dict[str, Stateful],
         ema: nn.Module | None,
         data: DataIdentity,
+        check: Callable[[], None],
     ) -> None:
+        self.check = check  # raises where something is not finite
         self.folder, self.accelerator, self.progress = folder, accelerator, progress
         self.parts, self.ema, self.data = parts, ema, data
 
     def save(self) -> None:
-        """Write ``checkpoints/step-N`` whole, then remove the older ones."""
+        """Write ``checkpoints/step-N`` whole if all is finite, then remove the older ones."""
+        self.check()
         target = self.folder.checkpoints / f"step-{self.progress.step:08d}"
         new = target.with_name("incomplete")
         main = self.accelerator.is_main_process

@@ -15,6 +15,7 @@ from robust_accel.data import TrainingBatches
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.checkpoint import Checkpoint, Progress
+from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.metrics import Averages, Metrics, share_right
 
@@ -40,6 +41,7 @@ class Loop:
     schedule: Any
     ema: ModelEmaV3 | None
     progress: Progress
+    watch: Watch
     metrics: Metrics
     checkpoint: Checkpoint
     compression: GradientCompression
@@ -52,11 +54,13 @@ class Loop:
         with self.accelerator.accumulate(self.model):
             out = self.model(x, labels, num_labeled)
             self.accelerator.backward(out["loss"])
+            norm = None
             if self.settings.max_grad_norm is not None and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(
+                norm = self.accelerator.clip_grad_norm_(
                     self.model.parameters(), self.settings.max_grad_norm
                 )
-            self.optimizer.step()
+            if self.watch.allows(out["loss"], norm):
+                self.optimizer.step()
             self.optimizer.zero_grad()
         # ----------------------------------------------------------------------------------------
         return out
@@ -65,9 +69,10 @@ class Loop:
         """Train from where the run stands to the epoch's end, or to ``last_step``."""
         settings, progress = self.settings, self.progress
         first_step = progress.step % self.batches.steps_per_epoch
-        averages = Averages()
+        averages = of_steps_taken = Averages()
         self.metrics.start_clock()
         self.model.train()
+        self.watch.start()
         self.robust_model.min_max.attack = self._attack_in(epoch)
         if settings.awp is not None:
             self.robust_model.min_max.perturb_weights = epoch >= settings.awp.warmup_epochs
@@ -75,19 +80,21 @@ class Loop:
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             out = self.step(x, labels, self.batches.num_labeled(progress.step))
-            averages.add(out, labels)
+            averages = averages.and_of(out, labels)
             if not self.accelerator.sync_gradients:  # micro-batches of the step are to come
                 continue
+            taken = self.watch.settle()
+            averages = of_steps_taken = averages if taken else of_steps_taken
             self.schedule.step()
             progress.step += 1
-            if self.ema is not None:
+            if self.ema is not None and taken:
                 self.ema.update(self.robust_model.classifier, step=progress.step)
             if self.applied is None:
                 self._check_first_step()
             self.metrics.advance()
             if progress.step % settings.log_every == 0 or progress.step == last_step:
                 self._log(averages, x, labels)
-                averages = Averages()
+                averages = of_steps_taken = Averages()
             if progress.step == last_step:
                 break
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
@@ -119,3 +126,4 @@ class Loop:
         clean = share_right(self.robust_model.predict(x), labels)
         images = averages.count * len(labels) * self.accelerator.num_processes
         self.metrics.log(averages, clean, images, self.optimizer.param_groups[0]["lr"])
+        self.watch.check()

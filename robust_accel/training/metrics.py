@@ -1,9 +1,9 @@
 """What a run tells while it trains: averages, clocks, the meter's counts, lines, bar, trackers."""
 
+import copy
 import math
 import resource
 import time
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from robust_accel.comm import Meter
 from robust_accel.data import NO_LABEL
 from robust_accel.files import append_line
+from robust_accel.objectives import predicted
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.checkpoint import Progress
 
@@ -59,41 +60,45 @@ class Metrics:
         self._bar.update()
 
     def log(self, averages: "Averages", clean: Tensor, images: int, lr: float) -> None:
-        """Write a line on the steps since the last one; end the run at a loss that is no number.
+        """Write a line on the steps since the last one.
 
         Args:
+            averages: Without losses and accuracies where all steps were left out.
             clean: Accuracy on clean images, of this process.
             images: That all processes have trained on since the last line.
         """
         means = averages.means() | {"clean_batch_accuracy": clean}
         line = {name: reduce(value, "mean").item() for name, value in means.items()}
         line |= {"images_per_second": images / averages.seconds(), **self._communication()}
-        line |= {"lr": lr}
-        self._bar.set_postfix(
-            loss=f"{line['loss']:.3f}",
-            clean=f"{100 * line['clean_batch_accuracy']:.1f}%",
-            robust=f"{100 * line['robust_batch_accuracy']:.1f}%",
-            images_s=f"{line['images_per_second']:.0f}",
-            sent=f"{line['bytes_sent'] / 2**20:.1f}MiB",
-            waited=f"{line['comm_exposed_seconds']:.0f}s",
-        )
+        line |= {"lr": lr, "skipped_steps": self._progress.skipped_steps}
+        shown = {"loss": f"{line.get('loss', math.nan):.3f}"}
+        for kind in ("clean", "robust"):
+            shown[kind] = f"{100 * line.get(f'{kind}_batch_accuracy', math.nan):.1f}%"
+        shown |= {
+            "images_s": f"{line['images_per_second']:.0f}",
+            "sent": f"{line['bytes_sent'] / 2**20:.1f}MiB",
+            "waited": f"{line['comm_exposed_seconds']:.0f}s",
+        }
+        self._bar.set_postfix(shown)
         self.write(line)
-        if not math.isfinite(line["loss"]):
-            raise FloatingPointError(
-                f"the loss is {line['loss']} at step {self._progress.step}; the last checkpoint is "
-                f"{[str(path) for path in self._folder.steps()[-1:]]}"
-            )
 
-    def write(self, line: dict[str, Any]) -> None:
-        """One line to ``metrics.jsonl`` and to the trackers."""
+    def write(self, line: dict[str, float]) -> None:
+        """One line to ``metrics.jsonl`` and to the trackers.
+
+        Numbers that are not finite are null there, and listed under ``nonfinite``; trackers, some
+        of which take none, don't get them.
+        """
         step = self._progress.step
+        nonfinite = [name for name, value in line.items() if not math.isfinite(value)]
         if self._accelerator.is_main_process:
             where = {"step": step, "epoch": step / self._steps_per_epoch}
-            append_line(self._folder.metrics, where | line)
+            told = {"nonfinite": nonfinite} if nonfinite else {}
+            append_line(self._folder.metrics, where | line | told)
             if self._quiet:
                 print(f"step {step} " + " ".join(f"{k}={v:.5g}" for k, v in line.items()))
         if self._trackers:
-            self._accelerator.log(line, step=step)
+            finite = {name: value for name, value in line.items() if name not in nonfinite}
+            self._accelerator.log(finite, step=step)
 
     def start_clock(self) -> None:
         self._started = time.perf_counter()
@@ -121,19 +126,24 @@ class Metrics:
 
 
 class Averages:
-    """Means of the step's numbers since the last line, kept on the device."""
+    """Means of the steps' numbers since the last line, kept on the device."""
 
     def __init__(self) -> None:
         self.count = 0
         self._sums: dict[str, Tensor] = {}
         self._started = time.perf_counter()
 
-    def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
-        right = share_right(out["logits"].detach().argmax(dim=1), labels)
+    def and_of(self, out: dict[str, Tensor], labels: Tensor) -> "Averages":
+        """With those of one more micro-batch."""
+        right = share_right(predicted(out["logits"].detach()), labels)
         scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
-        for name, value in (scalars | {"robust_batch_accuracy": right}).items():
-            self._sums[name] = self._sums[name] + value if self.count else value
-        self.count += 1
+        found = copy.copy(self)
+        found._sums = {
+            name: self._sums[name] + value if self.count else value
+            for name, value in (scalars | {"robust_batch_accuracy": right}).items()
+        }
+        found.count += 1
+        return found
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / self.count for name, total in self._sums.items()}

@@ -19,6 +19,7 @@ from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.files import remove_incomplete
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
+from robust_accel.objectives import NOT_A_NUMBER
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
 from robust_accel.recipe import Recipe
@@ -34,6 +35,8 @@ from robust_accel.training.checkpoint import (
     load_weights,
     save_weights,
 )
+from robust_accel.training.collapse import Fall, falls
+from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
 
@@ -134,13 +137,18 @@ class _Run:
         share_buffers(robust_model, accelerator)
         compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
+        averaged = None if self.ema is None else self.ema.module
+        self.watch = Watch(
+            accelerator, settings, folder, self.progress, robust_model, optimizer, averaged
+        )
         self.checkpoint = Checkpoint(
             folder,
             accelerator,
             self.progress,
             {"schedule": schedule, "compression": compression},
-            None if self.ema is None else self.ema.module,
+            averaged,
             identity,
+            self.watch.check,
         )
         self.metrics = Metrics(
             folder,
@@ -162,6 +170,7 @@ class _Run:
             schedule=schedule,
             ema=self.ema,
             progress=self.progress,
+            watch=self.watch,
             metrics=self.metrics,
             checkpoint=self.checkpoint,
             compression=compression,
@@ -173,6 +182,7 @@ class _Run:
         set_seed(self.settings.seed, device_specific=True)  # attacks differ between processes
         if continued:
             num_processes = self.checkpoint.load()
+            self.watch.check(loaded=self.folder.steps()[-1])
             self.say(f"continuing {self.folder.path} at step {self.progress.step}")
             if num_processes != self.accelerator.num_processes:
                 self.say(
@@ -201,12 +211,16 @@ class _Run:
                 epoch = self.progress.step // steps_per_epoch
                 self.loop.epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
                 self.validate(epoch + 1)
+                for fall in self._falls():
+                    if fall.epoch > epoch:  # the others were told
+                        self.say(fall.text)
                 self.checkpoint.save()
 
     def validate(self, epoch: int) -> None:
         """Measure on the held-out split, keep the best weights, decide on early stopping."""
         if epoch % self.settings.validate_every or len(self.data.validation) == 0:
             return
+        self.watch.check()
         classifier, settings = self._weights_to_measure(), self.recipe.evaluate
         bench = Bench(
             classifier,
@@ -222,6 +236,11 @@ class _Run:
             "validation_robust_accuracy": bench.attacked(pgd, clean).accuracy,
         }
         self.metrics.write(line)
+        if (clean.prediction == NOT_A_NUMBER).all():
+            self.watch.stop(
+                f"of {len(clean.index)} held-out images the model answers none with finite logits "
+                f"at step {self.progress.step}"
+            )
         robust, progress = line["validation_robust_accuracy"], self.progress
         self.say(
             f"epoch {epoch}: held-out clean {100 * line['validation_clean_accuracy']:.2f}%, "
@@ -241,10 +260,12 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
+        self.watch.check()
         classifier = self._weights_to_measure()
         selection: dict[str, Any] = {"weights": self.settings.select}
         if self.settings.select == "best" and self.folder.best.exists():
             load_weights(classifier, self.folder.best)
+            self.watch.check(loaded=self.folder.best)
             selection |= {
                 "split": "held out of train",
                 "n": len(self.data.validation),
@@ -292,10 +313,11 @@ class _Run:
         return {
             "recipe": self.recipe.settings,
             "left_out": {name: asdict(found) for name, found in self.data.left_out.items()},
-            "doubts": self.recipe.doubts,
+            "doubts": [*self.recipe.doubts, *(fall.text for fall in self._falls())],
             "steps": progress.step,
             "epochs": epochs,
             "stopped_early": progress.stopped_early,
+            "skipped_steps": progress.skipped_steps,
             "num_processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
             "precision": self.accelerator.mixed_precision,
@@ -316,6 +338,16 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "versions": versions(),
         }
+
+    def _falls(self) -> list[Fall]:
+        settings = self.settings
+        return falls(
+            self.folder.read_metrics(),
+            self.data.num_classes,
+            held_out=len(self.data.validation),
+            batch=settings.log_every * settings.batch_size,
+            after=settings.eps_warmup_epochs,
+        )
 
     def _best_against_last(self) -> dict[str, Any]:
         """Robust accuracy on the held-out split: of the best epoch, and of the last."""

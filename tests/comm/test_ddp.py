@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import math
 
 import pytest
 import torch
 from ddp_training import (
     PROTOCOLS,
+    WIDTH,
     Recorder,
     batch,
     check_mean,
@@ -141,6 +143,23 @@ def overflow(rank, world_size):
     return results
 
 
+def one_element(rank, world_size):
+    """Of one parameter's gradient, on rank 1 alone."""
+    results = {}
+    for name, protocol in PROTOCOLS.items():
+        for number in ("nan", "inf", "-inf"):
+            model = wrap(make_model())
+            comp = compress_gradients(model, protocol)
+            weight = next(p for p in model.parameters() if p.numel() == WIDTH**2)
+            spoilt = torch.zeros_like(weight)
+            spoilt[5, 7] = float(number) if rank == 1 else 0.0
+            weight.register_hook(lambda gradient, spoilt=spoilt: gradient + spoilt)
+            model(batch(rank, 0)).square().mean().backward()
+            results[name, number] = weight.grad[5, 7].item()
+            comp.close()
+    return results
+
+
 class Failing:
     """Raises in its third bucket, on the given ranks."""
 
@@ -189,6 +208,7 @@ TWO = [
     accumulation,
     unused_parameters,
     overflow,
+    one_element,
     raising_everywhere,
     raising_on_one_rank,
 ]
@@ -265,6 +285,12 @@ def test_unused_parameters(two):
 def test_every_rank_sees_an_overflow(two, name):
     for r in get(two, overflow):
         assert not any(r[name]), "some parameter's gradient hides the overflow"
+
+
+def test_every_rank_sees_one_number_that_is_none(two):
+    for r in get(two, one_element):
+        assert len(r) == 3 * len(PROTOCOLS)
+        assert not [key for key, number in r.items() if math.isfinite(number)]
 
 
 def test_meter_adds_up(ranks):

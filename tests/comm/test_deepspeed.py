@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from itertools import product
 
 import processes
 import pytest
@@ -141,13 +142,13 @@ def accumulated(rank, world_size):
 def overflow(rank, world_size):
     """Rank 1 alone meets an infinite loss."""
     results = {}
-    for stage in (0, 1, 2):
-        recorder = Recorder(PROTOCOLS["8bit-2side"])
+    for stage, name in product((0, 1, 2), ("fp32", "8bit-2side", "2bit-1side")):
+        recorder = Recorder(PROTOCOLS[name])
         engine = make_engine(rank, world_size, stage)
         compress_gradients(engine, recorder)
         scale = float("inf") if rank == 1 else 1.0
         engine.backward(engine(batch(rank, 0)).square().mean() * scale)
-        results[stage] = [bool(call["out"].isfinite().any()) for call in recorder.calls]
+        results[stage, name] = [bool(call["out"].isfinite().any()) for call in recorder.calls]
     return results
 
 

@@ -19,7 +19,7 @@ from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import CertifySettings, certify_images
 from robust_accel.evaluation.identity import digest_of_function
-from robust_accel.evaluation.ledger import Ledger, plain, read_records, shown
+from robust_accel.evaluation.ledger import Ledger, read_records, shown
 from robust_accel.models import PixelClassifier
 from robust_accel.run_folder import RunFolder
 
@@ -108,7 +108,7 @@ class Case:
         )
         given = CertifySettings(**self.certify | {"seed": self.settings["seed"]})
         result["certified"] = certify_images(on, torch.arange(len(self.images)), given)
-        return plain(result)
+        return as_json(result)
 
 
 def flip_bit(tensor: Tensor) -> None:

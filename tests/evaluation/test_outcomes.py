@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.bench import Attacker, Bench
-from robust_accel.evaluation.outcomes import NOT_A_NUMBER, by_class, predicted
+from robust_accel.evaluation.outcomes import by_class
 from robust_accel.models import PixelClassifier
+from robust_accel.objectives import NOT_A_NUMBER, predicted
 from robust_accel.statistics import wilson_interval
 
 

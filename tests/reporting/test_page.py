@@ -1,5 +1,7 @@
 """report.html in a real browser: it draws, complains of nothing, loads nothing, runs no text."""
 
+import json
+import math
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +20,7 @@ from reporting_rows import (
 )
 
 from robust_accel.reporting.page import page
+from robust_accel.reporting.report import write_report
 from robust_accel.reporting.views import read_runs
 
 EVIL = "<img src=x onerror=evil()></script><script>window.evil=1</script>"
@@ -108,6 +111,25 @@ def test_measurements_are_sorted_by_a_column(browser: Browser, pages: dict[str, 
     assert found == sorted(found) and len(set(found)) > 2
     browser.value(press)
     assert browser.value(column) == sorted(found)[::-1]
+
+
+def test_numbers_that_are_none_are_gaps(tmp_path: Path) -> None:
+    """Lines without them, with null, and with the NaN that was once written."""
+    folder = write_whole(tmp_path / "run")
+    at = {"step": 400, "epoch": 17.0}
+    with folder.metrics.open("a") as file:
+        for line in (at | {"loss": math.nan}, at | {"loss": None, "robust_batch_accuracy": None}):
+            file.write(json.dumps(line) + "\n")
+    text = page(read_runs([folder.path])).split('id="plots">')[1].split("</script>")[0]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    plots = json.loads(text, parse_constant=refuse)
+    (loss,) = [p for p in plots if p["data"][0].get("name") == "loss"]
+    assert loss["data"][0]["y"][-3:] == [pytest.approx(2.3 * 0.97**64), None, None]
+    write_report(folder)
+    assert (folder.path / "figures" / "training_loss.png").stat().st_size > 0
 
 
 class Elements(HTMLParser):
