@@ -124,15 +124,21 @@ class Averages:
     """Means of the step's numbers since the last line, kept on the device."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.count = 0
         self._sums: dict[str, Tensor] = {}
-        self._started = time.perf_counter()
+        self._start(0.0)
+
+    def _start(self, seconds: float) -> None:
+        self._started = time.perf_counter() - seconds
 
     def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
         right = share_right(out["logits"].detach().argmax(dim=1), labels)
         scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
         for name, value in (scalars | {"robust_batch_accuracy": right}).items():
-            self._sums[name] = self._sums[name] + value if self.count else value
+            self._sums[name] = self._sums[name].to(value) + value if self.count else value
         self.count += 1
 
     def means(self) -> dict[str, Tensor]:
@@ -140,6 +146,14 @@ class Averages:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: total.cpu() for name, total in self._sums.items()}
+        return {"count": self.count, "sums": sums, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self._sums = state["count"], dict(state["sums"])
+        self._start(state["seconds"])
 
 
 def share_right(predictions: Tensor, labels: Tensor) -> Tensor:

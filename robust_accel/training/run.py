@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -18,22 +18,22 @@ from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
-from robust_accel.provenance import digest_of_parameters, versions
+from robust_accel.processes import decided, owned
+from robust_accel.provenance import check_equal_weights, digest_of_parameters, versions
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
-from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
-from robust_accel.training.checkpoint import (
-    Checkpoint,
-    DataIdentity,
-    Progress,
-    check_same_data,
-    load_weights,
-    save_weights,
+from robust_accel.training.accelerator import (
+    broadcast_all,
+    choose_precision,
+    create_accelerator,
+    share_buffers,
 )
+from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.loop import Loop
-from robust_accel.training.metrics import Metrics, peak_memory
+from robust_accel.training.metrics import Averages, Metrics, peak_memory
+from robust_accel.training.start import Start, check_same_data, engine_of, find_start
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -48,34 +48,50 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         How the weights were made, as in ``report.json``, and what ``evaluate`` has measured.
 
     Raises:
-        ValueError: ``section.key: ...``, before any process group starts: data, model, batch size
-            or run folder are not as the recipe says.
+        ValueError: ``section.key: ...``, on all processes and before the first step: data, model,
+            batch size or run folder are not as the recipe says, or another run owns the folder.
     """
     settings = recipe.train
     assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
-    continued = folder.check(recipe.settings, resume=resume)
+    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
+    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    with owned(folder, accelerator, lambda text: _say(text, accelerator)):
+        engine = engine_of(accelerator)
+        start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
+        run = _prepared(recipe, folder, accelerator, start, engine, quiet=quiet)
+        run.open(start)
+        run.fit()
+        return run.finish()
+
+
+def _prepared(
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    start: Start,
+    engine: dict[str, Any],
+    *,
+    quiet: bool,
+) -> "_Run":
+    """Everything that a run needs, or what is wrong with it, before anything is written."""
+    settings = recipe.train
+    assert settings is not None
     data = recipe.checked(
         "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
     )
     identity = data.identity()
-    if continued:
-        recipe.checked("data", lambda: check_same_data(folder, identity))
+    recipe.checked("data", lambda: check_same_data(start, identity))
     torch.manual_seed(settings.seed)  # the same first weights on every process
     classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.checked("train", lambda: _batches(recipe, data, 0, num_processes))
+    recipe.checked("train", lambda: _batches(recipe, data, 0, accelerator.num_processes))
     recipe.checked("data", lambda: _check_labels(recipe, data))
-    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)
-
-    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
-    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
-    run.open(continued)
-    run.fit()
-    return run.finish()
+    about = {"settings": recipe.settings, "data": identity, "engine": engine}
+    return _Run(recipe, data, about, classifier, folder, accelerator, quiet=quiet)
 
 
 class _Run:
@@ -85,7 +101,7 @@ class _Run:
         self,
         recipe: Recipe,
         data: Data,
-        identity: DataIdentity,
+        about: dict[str, Any],
         classifier: PixelClassifier,
         folder: RunFolder,
         accelerator: Accelerator,
@@ -124,13 +140,16 @@ class _Run:
         share_buffers(robust_model, accelerator)
         compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
+        averages = Averages()
         self.checkpoint = Checkpoint(
             folder,
             accelerator,
             self.progress,
             {"schedule": schedule, "compression": compression},
+            averages,
             None if self.ema is None else self.ema.module,
-            identity,
+            keep=settings.keep,
+            about=about | {"versions": versions()},
         )
         self.metrics = Metrics(
             folder,
@@ -156,19 +175,17 @@ class _Run:
             checkpoint=self.checkpoint,
             compression=compression,
             collective=recipe.communication,
+            averages=averages,
         )
 
-    def open(self, continued: bool) -> None:
+    def open(self, start: Start) -> None:
         """Make or continue the run folder."""
         set_seed(self.settings.seed, device_specific=True)  # attacks differ between processes
-        if continued:
-            num_processes = self.checkpoint.load()
+        for note in start.notes:
+            self.say(note)
+        if start.checkpoint is not None:
+            self.checkpoint.load(start.checkpoint)
             self.say(f"continuing {self.folder.path} at step {self.progress.step}")
-            if num_processes != self.accelerator.num_processes:
-                self.say(
-                    f"the checkpoint is from {num_processes} processes, not "
-                    f"{self.accelerator.num_processes}: the run goes on, but not bit for bit"
-                )
         for doubt in self.recipe.doubts:
             self.say(doubt)
         if self.accelerator.is_main_process:
@@ -220,7 +237,7 @@ class _Run:
             progress.best_accuracy, progress.best_epoch = robust, epoch
             progress.validations_since_best = 0
             if self.accelerator.is_main_process:
-                save_weights(classifier, self.folder.best)
+                self.checkpoint.save_best(classifier)
         else:
             progress.validations_since_best += 1
             patience = self.settings.early_stopping
@@ -231,9 +248,11 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
         classifier = self._weights_to_measure()
+        check_equal_weights(classifier, self.accelerator)
         selection: dict[str, Any] = {"weights": self.settings.select}
-        if self.settings.select == "best" and self.folder.best.exists():
-            load_weights(classifier, self.folder.best)
+        if self.settings.select == "best" and self.progress.best_epoch:
+            decided(lambda: self.checkpoint.load_best(classifier), self.accelerator)
+            broadcast_all(list(classifier.state_dict().values()))
             selection |= {
                 "split": "held out of train",
                 "n": len(self.data.validation),
@@ -270,14 +289,13 @@ class _Run:
 
     def say(self, text: str) -> None:
         """Tell the user, from one process, without breaking the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+        _say(text, self.accelerator)
 
     def _facts(self, classifier: PixelClassifier) -> dict[str, Any]:
         """What the report says about how the weights were made."""
         progress, steps = self.progress, max(1, self.progress.step)
         epochs = steps / self.batches.steps_per_epoch
-        digest, equal = digest_of_parameters(classifier, self.accelerator)
+        digest, _ = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
             "doubts": self.recipe.doubts,
@@ -294,9 +312,8 @@ class _Run:
                 "std": self.classifier.std.flatten().tolist(),
             },
             "ema_decay": self.settings.ema_decay,
-            "applied": self.loop.applied,
+            "applied": self.progress.applied,
             "parameters_digest": digest,
-            "parameters_equal_on_all_processes": equal,
             "train_seconds_per_epoch": progress.train_seconds / epochs,
             "comm_seconds_per_epoch": progress.comm_seconds / epochs,
             "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
@@ -307,7 +324,8 @@ class _Run:
 
     def _best_against_last(self) -> dict[str, Any]:
         """Robust accuracy on the held-out split: of the best epoch, and of the last."""
-        lines = [m for m in self.folder.read_metrics() if "validation_robust_accuracy" in m]
+        metrics = decided(self.folder.read_metrics, self.accelerator)
+        lines = [m for m in metrics if "validation_robust_accuracy" in m]
         if not lines:
             return {}
         about = {
@@ -324,9 +342,13 @@ class _Run:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
         classifier = self.classifier if self.ema is None else self.ema.module
         # each process updates its own statistics; the first one's count, as in DDP's forward
-        for buffer in classifier.buffers():
-            buffer.copy_(broadcast(buffer.clone()))
+        broadcast_all(list(classifier.buffers()))
         return classifier
+
+
+def _say(text: str, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        tqdm.write(text)
 
 
 def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
