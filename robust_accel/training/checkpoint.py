@@ -32,6 +32,7 @@ class Progress:
     comm_seconds: float = 0.0
     comm_exposed_seconds: float = 0.0  # not hidden behind the backward
     bytes_sent: int = 0  # by this rank
+    bytes_of_step: int = 0  # of them, in the last step
     stopped_early: bool = False
     applied: dict[str, Any] | None = None  # what the run's first step did
 

@@ -42,9 +42,12 @@ class Metrics:
         self._meter, self._steps_per_epoch = meter, steps_per_epoch
         self._trackers, self._quiet = trackers, quiet
         self._bar: tqdm = tqdm(disable=True)
+        self._sent = 0  # bytes, before the step under way
+        self._continues = False  # whether it is the first one after a restart
 
     def bar(self, total_steps: int) -> tqdm:
-        """The progress bar, to be closed by the caller."""
+        """The progress bar of the steps that are left, to be closed by the caller."""
+        self._continues = self._progress.step > 1
         self._bar = tqdm(
             total=total_steps,
             initial=self._progress.step,
@@ -57,6 +60,14 @@ class Metrics:
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update()
+        sent = self._meter.bytes_sent - self._sent
+        self._sent += sent
+        if self._continues and self._progress.bytes_of_step:
+            # in a process's first step DDP's buckets are others than later on: not the run's cost
+            self._at_start["bytes_sent"] += sent - self._progress.bytes_of_step
+        else:
+            self._progress.bytes_of_step = sent
+        self._continues = False
 
     def log(self, averages: "Averages", clean: Tensor, images: int, lr: float) -> None:
         """Write a line on the steps since the last one; end the run at a loss that is no number.

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not used: whatever happens to one, a run goes on exactly."""
 
+import os
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from robust_accel.evaluation.ledger import read_records
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.manifest import MANIFEST, read_whole
@@ -182,3 +184,40 @@ def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunF
     shutil.rmtree(copied.checkpoints)
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.03, now 0\.5"):
         run(copied.path, "optimizer.lr=0.5", resume=True)
+
+
+class Killed(BaseException):
+    pass
+
+
+def timeless(value: Any) -> Any:
+    """But for what the clock says, and how much memory was needed."""
+    if isinstance(value, dict):
+        left = {k: v for k, v in value.items() if "second" not in k and "memory" not in k}
+        return {k: timeless(v) for k, v in left.items() if k not in ("time", "output", "name")}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_does(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as it writes: checkpoints, best weights, model, ledger, report."""
+    folder, replace, left = RunFolder(tmp_path / "run"), os.replace, 0
+
+    def deadly(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", deadly)
+    for left in (5, 7, 9, 13, 9):
+        with pytest.raises(Killed):
+            run(folder.path, resume=True)
+    left = 0
+    run(folder.path, resume=True)
+    assert same_end(folder, finished)
+    assert timeless(folder.read_metrics()) == timeless(finished.read_metrics())
+    assert timeless(folder.read_report()) == timeless(finished.read_report())
+    assert len(read_records(folder.path)) == len(read_records(finished.path))
