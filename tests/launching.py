@@ -94,8 +94,10 @@ class Forked:
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         self.log = Path(tempfile.mkstemp(prefix="forked-", suffix=".log")[1])
-        settings = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
-        settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+        settings = dict(environment)
+        if num_processes > 1:
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+            settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
         what = (settings, self.log, script, [*map(str, arguments)])
         self.processes = [
             context.Process(target=_rank, args=(rank, folder, *what))
@@ -139,7 +141,9 @@ def _rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(folder)
-    os.environ |= settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= settings
+    if "WORLD_SIZE" in settings:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if script is None:
         sys.exit(main(list(arguments)))
     sys.argv = [str(script), *arguments]

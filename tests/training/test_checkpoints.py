@@ -198,11 +198,8 @@ def timeless(value: Any) -> Any:
     return [timeless(one) for one in value] if isinstance(value, list) else value
 
 
-def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_does(
-    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed as it writes: checkpoints, best weights, model, ledger, report."""
-    folder, replace, left = RunFolder(tmp_path / "run"), os.replace, 0
+def killed_as_it_writes(folder: Path, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, left = os.replace, file
 
     def deadly(source: Path, target: Path) -> None:
         nonlocal left
@@ -211,11 +208,19 @@ def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_do
             raise Killed
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", deadly)
-    for left in (5, 7, 9, 13, 9):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", deadly)
         with pytest.raises(Killed):
-            run(folder.path, resume=True)
-    left = 0
+            run(folder, resume=True)
+
+
+def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_does(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as it writes: checkpoints, best weights, model, report."""
+    folder = RunFolder(tmp_path / "run")
+    for file in (5, 7, 9, 13, 9):
+        killed_as_it_writes(folder.path, file, monkeypatch)
     run(folder.path, resume=True)
     assert same_end(folder, finished)
     assert timeless(folder.read_metrics()) == timeless(finished.read_metrics())
