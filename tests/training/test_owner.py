@@ -1,12 +1,14 @@
 """A run folder has one owner: one run at a time, and one process that decides for all."""
 
 import hashlib
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import CPU, SMALL, ZERO2, Forked, kill_at, weights
+from launching import CPU, SMALL, ZERO2, Forked, counts, kill_at, weights
+from safetensors.torch import load_file, save_file
 
 from robust_accel.evaluation.ledger import read_records
 from robust_accel.locks import OWNER, locked
@@ -19,6 +21,23 @@ TRAIN = ("train", "quickstart", *SMALL, "train.validate_every=1", "train.select=
 RELATIVE = "output=run"
 
 
+DIVERGING = """
+import os, sys
+from robust_accel.__main__ import main
+from robust_accel.training import run
+
+fit = run._Run.fit
+
+def diverging(self):
+    fit(self)
+    if os.environ["RANK"] == "1":
+        next(self.classifier.parameters()).data.view(-1)[0] += 1e-6
+
+run._Run.fit = diverging
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def content(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != OWNER)
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -27,27 +46,34 @@ def content(folder: Path) -> dict[str, str]:
 def test_of_runs_that_start_at_once_one_wins(tmp_path: Path) -> None:
     for trial in range(3):
         folder = RunFolder(tmp_path / str(trial))
-        arguments = ("train", "quickstart", *TINY, f"output={folder.path}", "--resume")
+        arguments = ("train", "quickstart", *TINY, f"output={folder.path}")
         both = [Forked(*arguments, num_processes=1, environment={}) for _ in range(2)]
         ends = [process.wait() for process in both]
         assert sorted(code for code, _ in ends) == [0, 2], ends
         (said,) = (output for code, output in ends if code == 2)
-        assert "is in use by process " in said
+        assert "is in use by process " in said or "already holds a run" in said
         steps = [line["step"] for line in folder.read_metrics() if "loss" in line]
         assert steps == [4]
         assert len(read_records(folder.path)) == 1
         assert not (folder.path / OWNER).exists()
 
 
-def test_no_command_writes_into_a_folder_in_use(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert Forked("train", "quickstart", *TINY, f"output={folder}").wait()[0] == 0
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    code, output = Forked("train", "quickstart", *TINY, f"output={folder}").wait()
+    assert code == 0, output
+    return folder
+
+
+def test_no_command_writes_into_a_folder_in_use(small: Path) -> None:
+    folder = small
     before = content(folder)
     with locked(folder, print):
         for command in (
             ("train", "quickstart", *TINY, f"output={folder}", "--resume"),
             ("evaluate", folder, "evaluate.images=10"),
-            ("certify", folder, "certify.images=1", "certify.sigma=0.1", "certify.n=10"),
+            ("certify", folder, "certify.images=1", "certify.n0=5", "certify.n=10"),
         ):
             process = Forked(*command)
             code, output = process.wait()
@@ -83,8 +109,37 @@ def test_processes_without_a_common_disk_make_one_model(
     assert "continuing" in output
     before, after = weights(together / "run"), weights(one / "run")
     assert all(before[key].equal(after[key]) for key in before | after)
+    assert counts(RunFolder(one / "run")) == counts(RunFolder(together / "run"))
     assert content(two) == stale
     records = (read_records(folder / "run") for folder in (together, one))
     for whole, continued in zip(*records, strict=True):
         assert whole["key"] == continued["key"]
         assert whole["outcomes"] == continued["outcomes"]
+
+
+def test_weights_that_differ_between_processes_are_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "diverging.py"
+    script.write_text(DIVERGING)
+    folder = RunFolder(tmp_path / "run")
+    process = Forked("train", "quickstart", *TINY, f"output={folder.path}", script=script)
+    _, output = process.wait()
+    assert [p.exitcode for p in process.processes] == [2, 2], output
+    assert output.count("processes 1 hold other weights than process 0") == 1
+    assert "Traceback" not in output
+    assert not folder.model.exists()
+    assert read_records(folder.path) == []
+
+
+def test_models_that_differ_between_processes_are_not_measured(small: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        shutil.copytree(small, folder / "run")
+    path = two / "run" / "model" / "model.safetensors"
+    state = load_file(path)
+    next(iter(state.values())).view(-1)[0] += 1e-3
+    save_file(state, path, {"format": "pt"})
+    process = Forked("evaluate", "run", "evaluate.images=10", folders=(one, two))
+    _, output = process.wait()
+    assert [p.exitcode for p in process.processes] == [2, 2], output
+    assert output.count("the processes hold different models") == 1
+    assert len(read_records(one / "run")) == len(read_records(small))
