@@ -13,6 +13,17 @@ from pathlib import Path
 OWNER = "owner.lock"  # in the folder, for as long as somebody owns it
 _HELD = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_owned: set[int] = set()  # files that this process has locked
+
+
+def _disown() -> None:
+    """A forked process (one that decodes images) may outlive the owner, and is none."""
+    for file in _owned:
+        os.close(file)
+    _owned.clear()
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 @contextmanager
@@ -35,6 +46,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
         text = f"{_about_this_process()}\n{secrets.token_hex(16)}\n"
         os.truncate(file, 0)
         os.write(file, text.encode())
+        _owned.add(file)
     except FileExistsError:
         raise ValueError(f"output: {folder} is no folder: choose another") from None
     except OSError as error:
@@ -43,6 +55,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
         yield text
     finally:
         (folder / OWNER).unlink(missing_ok=True)  # while it is held: the next one makes its own
+        _owned.discard(file)
         os.close(file)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
@@ -57,7 +70,7 @@ def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
         except FileNotFoundError:  # an owner has just removed the folder that it had made
             continue
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 say(f"{folder}: its file system has no locks: see that no second run writes there")

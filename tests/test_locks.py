@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def test_a_second_owner_is_refused_by_name_until_the_first_is_gone(
     assert not (folder / OWNER).exists()
 
 
+def test_who_reads_the_lock_or_is_forked_changes_nothing(tmp_path: Path) -> None:
+    child = CONTEXT.Process(target=time.sleep, args=(60,))
+    with locked(tmp_path, print):
+        (tmp_path / OWNER).read_text()  # a lock of another kind is lost by this
+        child.start()
+        with pytest.raises(ValueError, match="is in use"):
+            locked(tmp_path, print).__enter__()
+    with locked(tmp_path, print):
+        assert child.is_alive()
+    child.kill()
+    child.join()
+
+
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
     with locked(tmp_path / "run", print):
         pass
@@ -75,10 +89,10 @@ def test_a_folder_that_cannot_be_owned_is_refused(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lockf(*_: Any) -> None:
+    def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", lockf)
+    monkeypatch.setattr(fcntl, "flock", flock)
     said: list[str] = []
     with locked(tmp_path, said.append):
         pass
