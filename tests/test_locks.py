@@ -65,6 +65,29 @@ def test_who_reads_the_lock_or_is_forked_changes_nothing(tmp_path: Path) -> None
     child.join()
 
 
+def contend(folder: Path, together: Any, won: Any) -> None:
+    together.wait()
+    try:
+        with locked(folder, print):
+            with won.get_lock():
+                won.value += 1
+            together.wait()
+    except ValueError:
+        together.wait()
+
+
+def test_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
+    for trial in range(20):
+        together, won = CONTEXT.Barrier(4), CONTEXT.Value("i", 0)
+        what = (tmp_path / str(trial), together, won)
+        processes = [CONTEXT.Process(target=contend, args=what) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert won.value == 1
+
+
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
     with locked(tmp_path / "run", print):
         pass

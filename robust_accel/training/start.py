@@ -37,11 +37,10 @@ class Start:
 
 def engine_of(accelerator: Accelerator) -> dict[str, Any]:
     """What writes a checkpoint's files."""
-    name = "torch"
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        name = f"DeepSpeed, ZeRO stage {accelerator.deepspeed_plugin.zero_stage}"
+    with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return {
-        "engine": name,
+        "engine": "DeepSpeed" if with_deepspeed else "torch",  # alone or by DDP: the same files
+        "zero_stage": accelerator.deepspeed_plugin.zero_stage if with_deepspeed else None,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
@@ -77,13 +76,14 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     if checkpoint is None:
         return Start(notes=tuple(notes))
     was = about["engine"]
-    split = "ZeRO stage" in engine["engine"] and not engine["engine"].endswith("0")
-    for key in ("engine", *(["num_processes"] if split else [])):
-        if was[key] != engine[key]:
-            raise ValueError(
-                f"output: {folder.path} was trained by {_in_words(was)}, and {_in_words(engine)} "
-                "cannot read its checkpoints: launch it as before, or start another run"
-            )
+    fixed = ["engine", "zero_stage"]
+    if engine["zero_stage"]:  # each process has a shard
+        fixed.append("num_processes")
+    if any(was[key] != engine[key] for key in fixed):
+        raise ValueError(
+            f"output: {folder.path} was trained by {_in_words(was)}, and {_in_words(engine)} "
+            "cannot read its checkpoints: launch it as before, or start another run"
+        )
     if was["num_processes"] != engine["num_processes"]:
         notes.append(
             f"the checkpoint is from {was['num_processes']} processes, not "
@@ -161,7 +161,8 @@ def _both(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str | Non
 
 
 def _in_words(engine: dict[str, Any]) -> str:
-    return f"{engine['engine']} on {engine['num_processes']} processes"
+    stage = "" if engine["zero_stage"] is None else f", ZeRO stage {engine['zero_stage']},"
+    return f"{engine['engine']}{stage} on {engine['num_processes']} processes"
 
 
 def _images_in_words(about: dict[str, int | str] | None) -> str:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from robust_accel.evaluation.ledger import read_records
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
-from robust_accel.training.manifest import MANIFEST, read_whole
+from robust_accel.training.manifest import MANIFEST, publish, read_whole
 from robust_accel.training.run import train
+from robust_accel.training.start import find_start
 
 SMALL = (
     "train.epochs=2",
@@ -32,6 +33,9 @@ SMALL = (
 )
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.pt")
 FILES += ("ema.safetensors", "best.safetensors", MANIFEST)
+
+
+ENGINE = {"engine": "torch", "zero_stage": None, "num_processes": 1, "device": "cpu"}
 
 
 def flip(path: Path) -> None:
@@ -88,7 +92,7 @@ def test_a_checkpoint_lists_all_its_files_and_the_newest_two_are_kept(finished: 
         about = manifest["about"]
         assert about["settings"]["train"]["select"] == "best"
         assert about["data"]["train"]["images"] > 0
-        assert about["engine"] == {"engine": "torch", "num_processes": 1, "device": "cpu"}
+        assert about["engine"] == ENGINE
         assert "torch" in about["versions"]
     assert sorted(path.name for path in finished.checkpoints.iterdir()) == [
         "best.safetensors",
@@ -178,6 +182,36 @@ def test_what_makes_it_another_run_is_refused_and_the_rest_said(
     said = capsys.readouterr().out
     changed = "evaluate.images: None, now 10; train.keep: 2, now 1"
     assert f"changed since the checkpoint: {changed}" in said
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ({}, {"engine": "DeepSpeed", "zero_stage": 0}, "torch on 1 .* DeepSpeed, ZeRO stage 0,"),
+        ({"zero_stage": 1}, {"zero_stage": 2}, "ZeRO stage 1, on 1 .* ZeRO stage 2, on 1"),
+        ({"zero_stage": 1}, {"zero_stage": 1, "num_processes": 2}, "on 1 processes.* on 2 pro"),
+    ],
+)
+def test_another_engine_cannot_go_on(
+    copied: RunFolder, was: dict[str, Any], now: dict[str, Any], words: str
+) -> None:
+    step = copied.steps()[-1]
+    about = read_whole(step)["about"] | {"engine": ENGINE | was}
+    publish(step, step.with_name("step-00000015"), set(FILES) - {MANIFEST}, about)
+    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
+    with pytest.raises(ValueError, match=f"was trained by .*{words}.* cannot read its checkpoints"):
+        find_start(recipe, copied, ENGINE | now, resume=True)
+
+
+def test_what_may_have_changed_is_said(copied: RunFolder) -> None:
+    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
+    assert find_start(recipe, copied, ENGINE, resume=True).notes == ()
+    start = find_start(recipe, copied, ENGINE | {"num_processes": 2, "device": "x"}, resume=True)
+    assert start.checkpoint == "step-00000014"
+    assert start.notes == (
+        "the checkpoint is from 1 processes, not 2: the run goes on, but not bit for bit",
+        "the run goes on, perhaps not bit for bit: device cpu, now x",
+    )
 
 
 def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunFolder) -> None:
