@@ -11,12 +11,15 @@ from launching import CPU, SMALL, ZERO2, Forked, counts, kill_at, weights
 from safetensors.torch import load_file, save_file
 
 from robust_accel.evaluation.ledger import read_records
+from robust_accel.files import read_lines
 from robust_accel.locks import OWNER, locked
 from robust_accel.run_folder import RunFolder
 
 pytestmark = pytest.mark.launch
 
-TINY = (*SMALL, "train.epochs=1", "train.max_steps=4", "evaluate.pgd=null", "evaluate.images=20")
+TINY = tuple(setting for setting in SMALL if not setting.startswith("communication."))
+TINY += ("train.epochs=1", "train.max_steps=4", "evaluate.pgd=null", "evaluate.images=20")
+TINY += ("evaluate.train_images=null",)
 TRAIN = ("train", "quickstart", *SMALL, "train.validate_every=1", "train.select=best")
 RELATIVE = "output=run"
 
@@ -36,6 +39,12 @@ def diverging(self):
 run._Run.fit = diverging
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def units(folder: Path) -> set[str]:
+    """Work of measurements that the folder knows."""
+    paths = (folder / "measurements").glob("process-*.jsonl")
+    return {line["key"] for path in paths for line in read_lines(path)}
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -73,7 +82,14 @@ def test_no_command_writes_into_a_folder_in_use(small: Path) -> None:
         for command in (
             ("train", "quickstart", *TINY, f"output={folder}", "--resume"),
             ("evaluate", folder, "evaluate.images=10"),
-            ("certify", folder, "certify.images=1", "certify.n0=5", "certify.n=10"),
+            (
+                "certify",
+                folder,
+                "certify.images=1",
+                "certify.sigma=0.1",
+                "certify.n0=5",
+                "certify.n=10",
+            ),
         ):
             process = Forked(*command)
             code, output = process.wait()
@@ -102,14 +118,18 @@ def test_processes_without_a_common_disk_make_one_model(
     assert "not on a disk" not in output
 
     apart: Any = partial(start, folders=(one, two))
-    kill_at(apart(), lambda: bool(RunFolder(one / "run").steps()))
+    kill_at(apart(), lambda: len(RunFolder(one / "run").steps()) >= 2)
+    newest = RunFolder(one / "run").steps()[-1]
+    (newest / "random_states_1.pkl").unlink()  # the other process's, which it has never seen
     code, output = apart("--resume").wait()
     assert code == 0, output
     assert "run is not on a disk of processes 1" in output
+    assert f"{newest.name}: random_states_1.pkl is missing: it is not used" in output
     assert "continuing" in output
     before, after = weights(together / "run"), weights(one / "run")
     assert all(before[key].equal(after[key]) for key in before | after)
     assert counts(RunFolder(one / "run")) == counts(RunFolder(together / "run"))
+    assert units(one / "run") == units(together / "run")
     assert content(two) == stale
     records = (read_records(folder / "run") for folder in (together, one))
     for whole, continued in zip(*records, strict=True):
