@@ -35,11 +35,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(mode)  # some libraries make a file of their own, for its owner alone
-        _on_disk(temporary)
+        on_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _on_disk(path.parent)
+    on_disk(path.parent)
 
 
 def opened(path: str | Path) -> BufferedReader:
@@ -207,7 +207,7 @@ def _created(path: Path) -> int:
         os.close(file)
 
 
-def _on_disk(path: Path) -> None:
+def on_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a loss of power."""
     file = os.open(path, os.O_RDONLY)
     try:

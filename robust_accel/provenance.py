@@ -73,3 +73,18 @@ def digest_of_parameters(module: nn.Module, accelerator: Accelerator) -> tuple[s
     """SHA-256 of this process's parameters, and whether all processes have the same."""
     own = digest_of(module.parameters())
     return own, len(set(gather_object([own]))) == 1
+
+
+def check_equal_weights(module: nn.Module, accelerator: Accelerator) -> None:
+    """See that all processes hold the same parameters and buffers.
+
+    Raises:
+        ValueError: On all processes; which of them hold others than the first.
+    """
+    digests = gather_object([digest_of([*module.parameters(), *module.buffers()])])
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(
+            f"processes {', '.join(others)} hold other weights than process 0: training has gone "
+            "wrong, and nothing is measured; no model was saved, the checkpoints are still there"
+        )

@@ -78,6 +78,8 @@ class TrainSettings(Settings):
         validation_steps: Steps of the PGD that measures robust accuracy there.
         early_stopping: Stop after so many measurements in a row without a better one.
         checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.
+        keep: How many checkpoints are kept, the newest ones; where one is damaged, a run goes on
+            from the one before.
         log_every: Optimizer steps between lines of ``metrics.jsonl``.
         log_with: Accelerate's trackers, for example ``[tensorboard]``.
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
@@ -101,6 +103,7 @@ class TrainSettings(Settings):
     validation_steps: Annotated[Whole, Ge(1)] = 10
     early_stopping: Annotated[Whole, Ge(1)] | None = None
     checkpoint_every: Annotated[Whole, Ge(1)] | None = None
+    keep: Annotated[Whole, Ge(1)] = 2
     log_every: Annotated[Whole, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     channels_last: Flag = False

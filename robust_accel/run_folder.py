@@ -1,6 +1,8 @@
 """The run folder: what a run writes, where, and how nothing in it is lost."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from robust_accel.files import (
     write_json,
     write_text,
 )
-from robust_accel.plain_yaml import dump, parse, plain, read_plain
+from robust_accel.locks import OWNER
+
+_STEP = re.compile(r"step-\d+")
 
 
 class RunFolder:
@@ -22,8 +26,9 @@ class RunFolder:
 
         recipe.yaml       resolved settings
         metrics.jsonl     one line a log interval, one a validation
-        checkpoints/      step-N: full state, exact resume; best.safetensors: weights with the best
-                          robust accuracy on the held-out split
+        owner.lock        while somebody writes here: who
+        checkpoints/      step-N: full state, exact resume, the newest two; best.safetensors:
+                          weights with the best robust accuracy on the held-out split
         model/            timm folder: config.json, model.safetensors, README.md (its card)
         measurements.jsonl  the ledger: one record a measurement, with the outcome of each image;
                           measurements/: the work under way, a file a process, and what
@@ -32,7 +37,12 @@ class RunFolder:
         examples.safetensors  a few images before and after the attack
         report.json       how the model was made, and the ledger's rows of this model
         report.md, report.html, figures/  the same for people
+
+    Attributes:
+        absent: Processes that do not see the first one's folder, see ``processes.owned``.
     """
+
+    absent: Sequence[int] = ()
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,17 +55,16 @@ class RunFolder:
         self.examples = self.path / "examples.safetensors"
         self.report = self.path / "report.json"
 
-    def check(self, settings: dict[str, Any], *, resume: bool) -> bool:
-        """Whether a run is to be continued here.
+    def check(self, *, resume: bool) -> bool:
+        """Whether there is a run here that is to be continued.
 
         Raises:
-            ValueError: The folder holds a run and ``resume`` is not asked for, or the run that it
-                holds was started from other settings.
+            ValueError: The folder holds a run and ``resume`` is not asked for, or other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output: {self.path} is no folder: choose another")
         if not self.recipe.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(path.name != OWNER for path in self.path.iterdir()):
                 raise ValueError(f"output: {self.path} holds files that are no run: choose another")
             return False
         if not resume:
@@ -63,21 +72,12 @@ class RunFolder:
                 f"output: {self.path} already holds a run: --resume continues it, "
                 "output=FOLDER chooses another"
             )
-        started = read_plain(self.recipe)
-        # what a run may change on the way: how it is measured, where it lies, and NaN's
-        now = plain(parse(dump(settings), "recipe"))  # as it was saved: a tuple became a list
-        ignored = {"evaluate", "certify", "output"}
-        ignored |= {"train.on_nonfinite", "train.max_skipped_in_a_row"}
-        changed = _differences(started, now, ignored)
-        if changed:
-            raise ValueError(
-                f"output: {self.path} was started with other settings: {'; '.join(changed)}"
-            )
-        return bool(self.steps())
+        return True
 
     def steps(self) -> list[Path]:
-        """Complete checkpoints, the newest last."""
-        return sorted(self.checkpoints.glob("step-*"))
+        """Checkpoints, the newest last; whether they are whole is not looked at."""
+        found = [path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def check_contained(self) -> None:
         """Refuse to write where a link would lead out of the folder: to be asked before any work.
@@ -110,13 +110,12 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(as_json(line)) + "\n" for line in lines))
 
 
-def _differences(old: Any, new: Any, ignored: set[str], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys whose values differ, with both values in words."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{prefix[:-1]}: {old!r}, now {new!r}"]
-    return [
-        line
+        return {} if old == new else {prefix[:-1]: f"{prefix[:-1]}: {old!r}, now {new!r}"}
+    return {
+        name: line
         for key in sorted({*old, *new})
-        if f"{prefix}{key}" not in ignored
-        for line in _differences(old.get(key), new.get(key), ignored, f"{prefix}{key}.")
-    ]
+        for name, line in differences(old.get(key), new.get(key), f"{prefix}{key}.").items()
+    }

@@ -78,19 +78,31 @@ class Launched:
 
 
 class Forked:
-    """Two processes of the command, or of a script, forked: most of a launch is imports."""
+    """Two processes of the command, or of a script, forked: most of a launch is imports.
+
+    Args:
+        folders: Where each process is at work; where this one is when not given.
+    """
 
     def __init__(
         self,
         *arguments: object,
         environment: Mapping[str, str] = CPU,
         script: Path | None = None,
+        num_processes: int = 2,
+        folders: Sequence[Path] = (),
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         self.log = Path(tempfile.mkstemp(prefix="forked-", suffix=".log")[1])
-        settings = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+        settings = dict(environment)
+        if num_processes > 1:
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+            settings |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
         what = (settings, self.log, script, [*map(str, arguments)])
-        self.processes = [context.Process(target=_rank, args=(r, *what)) for r in range(2)]
+        self.processes = [
+            context.Process(target=_rank, args=(rank, folder, *what))
+            for rank, folder in enumerate(folders or [Path.cwd()] * num_processes)
+        ]
         for process in self.processes:
             process.start()
 
@@ -115,7 +127,12 @@ class Forked:
 
 
 def _rank(
-    rank: int, settings: dict[str, str], log: Path, script: Path | None, arguments: Sequence[str]
+    rank: int,
+    folder: Path,
+    settings: dict[str, str],
+    log: Path,
+    script: Path | None,
+    arguments: Sequence[str],
 ) -> None:
     """What the launcher and its agent do for a process."""
     from robust_accel.__main__ import main
@@ -123,8 +140,10 @@ def _rank(
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ |= settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.chdir(folder)
+    os.environ |= settings
+    if "WORLD_SIZE" in settings:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if script is None:
         sys.exit(main(list(arguments)))
     sys.argv = [str(script), *arguments]
@@ -142,25 +161,36 @@ def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> 
     return folder
 
 
+def kill_at(process: Processes, is_time: Callable[[], bool]) -> None:
+    """Kill processes, without a word, as soon as it is time."""
+    deadline = time.monotonic() + 200
+    while not is_time() and process.running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert is_time()
+
+
 def killed_and_resumed(finished: Path, path: Path, start: Callable[..., Processes]) -> None:
-    """The same run, killed once it has a checkpoint, ends with the same weights.
+    """The same run, killed once it has a checkpoint, ends with the same weights and counts.
 
     Args:
         start: Of `train`, with further arguments.
     """
     folder = RunFolder(path)
-    process = start(f"output={path}")
-    deadline = time.monotonic() + 200
-    while not folder.steps() and process.running() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert folder.steps()
+    kill_at(start(f"output={path}"), lambda: bool(folder.steps()))
     assert not folder.report.exists()
     code, output = start(f"output={path}", "--resume").wait()
     assert code == 0, output
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)
     assert all(before[key].equal(after[key]) for key in before | after)
+    assert counts(folder) == counts(RunFolder(finished))
+
+
+def counts(folder: RunFolder) -> list[dict]:
+    """What a run has written while it trained, but for what the clock says."""
+    lines = [*folder.read_metrics(), {"sent": folder.read_report()["bytes_sent_per_step"]}]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 def weights(folder: Path) -> dict:

@@ -104,8 +104,7 @@ def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             row = {"purpose": "accuracy", "accuracy": 0.5 + 0.1 * seed + gain, "images": {"n": 100}}
             rows = [row | {"attack": {"name": name}} for name in ("none", "pgd")]
-            report = {"measurements": rows, "num_processes": 2}
-            report |= {"parameters_equal_on_all_processes": True, "bytes_sent_per_step": sent}
+            report = {"measurements": rows, "num_processes": 2, "bytes_sent_per_step": sent}
             (folder / "report.json").write_text(json.dumps(report))
     lines = module.table(args).splitlines()
     assert len(lines) == 4

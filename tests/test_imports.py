@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "robust_accel"
 # From the ground up: a file imports its own floor's room and what lies below, nothing above.
 FLOORS = (
-    {"files", "messages"},
+    {"files", "messages", "locks"},
     {"plain_yaml"},
     {
         "settings",
@@ -19,7 +19,7 @@ FLOORS = (
         "attack_context",
     },
     {"attacks", "objectives", "comm", "optim"},
-    {"data", "min_max"},
+    {"data", "min_max", "processes"},
     {"models"},
     {"robust_model"},
     {"evaluation"},

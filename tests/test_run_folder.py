@@ -2,87 +2,59 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from robust_accel.files import append_line
-from robust_accel.recipe import load_recipe
-from robust_accel.run_folder import RunFolder
-
-SETTINGS: dict[str, Any] = {"train": {"epochs": 2}, "output": "here"}
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> RunFolder:
-    """A folder where a run of the quickstart recipe was started."""
-    folder = RunFolder(tmp_path / "run")
-    folder.path.mkdir()
-    load_recipe("quickstart").save(folder.recipe)
-    return folder
-
-
-def quickstart(*overrides: str) -> dict[str, Any]:
-    return load_recipe("quickstart", overrides).settings
+from robust_accel.locks import OWNER
+from robust_accel.run_folder import RunFolder, differences
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
     for resume in (False, True):
-        assert not RunFolder(tmp_path / "new").check(SETTINGS, resume=resume)
-        assert not RunFolder(tmp_path).check(SETTINGS, resume=resume)
+        assert not RunFolder(tmp_path / "new").check(resume=resume)
+        assert not RunFolder(tmp_path).check(resume=resume)
     assert not (tmp_path / "new").exists()  # checking makes nothing
+    (tmp_path / OWNER).touch()  # of this run, or of one that was killed
+    assert not RunFolder(tmp_path).check(resume=False)
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_foreign_files_are_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"^output: .* holds files that are no run"):
-        RunFolder(tmp_path).check(SETTINGS, resume=resume)
+        RunFolder(tmp_path).check(resume=resume)
     with pytest.raises(ValueError, match=r"^output: .* is no folder"):
-        RunFolder(tmp_path / "thesis.tex").check(SETTINGS, resume=resume)
+        RunFolder(tmp_path / "thesis.tex").check(resume=resume)
 
 
-def test_a_run_is_continued_only_when_asked(started: RunFolder) -> None:
+def test_a_run_is_continued_only_when_asked(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.recipe.touch()
     with pytest.raises(ValueError, match=r"^output: .* already holds a run: --resume"):
-        started.check(quickstart(), resume=False)
-    assert not started.check(quickstart(), resume=True)  # nothing was saved yet: start again
-    (started.checkpoints / "step-00000004").mkdir(parents=True)
-    assert started.check(quickstart(), resume=True)
+        folder.check(resume=False)
+    assert folder.check(resume=True)
 
 
-def test_other_settings_are_named_with_both_values(started: RunFolder) -> None:
-    other = quickstart("train.seed=7", "attack.eps=0.1", "schedule.name=constant")
-    with pytest.raises(ValueError, match="started with other settings") as refused:
-        started.check(other, resume=True)
-    message = str(refused.value)
-    assert "train.seed: 0, now 7" in message
-    assert "attack.eps: 0.2, now 0.1" in message
-    assert "schedule.name: 'onecycle', now 'constant'" in message
-    assert "train.epochs" not in message
+def test_differences_name_keys_and_values() -> None:
+    old = {"train": {"seed": 0, "epochs": 2}, "attack": {"eps": 0.2}}
+    new = {"train": {"seed": 7, "epochs": 2}, "attack": None}
+    assert list(differences(old, new).values()) == [
+        "attack: {'eps': 0.2}, now None",
+        "train.seed: 0, now 7",
+    ]
+    assert list(differences(old, new)) == ["attack", "train.seed"]
 
 
-def test_a_run_may_be_moved_and_measured_otherwise(started: RunFolder) -> None:
-    (started.checkpoints / "step-00000004").mkdir(parents=True)
-    other = quickstart("output=elsewhere", "evaluate.eps=0.1", "evaluate.autoattack=standard")
-    assert started.check(other, resume=True)
-
-
-def test_settings_compare_as_they_were_saved(started: RunFolder) -> None:
-    """A user's dataclass may hold tuples; YAML has lists."""
-    started.recipe.write_text("attack: {window: [1, 2]}")
-    assert not started.check({"attack": {"window": (1, 2)}}, resume=True)
-    with pytest.raises(ValueError, match=r"attack\.window: \[1, 2\], now \[1, 3\]"):
-        started.check({"attack": {"window": (1, 3)}}, resume=True)
-
-
-def test_only_whole_checkpoints_count_and_the_newest_is_last(tmp_path: Path) -> None:
+def test_only_named_steps_are_checkpoints_and_the_newest_is_last(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.steps() == []
-    for name in ("step-00000100", "step-00000020", "incomplete", "step-00000003"):
+    names = ["step-00000003", "step-00000020", "step-00000100", "step-123456789"]
+    others = ["incomplete", "step-backup", "step-00000200-copy", "damaged-step-00000300", "step-"]
+    for name in [*reversed(names), *others]:
         (folder.checkpoints / name).mkdir(parents=True)
     folder.best.write_bytes(b"")
-    names = [path.name for path in folder.steps()]
-    assert names == ["step-00000003", "step-00000020", "step-00000100"]
+    assert [path.name for path in folder.steps()] == names
 
 
 def test_metrics_are_cut_where_the_run_goes_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import certify_images, write_table
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import Ledger, refresh_report
+from robust_accel.processes import owned
 from robust_accel.reporting.report import certified_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_subject, recipe_of
@@ -50,23 +51,24 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
     index = torch.arange(0, len(images), settings.skip)[: settings.images]
     folder = folder_for(model, recipe, subject, overrides, "certify")
     accelerator = Accelerator()
-    classifier.to(accelerator.device)
-    bench = Bench(
-        classifier,
-        images,
-        accelerator,
-        batch_size=1,
-        seed=settings.seed,
-        ledger=Ledger(folder.path, accelerator),
-        class_names=classifier.class_names,
-        source=recipe.data.source(),
-        kind=subject.selection,
-    )
-    record = certify_images(bench, index, settings)
-    if accelerator.is_main_process:
-        write_table(folder.certify / "certify.tsv", record)
-        facts = {"function": bench.function, **facts_of(classifier, Path(model).name)}
-        refresh_report(folder, model=facts)
-        write_report(folder)
-    accelerator.wait_for_everyone()
+    with owned(folder, accelerator, say):
+        classifier.to(accelerator.device)
+        bench = Bench(
+            classifier,
+            images,
+            accelerator,
+            batch_size=1,
+            seed=settings.seed,
+            ledger=Ledger(folder.path, accelerator, folder.absent),
+            class_names=classifier.class_names,
+            source=recipe.data.source(),
+            kind=subject.selection,
+        )
+        record = certify_images(bench, index, settings)
+        if accelerator.is_main_process:
+            write_table(folder.certify / "certify.tsv", record)
+            facts = {"function": bench.function, **facts_of(classifier, Path(model).name)}
+            refresh_report(folder, model=facts)
+            write_report(folder)
+        accelerator.wait_for_everyone()
     return folder

@@ -12,6 +12,7 @@ from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
+from robust_accel.processes import owned
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
@@ -70,27 +71,28 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
     for text in (*subject.notes, *recipe.doubts):
         say(text)
     accelerator = Accelerator()
-    if other is not None:
-        other.to(accelerator.device).eval()
-    classifier.to(accelerator.device).eval()
-    result = evaluate(
-        classifier,
-        images,
-        recipe.evaluate,
-        accelerator,
-        num_classes=subject.num_classes,
-        folder=folder,
-        other=other,
-        train=train,
-        class_names=classifier.class_names,
-        source=recipe.data.source(),
-        train_source=recipe.data.source("train"),
-        kind=subject.selection,
-        say=say,
-    )
-    if accelerator.is_main_process:
-        facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}
-        refresh_report(folder, model=facts)
-        write_report(folder)
-    accelerator.wait_for_everyone()
+    with owned(folder, accelerator, say):
+        if other is not None:
+            other.to(accelerator.device).eval()
+        classifier.to(accelerator.device).eval()
+        result = evaluate(
+            classifier,
+            images,
+            recipe.evaluate,
+            accelerator,
+            num_classes=subject.num_classes,
+            folder=folder,
+            other=other,
+            train=train,
+            class_names=classifier.class_names,
+            source=recipe.data.source(),
+            train_source=recipe.data.source("train"),
+            kind=subject.selection,
+            say=say,
+        )
+        if accelerator.is_main_process:
+            facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}
+            refresh_report(folder, model=facts)
+            write_report(folder)
+        accelerator.wait_for_everyone()
     return folder

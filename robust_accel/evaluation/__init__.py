@@ -94,7 +94,8 @@ def evaluate(
     autoattack = None  # made first: what it refuses, it refuses before anything is spent
     if settings.autoattack is not None:
         autoattack = AutoAttackEvaluation(settings, num_classes)
-    ledger = Ledger(None if folder is None else folder.path, accelerator)
+    absent = () if folder is None else folder.absent
+    ledger = Ledger(None if folder is None else folder.path, accelerator, absent)
     bench = bench_of(images, 1, source=source, kind=kind)
     if bench.is_randomised(settings.batch_size):
         bench.draws = settings.draws or DRAWS

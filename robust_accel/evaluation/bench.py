@@ -71,6 +71,9 @@ class Bench:
         class_names: Of the classifier's outputs.
         source: Where the images are from, plain values: said in records, no part of identities.
         kind: Which of that source's images they are: ``all``, ``ids of NAME``.
+
+    Attributes:
+        seconds_known: That the units took which were found done.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Bench:
         self.class_names = None if class_names is None else list(class_names)
         self.source, self.kind = source or {}, kind
         self._digests: dict[int, str] = {}
+        self.seconds_known = 0.0
 
     # ---- verdicts ------------------------------------------------------------------------------
 
@@ -223,6 +227,7 @@ class Bench:
             if len(known.get(key, {}).get("prediction") or unit.indices) != len(unit.indices):
                 raise ValueError(f"measurements: the outcome {key} is of another number of images")
         left = [i for i in range(len(units)) if not keys or keys[i] not in known]
+        self.seconds_known += sum(known[key]["seconds"] for key in keys if key in known)
         mine = left[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.images.batches([units[i].indices for i in mine], self.accelerator.device)
         bar = tqdm(
@@ -244,6 +249,8 @@ class Bench:
                 own[i] = outcome
         found = dict(told_to_all(list(own.items()), self.accelerator))
         if keys:
+            turns = {i: turn % self.accelerator.num_processes for turn, i in enumerate(left)}
+            self.ledger.keep_of_absent({keys[i]: (turns[i], found[i]) for i in left})
             known |= {keys[i]: outcome for i, outcome in found.items()}
             return [known[key] for key in keys]
         return [found[i] for i in range(len(units))]
@@ -278,11 +285,11 @@ class Bench:
         """Digest of the classifier.
 
         Raises:
-            RuntimeError: Processes hold different ones.
+            ValueError: Processes hold different ones.
         """
         own = digest_of_function(self.classifier, self.images.shape)
         if len(set(told_to_all([own], self.accelerator))) > 1:
-            raise RuntimeError("the processes hold different models: what is measured is unclear")
+            raise ValueError("the processes hold different models: what is measured is unclear")
         if not self.ledger.is_kept or self.draws > 1:
             return own
         return self.ledger.function(own, answers(self.classifier, self.images.shape))

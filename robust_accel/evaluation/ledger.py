@@ -9,7 +9,7 @@ begins with what a smaller one has done, and nothing is ever taken from another 
 Tables, reports, cards and pictures show what ``shown`` picks of the records.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,14 @@ class Ledger:
     Args:
         folder: Holds ``measurements.jsonl``, a record a line, and ``measurements/``, the partial
             work, where each process writes a file of its own and all go on from all.
+        absent: Processes that do not see the folder. The first one writes their work down when all
+            units are done that were dealt at once; if it is killed before, theirs is done again.
     """
 
-    def __init__(self, folder: Path | None, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(
+        self, folder: Path | None, accelerator: Accelerator, absent: Sequence[int] = ()
+    ) -> None:
+        self._accelerator, self._absent = accelerator, absent
         self._file = None if folder is None else folder / "measurements.jsonl"
         self._work = None if folder is None else folder / "measurements"
         self._units: dict[str, dict[str, Any]] | None = None
@@ -91,9 +95,20 @@ class Ledger:
 
     def keep(self, key: str, outcome: dict[str, Any]) -> None:
         """Write down this process's unit as soon as it is known."""
-        if self._work is not None:
+        if self._work is not None and self._accelerator.process_index not in self._absent:
             path = self._work / f"process-{self._accelerator.process_index}.jsonl"
             append_line(path, {"key": key} | outcome)
+
+    def keep_of_absent(self, outcomes: dict[str, tuple[int, dict[str, Any]]]) -> None:
+        """Write down what processes have done that could not.
+
+        Args:
+            outcomes: By key, with the process whose it is.
+        """
+        if self._accelerator.is_main_process:
+            for key, (process, outcome) in outcomes.items():
+                if process in self._absent:
+                    self.keep(key, outcome)
 
     def record(self, key: str, about: dict[str, Any]) -> Record:
         """The record of a finished measurement; appended if there is none of that key.

@@ -95,14 +95,14 @@ def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
     def before_forward(module: nn.Module, _: object) -> None:
         nonlocal due
         if module.training and due:
-            _broadcast_all(list(module.buffers()))
+            broadcast_all(list(module.buffers()))
         due = accelerator.sync_gradients  # not between accumulated micro-batches, like DDP
 
     model.register_forward_pre_hook(before_forward)
 
 
-def _broadcast_all(tensors: list[Tensor]) -> None:
-    """One message a type: a network has three buffers a layer."""
+def broadcast_all(tensors: list[Tensor]) -> None:
+    """Make tensors the first process's; one message a type: a network has three buffers a layer."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = broadcast(torch.cat([tensor.flatten() for tensor in same]))

@@ -9,16 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robust_accel.comm.deepspeed import weights_only_loads
 from robust_accel.files import give_to_umask, written_whole
 from robust_accel.run_folder import RunFolder
-
-DataIdentity = dict[str, dict[str, int | str]]
-"""Of each set that training sees, how many images it has and their digest: ``Data.identity``."""
+from robust_accel.training.courier import Courier
+from robust_accel.training.manifest import digest_of_file, discard, publish
 
 
 @dataclass
@@ -28,14 +27,17 @@ class Progress:
     step: int = 0  # optimizer steps done
     best_accuracy: float = -1.0  # robust accuracy on the held-out split
     best_epoch: float = 0.0
+    best_digest: str = ""  # SHA-256 of best.safetensors, which has these weights
     validations_since_best: int = 0
     train_seconds: float = 0.0
     comm_seconds: float = 0.0
     comm_exposed_seconds: float = 0.0  # not hidden behind the backward
     bytes_sent: int = 0  # by this rank
+    bytes_of_step: int = 0  # of them, in the last step
     stopped_early: bool = False
     skipped_steps: int = 0  # of those done: left out, see train.on_nonfinite
     skipped_in_a_row: int = 0
+    applied: dict[str, Any] | None = None  # what the run's first step did
 
 
 class Stateful(Protocol):
@@ -51,8 +53,14 @@ class Checkpoint:
 
     Accelerate keeps weights (safetensors), optimizer, loss scaler and the random states of each
     process (with DeepSpeed, its own files, read without executing anything); this adds
-    ``progress.pt`` (``weights_only``) and the averaged weights. The order of the images needs no
-    state: it follows from the seed, the step and the data, whose identity is kept.
+    ``progress.pt`` (``weights_only``), the averaged weights and the best ones. The order of the
+    images needs no state: it follows from the seed, the step and the data.
+
+    Args:
+        parts: State that is the same on all processes.
+        own: State that each process has for itself.
+        keep: How many checkpoints are kept, the newest ones.
+        about: The run's settings, data, engine and versions, for the manifest.
     """
 
     def __init__(
@@ -61,88 +69,105 @@ class Checkpoint:
         accelerator: Accelerator,
         progress: Progress,
         parts: dict[str, Stateful],
+        own: Stateful,
         ema: nn.Module | None,
-        data: DataIdentity,
         check: Callable[[], None],
+        *,
+        keep: int,
+        about: dict[str, Any],
     ) -> None:
         self.check = check  # raises where something is not finite
         self.folder, self.accelerator, self.progress = folder, accelerator, progress
-        self.parts, self.ema, self.data = parts, ema, data
+        self.parts, self.own, self.ema = parts, own, ema
+        self.keep, self.about = keep, about
+        self._courier = Courier(accelerator, folder.absent)
 
     def save(self) -> None:
         """Write ``checkpoints/step-N`` whole if all is finite, then remove the older ones."""
         self.check()
         target = self.folder.checkpoints / f"step-{self.progress.step:08d}"
-        new = target.with_name("incomplete")
+        new = target.with_name(f"incomplete-{target.name}")
         main = self.accelerator.is_main_process
+        with self._courier.place(new) as place:
+            if main:
+                for left in self.folder.checkpoints.glob(
+                    "*incomplete-*"
+                ):  # by a run that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                new.mkdir(parents=True)
+            own = gather_object([self.own.state_dict()])
+            self.accelerator.save_state(str(place))
+            if main:
+                self._save_parts(new, own)
+            names = self._courier.collect(place)
         if main:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
-        if main:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state["progress"] = asdict(self.progress)
-            state["num_processes"] = self.accelerator.num_processes
-            state["data"] = self.data
-            torch.save(state, new / "progress.pt")
-            if self.ema is not None:
-                save_weights(self.ema, new / "ema.safetensors")
-        self.accelerator.wait_for_everyone()
-        if main:
-            older = [path for path in self.folder.steps() if path != target]
             give_to_umask(new)
-            shutil.rmtree(target, ignore_errors=True)
-            new.rename(target)
-            for path in older:
-                shutil.rmtree(path)
+            publish(new, target, names, self.about | {"step": self.progress.step})
+            for path in self.folder.steps()[: -self.keep]:
+                discard(path)
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> int:
-        """Restore the newest checkpoint; returns the number of processes that wrote it."""
-        source = self.folder.steps()[-1]
+    def load(self, name: str) -> None:
+        """Restore a checkpoint that was found whole."""
+        source = self.folder.checkpoints / name
         with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        with weights_only_loads() if with_deepspeed else nullcontext():
-            self.accelerator.load_state(str(source))
-        state = _progress(source)
+        with self._courier.place(source) as place:
+            self._courier.hand_out(place)
+            with weights_only_loads() if with_deepspeed else nullcontext():
+                self.accelerator.load_state(str(place))
+            self._load_parts(place)
+        if self.accelerator.is_main_process:
+            steps = self.folder.steps()
+            for path in steps[steps.index(source) + 1 :]:  # out of the way, but not lost
+                damaged = path.with_name(f"damaged-{path.name}")
+                if damaged.exists():
+                    discard(damaged)
+                path.rename(damaged)
+
+    def save_best(self, module: nn.Module) -> None:
+        """Keep weights as the best ones; the first process does."""
+        save_weights(module, self.folder.best)
+        self.progress.best_digest = digest_of_file(self.folder.best)
+
+    def load_best(self, module: nn.Module) -> None:
+        """Load them, on the first process.
+
+        Raises:
+            ValueError: They are not what was saved.
+        """
+        best = self.folder.best
+        if not best.exists() or digest_of_file(best) != self.progress.best_digest:
+            raise ValueError(f"{best} is not what was written: --resume restores it")
+        load_weights(module, best)
+
+    def _save_parts(self, folder: Path, own: list[dict[str, Any]]) -> None:
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(state | {"progress": asdict(self.progress), "own": own}, folder / "progress.pt")
+        if self.ema is not None:
+            save_weights(self.ema, folder / "ema.safetensors")
+        if self.progress.best_digest:
+            shutil.copyfile(self.folder.best, folder / self.folder.best.name)
+
+    def _load_parts(self, folder: Path) -> None:
+        state = torch.load(folder / "progress.pt", map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
+        if len(state["own"]) == self.accelerator.num_processes:
+            self.own.load_state_dict(state["own"][self.accelerator.process_index])
         if self.ema is not None:
-            load_weights(self.ema, source / "ema.safetensors")
-        return int(state["num_processes"])
+            load_weights(self.ema, folder / "ema.safetensors")
+        if self.accelerator.is_main_process:
+            self._restore_best(folder / self.folder.best.name)
 
-
-def check_same_data(folder: RunFolder, data: DataIdentity) -> None:
-    """Refuse to go on with other data than the newest checkpoint's.
-
-    Checkpoints that do not say what their data were pass.
-
-    Args:
-        data: From ``Data.identity``.
-
-    Raises:
-        ValueError: ``path: ...``: images are more, fewer or others, or have other labels.
-    """
-    known: DataIdentity = _progress(folder.steps()[-1]).get("data", data)
-    for name in sorted(known.keys() | data.keys()):
-        was, found = (_in_words(of.get(name)) for of in (known, data))
-        if was != found:
-            raise ValueError(
-                f"path: the run has trained on {was} as {name}, and now there are {found}: it goes "
-                "on only with the same data in the same order; restore them, or start another run"
-            )
-
-
-def _in_words(about: dict[str, int | str] | None) -> str:
-    if about is None:
-        return "no images"
-    return f"{about['images']} images (digest {str(about['digest'])[:12]})"
-
-
-def _progress(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint / "progress.pt", map_location="cpu", weights_only=True)
+    def _restore_best(self, kept: Path) -> None:
+        """The best weights as of this checkpoint: a killed run may have found others since."""
+        if kept.exists():
+            with written_whole(self.folder.best) as temporary:
+                shutil.copyfile(kept, temporary)
+        else:
+            self.folder.best.unlink(missing_ok=True)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The training step, marked below, and the epoch around it: Algorithm A1 on Accelerate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Loop:
         robust_model: What ``model`` wraps: Accelerate's prepared form of it.
         attack: The recipe's, as it is after its warm-up.
         progress: Where the run stands; a resumed one begins there.
+        averages: Of what the next line of ``metrics.jsonl`` tells.
         applied: What the first step of this process did, once it is done.
     """
 
@@ -46,6 +47,7 @@ class Loop:
     checkpoint: Checkpoint
     compression: GradientCompression
     collective: Collective
+    averages: Averages = field(default_factory=Averages)
     applied: dict[str, Any] | None = None
 
     def step(self, x: Tensor, labels: Tensor, num_labeled: float | None) -> dict[str, Tensor]:
@@ -69,7 +71,8 @@ class Loop:
         """Train from where the run stands to the epoch's end, or to ``last_step``."""
         settings, progress = self.settings, self.progress
         first_step = progress.step % self.batches.steps_per_epoch
-        averages = of_steps_taken = Averages()
+        if self.averages.count == 0:
+            self.averages.clear()  # its clock starts
         self.metrics.start_clock()
         self.model.train()
         self.watch.start()
@@ -80,11 +83,11 @@ class Loop:
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             out = self.step(x, labels, self.batches.num_labeled(progress.step))
-            averages = averages.and_of(out, labels)
+            self.averages.add(out, labels)
             if not self.accelerator.sync_gradients:  # micro-batches of the step are to come
                 continue
             taken = self.watch.settle()
-            averages = of_steps_taken = averages if taken else of_steps_taken
+            self.averages.settle(taken)
             self.schedule.step()
             progress.step += 1
             if self.ema is not None and taken:
@@ -93,8 +96,8 @@ class Loop:
                 self._check_first_step()
             self.metrics.advance()
             if progress.step % settings.log_every == 0 or progress.step == last_step:
-                self._log(averages, x, labels)
-                averages = of_steps_taken = Averages()
+                self._log(x, labels)
+                self.averages.clear()
             if progress.step == last_step:
                 break
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
@@ -109,6 +112,7 @@ class Loop:
         self.applied = check_first_step(
             self.robust_model, self.accelerator, self.collective, self.compression, decay
         )
+        self.progress.applied = self.progress.applied or self.applied
         if self.applied is not None and self.accelerator.is_main_process:
             tqdm.write(in_words(self.robust_model, self.applied))
 
@@ -121,9 +125,9 @@ class Loop:
         sizes = {key: getattr(attack, key, None) for key in ("eps", "step_size")}
         return attack.model_copy(update={k: share * v for k, v in sizes.items() if v is not None})
 
-    def _log(self, averages: Averages, x: Tensor, labels: Tensor) -> None:
+    def _log(self, x: Tensor, labels: Tensor) -> None:
         # the clean accuracy is the last batch's alone
         clean = share_right(self.robust_model.predict(x), labels)
-        images = averages.count * len(labels) * self.accelerator.num_processes
-        self.metrics.log(averages, clean, images, self.optimizer.param_groups[0]["lr"])
+        images = self.averages.count * len(labels) * self.accelerator.num_processes
+        self.metrics.log(self.averages, clean, images, self.optimizer.param_groups[0]["lr"])
         self.watch.check()

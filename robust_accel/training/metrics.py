@@ -1,9 +1,9 @@
 """What a run tells while it trains: averages, clocks, the meter's counts, lines, bar, trackers."""
 
-import copy
 import math
 import resource
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,9 +43,12 @@ class Metrics:
         self._meter, self._steps_per_epoch = meter, steps_per_epoch
         self._trackers, self._quiet = trackers, quiet
         self._bar: tqdm = tqdm(disable=True)
+        self._sent = 0  # bytes, before the step under way
+        self._continues = False  # whether it is the first one after a restart
 
     def bar(self, total_steps: int) -> tqdm:
-        """The progress bar, to be closed by the caller."""
+        """The progress bar of the steps that are left, to be closed by the caller."""
+        self._continues = self._progress.step > 1
         self._bar = tqdm(
             total=total_steps,
             initial=self._progress.step,
@@ -58,6 +61,14 @@ class Metrics:
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update()
+        sent = self._meter.bytes_sent - self._sent
+        self._sent += sent
+        if self._continues and self._progress.bytes_of_step:
+            # in a process's first step DDP's buckets are others than later on: not the run's cost
+            self._at_start["bytes_sent"] += sent - self._progress.bytes_of_step
+        else:
+            self._progress.bytes_of_step = sent
+        self._continues = False
 
     def log(self, averages: "Averages", clean: Tensor, images: int, lr: float) -> None:
         """Write a line on the steps since the last one.
@@ -129,27 +140,44 @@ class Averages:
     """Means of the steps' numbers since the last line, kept on the device."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.count = 0
         self._sums: dict[str, Tensor] = {}
-        self._started = time.perf_counter()
+        self._step: list[dict[str, Tensor]] = []  # micro-batches of the step under way
+        self._start(0.0)
 
-    def and_of(self, out: dict[str, Tensor], labels: Tensor) -> "Averages":
-        """With those of one more micro-batch."""
+    def _start(self, seconds: float) -> None:
+        self._started = time.perf_counter() - seconds
+
+    def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
+        """Note a micro-batch, whose step is not taken yet."""
         right = share_right(predicted(out["logits"].detach()), labels)
         scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
-        found = copy.copy(self)
-        found._sums = {
-            name: self._sums[name] + value if self.count else value
-            for name, value in (scalars | {"robust_batch_accuracy": right}).items()
-        }
-        found.count += 1
-        return found
+        self._step.append(scalars | {"robust_batch_accuracy": right})
+
+    def settle(self, taken: bool) -> None:
+        """Count the micro-batches of a step, or leave them out."""
+        for found in self._step if taken else []:
+            for name, value in found.items():
+                self._sums[name] = self._sums[name].to(value) + value if self.count else value
+            self.count += 1
+        self._step = []
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / self.count for name, total in self._sums.items()}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: total.cpu() for name, total in self._sums.items()}
+        return {"count": self.count, "sums": sums, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self._sums = state["count"], dict(state["sums"])
+        self._start(state["seconds"])
 
 
 def share_right(predictions: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -21,24 +21,24 @@ from robust_accel.files import remove_incomplete
 from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
 from robust_accel.objectives import NOT_A_NUMBER
 from robust_accel.optim import create_optimizer, make_scheduler
-from robust_accel.provenance import digest_of_parameters, versions
+from robust_accel.processes import decided, owned
+from robust_accel.provenance import check_equal_weights, digest_of_parameters, versions
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
-from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
-from robust_accel.training.checkpoint import (
-    Checkpoint,
-    DataIdentity,
-    Progress,
-    check_same_data,
-    load_weights,
-    save_weights,
+from robust_accel.training.accelerator import (
+    broadcast_all,
+    choose_precision,
+    create_accelerator,
+    share_buffers,
 )
+from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
-from robust_accel.training.metrics import Metrics, peak_memory
+from robust_accel.training.metrics import Averages, Metrics, peak_memory
+from robust_accel.training.start import Start, check_same_data, engine_of, find_start
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -53,14 +53,38 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         How the weights were made, as in ``report.json``, and what ``evaluate`` has measured.
 
     Raises:
-        ValueError: ``section.key: ...``, before any process group starts: data, model, batch size
-            or run folder are not as the recipe says.
+        ValueError: ``section.key: ...``, on all processes and before the first step: data, model,
+            batch size or run folder are not as the recipe says, or another run owns the folder.
     """
     settings = recipe.train
     assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
     folder.check_contained()
-    continued = folder.check(recipe.settings, resume=resume)
+    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
+    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    with owned(folder, accelerator, lambda text: _say(text, accelerator)):
+        engine = engine_of(accelerator)
+        start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
+        run = _prepared(recipe, folder, accelerator, start, engine, quiet=quiet)
+        run.open(start)
+        run.fit()
+        return run.finish()
+
+
+def _prepared(
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    start: Start,
+    engine: dict[str, Any],
+    *,
+    quiet: bool,
+) -> "_Run":
+    """Everything that a run needs, or what is wrong with it, before anything is written."""
+    settings = recipe.train
+    assert settings is not None
     data = recipe.checked(
         "data",
         lambda: load_data(
@@ -71,24 +95,15 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         ),
     )
     identity = data.identity()
-    if continued:
-        recipe.checked("data", lambda: check_same_data(folder, identity))
+    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test)))
     torch.manual_seed(settings.seed)  # the same first weights on every process
     classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.checked("train", lambda: _batches(recipe, data, 0, num_processes))
+    recipe.checked("train", lambda: _batches(recipe, data, 0, accelerator.num_processes))
     recipe.checked("data", lambda: _check_labels(recipe, data))
-    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)
-
-    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
-    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    recipe.checked("data", lambda: _check_same_everywhere(data, identity))
-    run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
-    run.open(continued)
-    run.fit()
-    return run.finish()
+    about = {"settings": recipe.settings, "data": identity, "engine": engine}
+    return _Run(recipe, data, about, classifier, folder, accelerator, quiet=quiet)
 
 
 class _Run:
@@ -98,7 +113,7 @@ class _Run:
         self,
         recipe: Recipe,
         data: Data,
-        identity: DataIdentity,
+        about: dict[str, Any],
         classifier: PixelClassifier,
         folder: RunFolder,
         accelerator: Accelerator,
@@ -137,6 +152,7 @@ class _Run:
         share_buffers(robust_model, accelerator)
         compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
+        averages = Averages()
         averaged = None if self.ema is None else self.ema.module
         self.watch = Watch(
             accelerator, settings, folder, self.progress, robust_model, optimizer, averaged
@@ -146,9 +162,11 @@ class _Run:
             accelerator,
             self.progress,
             {"schedule": schedule, "compression": compression},
+            averages,
             averaged,
-            identity,
             self.watch.check,
+            keep=settings.keep,
+            about=about | {"versions": versions()},
         )
         self.metrics = Metrics(
             folder,
@@ -175,20 +193,18 @@ class _Run:
             checkpoint=self.checkpoint,
             compression=compression,
             collective=recipe.communication,
+            averages=averages,
         )
 
-    def open(self, continued: bool) -> None:
+    def open(self, start: Start) -> None:
         """Make or continue the run folder."""
         set_seed(self.settings.seed, device_specific=True)  # attacks differ between processes
-        if continued:
-            num_processes = self.checkpoint.load()
-            self.watch.check(loaded=self.folder.steps()[-1])
+        for note in start.notes:
+            self.say(note)
+        if start.checkpoint is not None:
+            self.checkpoint.load(start.checkpoint)
+            self.watch.check(loaded=self.folder.checkpoints / start.checkpoint)
             self.say(f"continuing {self.folder.path} at step {self.progress.step}")
-            if num_processes != self.accelerator.num_processes:
-                self.say(
-                    f"the checkpoint is from {num_processes} processes, not "
-                    f"{self.accelerator.num_processes}: the run goes on, but not bit for bit"
-                )
         for doubt in self.recipe.doubts:
             self.say(doubt)
         if self.accelerator.is_main_process:
@@ -250,7 +266,7 @@ class _Run:
             progress.best_accuracy, progress.best_epoch = robust, epoch
             progress.validations_since_best = 0
             if self.accelerator.is_main_process:
-                save_weights(classifier, self.folder.best)
+                self.checkpoint.save_best(classifier)
         else:
             progress.validations_since_best += 1
             patience = self.settings.early_stopping
@@ -262,9 +278,11 @@ class _Run:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
         self.watch.check()
         classifier = self._weights_to_measure()
+        check_equal_weights(classifier, self.accelerator)
         selection: dict[str, Any] = {"weights": self.settings.select}
-        if self.settings.select == "best" and self.folder.best.exists():
-            load_weights(classifier, self.folder.best)
+        if self.settings.select == "best" and self.progress.best_epoch:
+            decided(lambda: self.checkpoint.load_best(classifier), self.accelerator)
+            broadcast_all(list(classifier.state_dict().values()))
             self.watch.check(loaded=self.folder.best)
             selection |= {
                 "split": "held out of train",
@@ -302,14 +320,13 @@ class _Run:
 
     def say(self, text: str) -> None:
         """Tell the user, from one process, without breaking the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+        _say(text, self.accelerator)
 
     def _facts(self, classifier: PixelClassifier) -> dict[str, Any]:
         """What the report says about how the weights were made."""
         progress, steps = self.progress, max(1, self.progress.step)
         epochs = steps / self.batches.steps_per_epoch
-        digest, equal = digest_of_parameters(classifier, self.accelerator)
+        digest, _ = digest_of_parameters(classifier, self.accelerator)
         return {
             "recipe": self.recipe.settings,
             "left_out": {name: asdict(found) for name, found in self.data.left_out.items()},
@@ -328,9 +345,8 @@ class _Run:
                 "std": self.classifier.std.flatten().tolist(),
             },
             "ema_decay": self.settings.ema_decay,
-            "applied": self.loop.applied,
+            "applied": self.progress.applied,
             "parameters_digest": digest,
-            "parameters_equal_on_all_processes": equal,
             "train_seconds_per_epoch": progress.train_seconds / epochs,
             "comm_seconds_per_epoch": progress.comm_seconds / epochs,
             "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
@@ -351,7 +367,8 @@ class _Run:
 
     def _best_against_last(self) -> dict[str, Any]:
         """Robust accuracy on the held-out split: of the best epoch, and of the last."""
-        lines = [m for m in self.folder.read_metrics() if "validation_robust_accuracy" in m]
+        metrics = decided(self.folder.read_metrics, self.accelerator)
+        lines = [m for m in metrics if "validation_robust_accuracy" in m]
         if not lines:
             return {}
         about = {
@@ -368,9 +385,13 @@ class _Run:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
         classifier = self.classifier if self.ema is None else self.ema.module
         # each process updates its own statistics; the first one's count, as in DDP's forward
-        for buffer in classifier.buffers():
-            buffer.copy_(broadcast(buffer.clone()))
+        broadcast_all(list(classifier.buffers()))
         return classifier
+
+
+def _say(text: str, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        tqdm.write(text)
 
 
 def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
@@ -386,19 +407,6 @@ def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> Training
         seed=recipe.train.seed,
         sharding=recipe.data.sharding,
     )
-
-
-def _check_same_everywhere(data: Data, identity: DataIdentity) -> None:
-    """Of one image that a process fails to read, all would be dealt otherwise from there on."""
-    own = {n: f"{of['images']} images (digest {of['digest']})" for n, of in identity.items()}
-    found = gather_object([own | {"test": f"{len(data.test)} images"}])
-    for rank, sets in enumerate(found):
-        for name, about in sets.items():
-            if about != found[0].get(name):
-                raise ValueError(
-                    f"path: process {rank} does not have the images of process 0: {name} {about}, "
-                    f"not {found[0].get(name)}"
-                )
 
 
 def _check_labels(recipe: Recipe, data: Data) -> None:

@@ -20,6 +20,7 @@ from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import CertifySettings, certify_images
 from robust_accel.evaluation.identity import digest_of_function
 from robust_accel.evaluation.ledger import Ledger, read_records, shown
+from robust_accel.files import as_json
 from robust_accel.models import PixelClassifier
 from robust_accel.run_folder import RunFolder
 

@@ -1,0 +1,93 @@
+"""A folder has one owner at a time: who holds its lock."""
+
+import errno
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+OWNER = "owner.lock"  # in the folder, for as long as somebody owns it
+_HELD = {errno.EACCES, errno.EAGAIN}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_owned: set[int] = set()  # files that this process has locked
+
+
+def _disown() -> None:
+    """A forked process (one that decodes images) may outlive the owner, and is none."""
+    for file in _owned:
+        os.close(file)
+    _owned.clear()
+
+
+os.register_at_fork(after_in_child=_disown)
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
+    """Own a folder, which is made if it is not there; gives what ``owner.lock`` says of the owner.
+
+    The kernel lets go when this process ends, in whatever way; a file that is left behind means
+    nothing. Processes that it forks own nothing. On NFS the server keeps the lock, so that it holds
+    between machines; a file system without locks is said to have none, and is used.
+
+    Args:
+        say: Told that there are no locks.
+
+    Raises:
+        ValueError: ``output: ...``: another process owns it, or it cannot be written to.
+    """
+    is_new = not folder.exists()
+    try:
+        file = _open_locked(folder, say)
+        text = f"{_about_this_process()}\n{secrets.token_hex(16)}\n"
+        os.truncate(file, 0)
+        os.write(file, text.encode())
+        _owned.add(file)
+    except FileExistsError:
+        raise ValueError(f"output: {folder} is no folder: choose another") from None
+    except OSError as error:
+        raise ValueError(f"output: {folder} cannot be written to: {error.strerror}") from error
+    try:
+        yield text
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)  # while it is held: the next one makes its own
+        _owned.discard(file)
+        os.close(file)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
+    path = folder / OWNER
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # an owner has just removed the folder that it had made
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                say(f"{folder}: its file system has no locks: see that no second run writes there")
+                return file
+            holder = os.read(file, 1000).decode(errors="replace").split("\n")[0]
+            os.close(file)
+            if error.errno not in _HELD:
+                raise
+            raise ValueError(
+                f"output: {folder} is in use by {holder or 'another process'}: wait for its end, "
+                "or choose another folder by output=FOLDER"
+            ) from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+            return file
+        os.close(file)  # an owner has removed it since it was opened
+
+
+def _about_this_process() -> str:
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"

@@ -1,0 +1,179 @@
+"""How a run begins: anew, or from which checkpoint, and whether it is still the same run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+
+from robust_accel.plain_yaml import dump, parse, plain, read_plain
+from robust_accel.provenance import versions
+from robust_accel.recipe import Recipe
+from robust_accel.run_folder import RunFolder, differences
+from robust_accel.training.manifest import Manifest, read_whole
+
+DataIdentity = dict[str, dict[str, int | str]]
+"""Of each set that training sees, how many images it has and their digest: ``Data.identity``."""
+
+# what a run may change on the way: where it lies, how it is measured, kept and ended
+_FREE = (
+    "output", "evaluate", "certify", "train.keep", "train.max_time", "train.timeout",
+    "train.on_nonfinite", "train.max_skipped_in_a_row",
+)  # fmt: skip
+_CHOOSING = ("evaluate.norm", "evaluate.eps")  # of the accuracy that chooses weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: Its name in ``checkpoints/``; None: anew.
+        about: What that checkpoint's manifest says of the run.
+        notes: What a user should know.
+    """
+
+    checkpoint: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def engine_of(accelerator: Accelerator) -> dict[str, Any]:
+    """What writes a checkpoint's files."""
+    with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return {
+        "engine": "DeepSpeed" if with_deepspeed else "torch",  # alone or by DDP: the same files
+        "zero_stage": accelerator.deepspeed_plugin.zero_stage if with_deepspeed else None,
+        "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+    }
+
+
+def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, resume: bool) -> Start:
+    """Look at the folder that this process owns.
+
+    Args:
+        engine: From ``engine_of``.
+        resume: Whether a run that is there may be continued.
+
+    Raises:
+        ValueError: ``output: ...``: it holds other files, or a run that is not to be continued, was
+            started otherwise, or has no whole checkpoint.
+    """
+    if not folder.check(resume=resume):
+        return Start()
+    checkpoint, manifest, notes = _newest_whole(folder)
+    about = manifest["about"] if manifest else {"settings": read_plain(folder.recipe)}
+    now = plain(parse(dump(recipe.settings), "recipe"))  # as it was saved: a tuple became a list
+    changed = differences(_with_threat_model(about["settings"]), _with_threat_model(now))
+    chooses = recipe.train is not None and (
+        recipe.train.select == "best" or recipe.train.early_stopping is not None
+    )
+    refused = [line for key, line in changed.items() if not _is_free(key, chooses)]
+    if refused:
+        raise ValueError(
+            f"output: {folder.path} was started with other settings: {'; '.join(refused)}"
+        )
+    if checkpoint is None:
+        return Start(notes=tuple(notes))
+    was = about["engine"]
+    fixed = ["engine", "zero_stage"]
+    if engine["zero_stage"]:  # each process has a shard
+        fixed.append("num_processes")
+    if any(was[key] != engine[key] for key in fixed):
+        raise ValueError(
+            f"output: {folder.path} was trained by {_in_words(was)}, and {_in_words(engine)} "
+            "cannot read its checkpoints: launch it as before, or start another run"
+        )
+    if was["num_processes"] != engine["num_processes"]:
+        notes.append(
+            f"the checkpoint is from {was['num_processes']} processes, not "
+            f"{engine['num_processes']}: the run goes on, but not bit for bit"
+        )
+    others = {"device": (was["device"], engine["device"]), **_both(about["versions"], versions())}
+    moved = [f"{name} {old}, now {new}" for name, (old, new) in others.items() if old != new]
+    if moved:
+        notes.append(f"the run goes on, perhaps not bit for bit: {'; '.join(moved)}")
+    said = [line for key, line in changed.items() if key != "output"]
+    if said:
+        notes.append(f"changed since the checkpoint: {'; '.join(said)}")
+    return Start(checkpoint, about, tuple(notes))
+
+
+def check_same_data(start: Start, data: DataIdentity, num_test: int) -> None:
+    """Refuse other data than the run's, or than another process's.
+
+    Args:
+        data: From ``Data.identity``, of this process.
+        num_test: Test images that it has.
+
+    Raises:
+        ValueError: ``path: ...``: images are more, fewer or others, or have other labels.
+    """
+    own = {name: _images_in_words(about) for name, about in data.items()}
+    everywhere = gather_object([own | {"test": f"{num_test} images"}])
+    for rank, sets in enumerate(everywhere):
+        for name, about in everywhere[0].items():
+            if sets.get(name) != about:  # of an image that one fails to read, say
+                raise ValueError(
+                    f"path: process {rank} does not have the images of process 0: {name} "
+                    f"{sets.get(name)}, not {about}"
+                )
+    known: DataIdentity = start.about.get("data", data)
+    for name in sorted(known.keys() | data.keys()):
+        was, found = (_images_in_words(of.get(name)) for of in (known, data))
+        if was != found:
+            raise ValueError(
+                f"path: the run has trained on {was} as {name}, and now there are {found}: it goes "
+                "on only with the same data in the same order; restore them, or start another run"
+            )
+
+
+def _newest_whole(folder: RunFolder) -> tuple[str | None, Manifest | None, list[str]]:
+    """The checkpoint to go on from; what is said of those that cannot be used."""
+    faults: list[str] = []
+    for path in reversed(folder.steps()):
+        try:
+            return path.name, read_whole(path), [f"{fault}: it is not used" for fault in faults]
+        except ValueError as error:
+            faults.append(f"{path}: {error}")
+    if faults:
+        raise ValueError(
+            f"output: {folder.path} has no whole checkpoint to go on from: {'; '.join(faults)}; "
+            "restore one from a copy, or start again in another folder by output=FOLDER"
+        )
+    if folder.model.exists():
+        raise ValueError(
+            f"output: {folder.path} has a trained model and no checkpoint to go on from: restore "
+            "one from a copy, or start again in another folder by output=FOLDER"
+        )
+    return None, None, []
+
+
+def _with_threat_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the norm and eps that are measured, the attack's where none are given."""
+    given = settings.get("evaluate") or {}
+    attack = settings.get("attack") or {}
+    filled = {key: given.get(key) or attack.get(key) for key in ("norm", "eps")}
+    return settings | {"evaluate": given | filled}
+
+
+def _is_free(key: str, chooses: bool) -> bool:
+    if chooses and key in _CHOOSING:
+        return False
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def _both(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    return {name: (old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())}
+
+
+def _in_words(engine: dict[str, Any]) -> str:
+    stage = "" if engine["zero_stage"] is None else f", ZeRO stage {engine['zero_stage']},"
+    return f"{engine['engine']}{stage} on {engine['num_processes']} processes"
+
+
+def _images_in_words(about: dict[str, int | str] | None) -> str:
+    if about is None:
+        return "no images"
+    return f"{about['images']} images (digest {str(about['digest'])[:12]})"

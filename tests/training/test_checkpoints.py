@@ -1,0 +1,262 @@
+"""Checkpoints are whole or not used: whatever happens to one, a run goes on exactly."""
+
+import os
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from robust_accel.evaluation.ledger import read_records
+from robust_accel.recipe import load_recipe
+from robust_accel.run_folder import RunFolder
+from robust_accel.training.manifest import MANIFEST, publish, read_whole
+from robust_accel.training.run import train
+from robust_accel.training.start import find_start
+
+SMALL = (
+    "train.epochs=2",
+    "train.checkpoint_every=3",
+    "train.validate_every=1",
+    "train.ema_decay=0.9",
+    "train.select=best",
+    "attack.num_steps=1",
+    "attack.step_size=0.2",
+    "data.train_size=640",
+    "data.test_size=20",
+    "evaluate.autoattack=null",
+    "evaluate.pgd=null",
+    "evaluate.train_images=null",
+)
+FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.pt")
+FILES += ("ema.safetensors", "best.safetensors", MANIFEST)
+
+
+ENGINE = {"engine": "torch", "zero_stage": None, "num_processes": 1, "device": "cpu"}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FAULTS: dict[str, Callable[[Path], Any]] = {
+    "deleted": Path.unlink,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "flipped": flip,
+    "emptied": lambda path: path.write_bytes(b""),
+}
+
+
+def run(folder: Path, *settings: str, resume: bool = False) -> dict[str, Any]:
+    recipe = load_recipe("quickstart", [*SMALL, f"output={folder}", *settings])
+    return train(recipe, resume=resume, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run(folder)
+    return RunFolder(folder)
+
+
+@pytest.fixture
+def copied(finished: RunFolder, tmp_path: Path) -> RunFolder:
+    """The run, killed as it had written its last checkpoint."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.path, folder.path)
+    shutil.rmtree(folder.model)
+    folder.report.unlink()
+    return folder
+
+
+def same_end(one: RunFolder, other: RunFolder) -> bool:
+    a, b = (load_file(folder.model / "model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+def names(folder: RunFolder) -> list[str]:
+    return [path.name for path in folder.steps()]
+
+
+def test_a_checkpoint_lists_all_its_files_and_the_newest_two_are_kept(finished: RunFolder) -> None:
+    assert names(finished) == ["step-00000012", "step-00000014"]
+    for step in finished.steps():
+        assert {path.name for path in step.iterdir()} == set(FILES)
+        manifest = read_whole(step)
+        assert set(manifest["files"]) == set(FILES) - {MANIFEST}
+        about = manifest["about"]
+        assert about["settings"]["train"]["select"] == "best"
+        assert about["data"]["train"]["images"] > 0
+        assert about["engine"] == ENGINE
+        assert "torch" in about["versions"]
+    assert sorted(path.name for path in finished.checkpoints.iterdir()) == [
+        "best.safetensors",
+        *names(finished),
+    ]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", FILES)
+def test_every_fault_of_every_file_is_found(finished: RunFolder, name: str, fault: str) -> None:
+    whole = finished.steps()[-1]
+    before = (whole / name).read_bytes()
+    FAULTS[fault](whole / name)
+    try:
+        with pytest.raises(ValueError, match=f"^{name} "):
+            read_whole(whole)
+    finally:
+        (whole / name).write_bytes(before)
+    read_whole(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("random_states_0.pkl", "deleted"),
+        ("optimizer.bin", "flipped"),
+        *(pytest.param(*both, marks=pytest.mark.long) for both in product(FILES, FAULTS)),
+    ],
+)
+def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
+    finished: RunFolder,
+    copied: RunFolder,
+    name: str,
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    FAULTS[fault](copied.steps()[-1] / name)
+    run(copied.path, resume=True)
+    said = capsys.readouterr().out
+    assert f"step-00000014: {name} " in said
+    assert "at step 12" in said
+    assert same_end(copied, finished)
+    assert names(copied) == ["step-00000012", "step-00000014"]
+    assert (copied.checkpoints / "damaged-step-00000014").is_dir()
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(copied: RunFolder) -> None:
+    metrics = copied.metrics.read_bytes()
+    for step in copied.steps():
+        FAULTS["flipped"](step / "random_states_0.pkl")
+    with pytest.raises(ValueError, match=r"no whole checkpoint to .*000014.*; .*000012"):
+        run(copied.path, resume=True)
+    shutil.rmtree(copied.checkpoints)
+    copied.model.mkdir()
+    with pytest.raises(ValueError, match="has a trained model and no checkpoint to go on from"):
+        run(copied.path, resume=True)
+    assert copied.metrics.read_bytes() == metrics
+    copied.model.rmdir()  # then it was killed before its first
+    run(copied.path, resume=True)
+
+
+def test_the_best_weights_are_those_of_the_checkpoint(
+    finished: RunFolder, copied: RunFolder
+) -> None:
+    """A run that is killed after a validation has best weights of which no checkpoint knows."""
+    copied.best.write_bytes(b"weights of an epoch that will be trained again")
+    run(copied.path, resume=True)
+    assert same_end(copied, finished)
+    assert copied.best.read_bytes() == finished.best.read_bytes()
+
+
+def test_what_makes_it_another_run_is_refused_and_the_rest_said(
+    copied: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting, said in (
+        ("train.seed=7", "train.seed: 0, now 7"),
+        ("schedule.name=constant", "schedule.name: 'onecycle', now 'constant'"),
+        ("evaluate.eps=0.1", "evaluate.eps: 0.2, now 0.1"),  # it chooses the best weights
+    ):
+        with pytest.raises(ValueError, match="was started with other settings") as refused:
+            run(copied.path, setting, resume=True)
+        assert said in str(refused.value)
+    copied.recipe.write_text(copied.recipe.read_text().replace("seed: 0", "seed: 7"))
+    with pytest.raises(ValueError, match=r"train\.seed: 0, now 7"):  # the checkpoint knows better
+        run(copied.path, "train.seed=7", "evaluate.seed=7", resume=True)
+    run(copied.path, "train.keep=1", "evaluate.images=10", resume=True)
+    said = capsys.readouterr().out
+    changed = "evaluate.images: None, now 10; train.keep: 2, now 1"
+    assert f"changed since the checkpoint: {changed}" in said
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ({}, {"engine": "DeepSpeed", "zero_stage": 0}, "torch on 1 .* DeepSpeed, ZeRO stage 0,"),
+        ({"zero_stage": 1}, {"zero_stage": 2}, "ZeRO stage 1, on 1 .* ZeRO stage 2, on 1"),
+        ({"zero_stage": 1}, {"zero_stage": 1, "num_processes": 2}, "on 1 processes.* on 2 pro"),
+    ],
+)
+def test_another_engine_cannot_go_on(
+    copied: RunFolder, was: dict[str, Any], now: dict[str, Any], words: str
+) -> None:
+    step = copied.steps()[-1]
+    about = read_whole(step)["about"] | {"engine": ENGINE | was}
+    publish(step, step.with_name("step-00000015"), set(FILES) - {MANIFEST}, about)
+    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
+    with pytest.raises(ValueError, match=f"was trained by .*{words}.* cannot read its checkpoints"):
+        find_start(recipe, copied, ENGINE | now, resume=True)
+
+
+def test_what_may_have_changed_is_said(copied: RunFolder) -> None:
+    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
+    assert find_start(recipe, copied, ENGINE, resume=True).notes == ()
+    start = find_start(recipe, copied, ENGINE | {"num_processes": 2, "device": "x"}, resume=True)
+    assert start.checkpoint == "step-00000014"
+    assert start.notes == (
+        "the checkpoint is from 1 processes, not 2: the run goes on, but not bit for bit",
+        "the run goes on, perhaps not bit for bit: device cpu, now x",
+    )
+
+
+def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunFolder) -> None:
+    shutil.rmtree(copied.checkpoints)
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.03, now 0\.5"):
+        run(copied.path, "optimizer.lr=0.5", resume=True)
+
+
+class Killed(BaseException):
+    pass
+
+
+def timeless(value: Any) -> Any:
+    """But for what the clock says, and how much memory was needed."""
+    if isinstance(value, dict):
+        left = {k: v for k, v in value.items() if "second" not in k and "memory" not in k}
+        return {k: timeless(v) for k, v in left.items() if k not in ("time", "output", "name")}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def killed_as_it_writes(folder: Path, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, left = os.replace, file
+
+    def deadly(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", deadly)
+        with pytest.raises(Killed):
+            run(folder, resume=True)
+
+
+def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_does(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as it writes: checkpoints, best weights, model, report."""
+    folder = RunFolder(tmp_path / "run")
+    for file in (5, 7, 9, 13, 9):
+        killed_as_it_writes(folder.path, file, monkeypatch)
+    run(folder.path, resume=True)
+    assert same_end(folder, finished)
+    assert timeless(folder.read_metrics()) == timeless(finished.read_metrics())
+    assert timeless(folder.read_report()) == timeless(finished.read_report())
+    assert len(read_records(folder.path)) == len(read_records(finished.path))
