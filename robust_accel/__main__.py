@@ -2,15 +2,20 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
+from robust_accel.exit_codes import UNAVAILABLE, UNWRITABLE, USAGE
+from robust_accel.training.disk import says_all
+from robust_accel.training.stopping import Stop, end_without_launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; faults of the user's go to standard error, one line each, with status 2."""
+    """Run a command; what ends it early goes to standard error, with a code of ``exit_codes``."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse stops taking settings at the first flag: take those behind one, too
@@ -18,12 +23,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.settings += rest
+    end_without_launcher(UNAVAILABLE)
     try:
-        # late: a command imports what it needs, and --help nothing
-        return importlib.import_module(options.command).run(options)
+        with Stop():
+            # late: a command imports what it needs, and --help nothing
+            return importlib.import_module(options.command).run(options)
     except ValueError as error:
         say(f"robust-accel: {error}", file=sys.stderr)
-        return 2
+        return USAGE
+    except Unavailable as error:
+        print(f"robust-accel: {error}", file=sys.stderr, flush=True)
+        os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
+    except OSError as error:
+        if not says_all(error):
+            raise
+        print(f"robust-accel: {error}", file=sys.stderr, flush=True)
+        return UNWRITABLE
 
 
 def _numbers(text: str) -> list[float]:

@@ -25,7 +25,7 @@ from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings, with_defaults
 from robust_accel.recipe_file import RecipeError, RecipeValues, find_recipe, origin_of
-from robust_accel.settings import Number, Settings, close_to, eps_text, faults_of, listed
+from robust_accel.settings import Duration, Number, Settings, close_to, eps_text, faults_of, listed
 
 Built = TypeVar("Built")
 
@@ -64,6 +64,11 @@ class TrainSettings(Settings):
         validation_steps: Steps of the PGD that measures robust accuracy there.
         early_stopping: Stop after so many measurements in a row without a better one.
         checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.
+        max_time: Stop in time, with a checkpoint, before this process has lived so long: ``3h50m``,
+            ``90m``, seconds. ``--resume`` goes on, with so much time again.
+        timeout: How long one process may wait for another, ``10m`` unless given: then the one that
+            does not answer is named and the run ends. Longer than the slowest step, checkpoint or
+            reading of the data; evaluations have no limit while all processes answer.
         log_every: Optimizer steps between lines of ``metrics.jsonl``.
         log_with: Accelerate's trackers, for example ``[tensorboard]``.
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
@@ -85,6 +90,8 @@ class TrainSettings(Settings):
     validation_steps: Annotated[int, Ge(1)] = 10
     early_stopping: Annotated[int, Ge(1)] | None = None
     checkpoint_every: Annotated[int, Ge(1)] | None = None
+    max_time: Duration | None = None
+    timeout: Annotated[Duration, Ge(5)] = 600.0
     log_every: Annotated[int, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     channels_last: bool = False

@@ -58,8 +58,11 @@ class RunFolder:
                 "output=FOLDER chooses another"
             )
         started = yaml.safe_load(self.recipe.read_text())
-        # what a run may change on the way: how it is measured and where it lies
         now = yaml.safe_load(yaml.safe_dump(settings))  # as it was saved: a tuple became a list
+        # what a run may change on the way: when it stops, how it is measured and where it lies
+        for values in (started, now):
+            for key in ("max_time", "timeout"):
+                (values.get("train") or {}).pop(key, None)
         changed = _differences(started, now, ignored={"evaluate", "certify", "output"})
         if changed:
             raise ValueError(
@@ -80,9 +83,20 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics) if self.metrics.exists() else []
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop lines after the step that a run continues from: they will be written again."""
-        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+    def truncate_metrics(self, step: int, *, validated: bool = True) -> None:
+        """Drop lines after the step that a run continues from: they will be written again.
+
+        Args:
+            validated: Whether that step's validation is done.
+        """
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        if not validated:
+            kept = [
+                line
+                for line in kept
+                if line["step"] < step or "validation_robust_accuracy" not in line
+            ]
+        lines = [json.dumps(line) + "\n" for line in kept]
         write_text(self.metrics, "".join(lines))
 
 

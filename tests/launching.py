@@ -103,6 +103,11 @@ class Forked:
             process.join()
         self.log.unlink()
 
+    def send(self, number: int, *ranks: int) -> None:
+        """A signal to some ranks, to both if none is named."""
+        for rank in ranks or (0, 1):
+            os.kill(self.processes[rank].pid, number)
+
     def wait(self) -> tuple[int, str]:
         deadline = time.monotonic() + LIMIT_S
         for process in self.processes:
@@ -161,6 +166,15 @@ def killed_and_resumed(finished: Path, path: Path, start: Callable[..., Processe
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)
     assert all(before[key].equal(after[key]) for key in before | after)
+
+
+def wait_until(condition: Callable[[], object], process: Processes, seconds: float = 200) -> None:
+    """Until something is true, while the processes run."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.running(), process.wait()
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.01)
 
 
 def weights(folder: Path) -> dict:

@@ -33,6 +33,7 @@ class Progress:
     comm_exposed_seconds: float = 0.0  # not hidden behind the backward
     bytes_sent: int = 0  # by this rank
     stopped_early: bool = False
+    to_validate: bool = False  # the epoch is over, and its validation is still to be done
 
 
 class Stateful(Protocol):

@@ -1,6 +1,7 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
 import os
+import signal
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
 from robust_accel.comm import compress_gradients
-from robust_accel.data import Data, TrainingBatches, load_data
+from robust_accel.comm.agreement import Agreement
+from robust_accel.comm.heartbeat import Heartbeat
+from robust_accel.data import Data, load_data
 from robust_accel.evaluation import evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
-from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
+from robust_accel.models import PixelClassifier, save_model
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.provenance import digest_of_parameters, versions
 from robust_accel.recipe import Recipe
@@ -32,8 +35,12 @@ from robust_accel.training.checkpoint import (
     load_weights,
     save_weights,
 )
+from robust_accel.training.disk import check_room, check_writable
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
+from robust_accel.training.parts import batches, check_labels, classifier_for
+from robust_accel.training.peers import watched
+from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -50,10 +57,30 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     Raises:
         ValueError: ``section.key: ...``, before any process group starts: data, model, batch size
             or run folder are not as the recipe says.
+        Stopped: By a signal or ``train.max_time``: what was done is kept, ``resume`` goes on.
+        Unavailable: Another process is gone or does not answer.
+        OSError: The run folder cannot be written any more.
     """
+    assert recipe.train is not None
+    is_main = os.environ.get("RANK", "0") == "0"
+    with Stop(recipe.train.max_time if is_main else None) as stop:
+        try:
+            return _train(recipe, stop, resume=resume, quiet=quiet)
+        except Stopped as stopped:
+            if is_main:
+                kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
+                where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
+                tqdm.write(f"stopped ({stopped.reason}): {where}; --resume goes on")
+            if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
+                refuse_restart()
+            raise
+
+
+def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str, Any]:
     settings = recipe.train
     assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
     folder = RunFolder(recipe.output)
+    check_writable(folder.path)
     continued = folder.check(recipe.settings, resume=resume)
     data = recipe.checked(
         "data", lambda: load_data(recipe.data, seed=settings.seed, ids=recipe.evaluate.ids)
@@ -62,20 +89,26 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     if continued:
         recipe.checked("data", lambda: check_same_data(folder, identity))
     torch.manual_seed(settings.seed)  # the same first weights on every process
-    classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
+    classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.checked("train", lambda: _batches(recipe, data, 0, num_processes))
-    recipe.checked("data", lambda: _check_labels(recipe, data))
+    recipe.checked("train", lambda: batches(recipe, data, 0, num_processes))
+    recipe.checked("data", lambda: check_labels(recipe, data))
+    optimizer = create_optimizer(classifier.model, recipe.optimizer)
+    tight = check_room(folder, classifier, optimizer, settings.ema_decay is not None)
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    run = _Run(recipe, data, identity, classifier, folder, accelerator, quiet=quiet)
-    run.open(continued)
-    run.fit()
-    return run.finish()
+    with watched(settings.timeout, stop) as heartbeat:
+        common = (recipe, data, identity, classifier, folder, accelerator)
+        run = _Run(*common, stop, heartbeat, quiet=quiet)
+        if tight is not None:
+            run.say(tight)
+        run.open(continued)
+        run.fit()
+        return run.finish()
 
 
 class _Run:
@@ -89,6 +122,8 @@ class _Run:
         classifier: PixelClassifier,
         folder: RunFolder,
         accelerator: Accelerator,
+        stop: Stop,
+        heartbeat: Heartbeat,
         *,
         quiet: bool,
     ) -> None:
@@ -96,8 +131,8 @@ class _Run:
         assert settings is not None and recipe.optimizer is not None
         assert recipe.attack is not None
         self.recipe, self.settings, self.data, self.folder = recipe, settings, data, folder
-        self.accelerator = accelerator
-        self.batches = _batches(recipe, data, accelerator.process_index, accelerator.num_processes)
+        self.accelerator, self.stop, self.heartbeat = accelerator, stop, heartbeat
+        self.batches = batches(recipe, data, accelerator.process_index, accelerator.num_processes)
         self.classifier = classifier.to(accelerator.device)
         if settings.channels_last:
             self.classifier.to(memory_format=torch.channels_last)
@@ -156,6 +191,9 @@ class _Run:
             checkpoint=self.checkpoint,
             compression=compression,
             collective=recipe.communication,
+            stop=stop,
+            agreement=Agreement(),
+            heartbeat=heartbeat,
         )
 
     def open(self, continued: bool) -> None:
@@ -174,7 +212,9 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder.recipe)
-            self.folder.truncate_metrics(self.progress.step)
+            self.folder.truncate_metrics(
+                self.progress.step, validated=not self.progress.to_validate
+            )
         self.accelerator.wait_for_everyone()
         if self.settings.log_with:
             self.accelerator.init_trackers(self.folder.path.name)
@@ -185,17 +225,30 @@ class _Run:
         total = self.settings.epochs * steps_per_epoch
         if self.settings.max_steps is not None:
             total = min(total, self.settings.max_steps)
+        progress = self.progress
         with self.metrics.bar(total):
-            while self.progress.step < total and not self.progress.stopped_early:
-                epoch = self.progress.step // steps_per_epoch
-                self.loop.epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
-                self.validate(epoch + 1)
-                self.checkpoint.save()
+            if progress.to_validate:
+                self.validate(-(-progress.step // steps_per_epoch))
+            while progress.step < total and not progress.stopped_early:
+                epoch = progress.step // steps_per_epoch
+                last_step = min(total, (epoch + 1) * steps_per_epoch)
+                with self.stop.held():
+                    request = self.loop.epoch(epoch, last_step)
+                    is_over = progress.step == last_step
+                    every = self.settings.validate_every
+                    progress.to_validate = (
+                        is_over and (epoch + 1) % every == 0 and len(self.data.validation) > 0
+                    )
+                    self.loop.save()  # a validation may be stopped at any moment
+                    if request:
+                        raise Stopped(request)
+                if progress.to_validate:
+                    self.validate(epoch + 1)
+        self.loop.agreement.close()
 
     def validate(self, epoch: int) -> None:
         """Measure on the held-out split, keep the best weights, decide on early stopping."""
-        if epoch % self.settings.validate_every or len(self.data.validation) == 0:
-            return
+        self.heartbeat.at("validation", self.progress.step)
         classifier, settings = self._weights_to_measure(), self.recipe.evaluate
         bench = Bench(
             classifier,
@@ -210,6 +263,12 @@ class _Run:
             "validation_clean_accuracy": clean.accuracy,
             "validation_robust_accuracy": bench.attacked(pgd, clean).accuracy,
         }
+        with self.stop.held():
+            self._keep_validation(epoch, line, classifier)
+
+    def _keep_validation(
+        self, epoch: int, line: dict[str, float], classifier: PixelClassifier
+    ) -> None:
         self.metrics.write(line)
         robust, progress = line["validation_robust_accuracy"], self.progress
         self.say(
@@ -227,9 +286,12 @@ class _Run:
             progress.stopped_early = patience is not None and (
                 progress.validations_since_best >= patience
             )
+        progress.to_validate = False
+        self.loop.save()
 
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
+        self.heartbeat.at("evaluation", self.progress.step)
         classifier = self._weights_to_measure()
         selection: dict[str, Any] = {"weights": self.settings.select}
         if self.settings.select == "best" and self.folder.best.exists():
@@ -327,36 +389,3 @@ class _Run:
         for buffer in classifier.buffers():
             buffer.copy_(broadcast(buffer.clone()))
         return classifier
-
-
-def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
-    assert recipe.train is not None
-    unlabeled = recipe.data.unlabeled
-    return TrainingBatches(
-        data,
-        fraction=None if unlabeled is None else unlabeled.fraction,
-        batch_size=recipe.train.batch_size,
-        num_micro=recipe.train.gradient_accumulation,
-        rank=rank,
-        world_size=world_size,
-        seed=recipe.train.seed,
-        sharding=recipe.data.sharding,
-    )
-
-
-def _check_labels(recipe: Recipe, data: Data) -> None:
-    if not data.all_labeled and not getattr(recipe.objective, "takes_unlabeled", False):
-        raise ValueError(
-            f"unlabeled: these images have no labels, and the objective "
-            f"{recipe.settings['objective']['name']} needs them: label them by the pseudo-label "
-            "command, or choose trades"
-        )
-
-
-def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
-    classifier = create_classifier(
-        recipe.model, num_classes=data.num_classes, in_chans=data.shape[0]
-    )
-    check_fits(classifier, data.train, data.num_classes)
-    classifier.class_names = data.class_names
-    return classifier
