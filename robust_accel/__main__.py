@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"robust-accel: {error}", file=sys.stderr)
         return USAGE
     except Unavailable as error:
-        print(f"robust-accel: {error}", file=sys.stderr, flush=True)
+        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
     except OSError as error:
         if not says_all(error):

@@ -81,6 +81,7 @@ class Heartbeat:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._prefix = f"robust_accel/{attempt}/{Heartbeat._sessions}"
             self._store = self._connect()
+            self._store.set(str(self._rank), json.dumps(self._own))
             for work in (self._beat, self._watch):
                 thread = threading.Thread(target=work, name="heartbeat", daemon=True)
                 self._threads.append(thread)
@@ -123,16 +124,14 @@ class Heartbeat:
         key = f"meeting/{self._meetings}"
         if self._store.add(key, 1) == self._size:
             self._store.set(f"{key}/complete", "")
-        began = _now()
-        while True:
-            try:
-                self._store.wait([f"{key}/complete"], timedelta(seconds=INTERVAL))
-                break
-            except dist.DistStoreError:  # not yet
-                if _now() - began > SILENT:
-                    self._listening.set()
-                if ended := self._ended():
-                    raise Unavailable("; ".join(ended)) from None
+        began, pause = _now(), INTERVAL / 200
+        while not self._store.check([f"{key}/complete"]):
+            time.sleep(pause)
+            pause = min(1.5 * pause, INTERVAL)
+            if _now() - began > SILENT:
+                self._listening.set()
+            if ended := self._ended():
+                raise Unavailable("; ".join(ended))
         self._moved = _now()
         self._forget()
 
@@ -199,7 +198,7 @@ class Heartbeat:
                 self._lost(self._sentence(waited))
             elif told < self._moved:  # all answer: the collective's own limit decides
                 told = _now()
-                print(f"robust-accel: {self._sentence(waited)}", flush=True)
+                print(f"\nrobust-accel: {self._sentence(waited)}", flush=True)
 
     # ---- what is heard ---------------------------------------------------------------------------
 

@@ -45,5 +45,5 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
 
 
 def _lost(sentence: str) -> None:
-    print(f"robust-accel: {sentence}", file=sys.stderr, flush=True)
+    print(f"\nrobust-accel: {sentence}", file=sys.stderr, flush=True)
     os._exit(UNAVAILABLE)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from robust_accel.exit_codes import INTERRUPTED, STOPPED
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
+GRACE = 5.0
 _writing = threading.RLock()
 _now = time.monotonic
 
@@ -46,8 +47,8 @@ class Stop:
         max_time: Seconds of this process's life, in which a checkpoint must still be written.
     """
 
-    grace: ClassVar[float] = 5.0
-    """Seconds in which a process whose launcher is gone ends by itself: at least three steps."""
+    grace: ClassVar[float] = GRACE
+    """Seconds in which a process whose launcher is gone ends by itself: two steps and some."""
 
     def __init__(self, max_time: float | None = None) -> None:
         self.request = 0  # the signal that asked
@@ -117,8 +118,9 @@ class Stop:
         """
         now = _now()
         if self._step_began is not None:
-            self._longest_step = max(self._longest_step, now - self._step_began)
-            Stop.grace = max(Stop.grace, 3 * self._longest_step)
+            seconds = now - self._step_began
+            self._longest_step = max(self._longest_step, seconds)
+            Stop.grace = GRACE + 2 * seconds
         self._step_began = now
         if self._until is not None and not self.request:
             needed = 2 * self._longest_step + max(2 * self._last_save, self._reserve)
@@ -172,7 +174,7 @@ def end_without_launcher(code: int, say: Callable[[str], None] | None = None) ->
     def watch() -> None:
         while os.getppid() == parent and not _is_orphan():
             time.sleep(0.5)
-        tell(f"robust-accel: the launcher (process {parent}) is gone, and this process ends, too")
+        tell(f"\nrobust-accel: the launcher (process {parent}) is gone, and this process ends, too")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(Stop.grace)
         with _writing:

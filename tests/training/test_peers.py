@@ -70,7 +70,7 @@ def test_one_with_more_work_is_waited_for_and_one_that_fails_is_not(tmp_path: Pa
             if accelerator.is_main_process:
                 time.sleep(9)
             print("told", told_to_all([accelerator.process_index], accelerator), flush=True)
-            if accelerator.is_main_process:
+            if not accelerator.is_main_process:
                 raise KeyError("a fault of this process")
             told_to_all([1], accelerator)
         """)
