@@ -10,7 +10,7 @@ from pathlib import Path
 from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
 from robust_accel.exit_codes import UNAVAILABLE, UNWRITABLE, USAGE
-from robust_accel.training.disk import says_all
+from robust_accel.training.disk import Unwritable
 from robust_accel.training.stopping import Stop, end_without_launcher
 
 
@@ -34,10 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
-    except OSError as error:
-        if not says_all(error):
-            raise
-        print(f"robust-accel: {error}", file=sys.stderr, flush=True)
+    except Unwritable as error:
+        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
         return UNWRITABLE
 
 

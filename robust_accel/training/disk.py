@@ -8,27 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
 from robust_accel.run_folder import RunFolder
 
-_SAYS_ALL = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC",
-        "EDQUOT",
-        "EROFS",
-        "EACCES",
-        "EPERM",
-        "EIO",
-        "ENOTDIR",
-        "ELOOP",
-        "ESTALE",
-    )
-    if hasattr(errno, name)
-}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+class Unwritable(OSError):
+    """The disk is full, or the run folder is gone or cannot be written: a sentence says which."""
 
 
 def check_writable(path: Path) -> None:
@@ -76,35 +65,40 @@ def check_room(folder: RunFolder, model: nn.Module, optimizer: Optimizer, ema: b
 
 
 @contextmanager
-def told_when_full(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
-    """Turn a failure to write into a sentence; what was kept before is there still.
+def told_when_full(folder: RunFolder) -> Iterator[None]:
+    """Turn a failure to write into a run folder into a sentence; what was kept is there still.
 
     Raises:
-        OSError: The run folder is gone, or cannot be written any more: which, why, what is free.
+        Unwritable: Which folder, why, what is free and from where the run can go on.
     """
-    if not accelerator.is_main_process:  # whose disk may be another
-        yield
-        return
-    if not folder.recipe.exists():
-        raise OSError(f"{folder.path} is gone: it was removed or unmounted while the run went on")
     try:
         yield
-    except Exception as error:
-        # torch and safetensors have errors of their own, without the system's
-        free = shutil.disk_usage(folder.path).free
-        if isinstance(error, OSError) or free < 2**20:
-            kept = [str(path) for path in folder.steps()[-1:]]
-            reason = getattr(error, "strerror", None) or "no space left on the disk"
-            raise OSError(
-                f"{folder.path} cannot be written: {reason} ({in_bytes(free)} are free); "
-                f"{kept[0] + ' is kept: --resume goes on from it' if kept else 'nothing was kept'}"
-            ) from error
+    except Unwritable:
         raise
+    except Exception as error:
+        if not folder.recipe.exists():
+            raise
+        # torch and safetensors have errors of their own, without the system's number
+        free = shutil.disk_usage(folder.path).free
+        named = str(getattr(error, "filename", None) or "")
+        inside = named.startswith(str(folder.path))
+        if not (getattr(error, "errno", None) in _OF_THE_DISK or inside or free < 2**20):
+            raise
+        reason = getattr(error, "strerror", None) or "no space left on the disk"
+        kept = "".join(f"; {path} is kept, --resume goes on" for path in folder.steps()[-1:])
+        raise Unwritable(
+            f"{named or folder.path} cannot be written: {reason}, {in_bytes(free)} are free{kept}"
+        ) from error
 
 
-def says_all(error: OSError) -> bool:
-    """Whether an error is of the user's disk and folders, so that a traceback adds nothing."""
-    return error.errno is None or error.errno in _SAYS_ALL
+def check_there(folder: RunFolder) -> None:
+    """Refuse to write into a run folder that was removed or unmounted since it was made.
+
+    Raises:
+        Unwritable: It was.
+    """
+    if not folder.recipe.exists():
+        raise Unwritable(f"{folder.path} is gone: it was removed or unmounted during the run")
 
 
 def size_of(folder: Path) -> int:

@@ -17,7 +17,7 @@ from robust_accel.data import TrainingBatches
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.checkpoint import Checkpoint, Progress
-from robust_accel.training.disk import told_when_full
+from robust_accel.training.disk import check_there
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.metrics import Averages, Metrics, share_right
 from robust_accel.training.stopping import Stop
@@ -112,7 +112,9 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint, which no request to stop disturbs."""
-        with self.stop.writing(), told_when_full(self.checkpoint.folder, self.accelerator):
+        with self.stop.writing():
+            if self.accelerator.is_main_process:
+                check_there(self.checkpoint.folder)
             self.checkpoint.save()
 
     def _check_first_step(self) -> None:

@@ -35,7 +35,7 @@ from robust_accel.training.checkpoint import (
     load_weights,
     save_weights,
 )
-from robust_accel.training.disk import check_room, check_writable
+from robust_accel.training.disk import check_room, check_writable, told_when_full
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
 from robust_accel.training.parts import batches, check_labels, classifier_for
@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
             or run folder are not as the recipe says.
         Stopped: By a signal or ``train.max_time``: what was done is kept, ``resume`` goes on.
         Unavailable: Another process is gone or does not answer.
-        OSError: The run folder cannot be written any more.
+        Unwritable: The disk is full, or the run folder is gone; the last checkpoint is kept.
     """
     assert recipe.train is not None
     is_main = os.environ.get("RANK", "0") == "0"
@@ -101,7 +101,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
     accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    with watched(settings.timeout, stop) as heartbeat:
+    with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
         common = (recipe, data, identity, classifier, folder, accelerator)
         run = _Run(*common, stop, heartbeat, quiet=quiet)
         if tight is not None:
