@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from accelerate import Accelerator
+
 from robust_accel.comm.heartbeat import Heartbeat, Unavailable, is_collective_failure
 from robust_accel.exit_codes import INTERRUPTED, STOPPED, UNAVAILABLE
+from robust_accel.recipe import TrainSettings
 from robust_accel.training.stopping import Stop, Stopped
 
 _REQUEST = {STOPPED: signal.SIGTERM, INTERRUPTED: signal.SIGINT}
@@ -42,6 +45,19 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
                 raise Stopped(stop.request or _REQUEST[code]) from error
             heartbeat.end("another process is gone", UNAVAILABLE)
             raise Unavailable(f"{sentence} ({cause})") from error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the other processes for work without steps, whose units the ledger keeps.
+
+    A request to stop ends it at once, and one that hangs or is gone is named, as in training.
+    """
+    Accelerator()
+    timeout = TrainSettings.model_fields["timeout"].default
+    with Stop() as stop, watched(timeout, stop) as heartbeat:
+        heartbeat.at("evaluation", 0)
+        yield
 
 
 def _lost(sentence: str) -> None:

@@ -175,3 +175,25 @@ def test_a_launcher_that_is_asked_to_end_leaves_a_checkpoint(
     assert code != 0
     assert "stopped (got SIGTERM)" in output
     goes_on_to_the_same_end(folder.path, finished)
+
+
+def test_an_evaluation_ends_at_once_and_goes_on(tmp_path: Path, finished: Path) -> None:
+    evaluate = ("evaluate", finished, "evaluate.pgd.num_steps=201", "evaluate.batch_size=24")
+    process = Forked(*evaluate)
+    kept = finished / "measurements"
+    before = sum(len(path.read_text().splitlines()) for path in kept.glob("process-*"))
+
+    def units() -> int:
+        return sum(len(path.read_text().splitlines()) for path in kept.glob("process-*")) - before
+
+    wait_until(lambda: units() > 16, process)  # clean ones are 15
+    process.send(signal.SIGTERM)
+    began = time.monotonic()
+    code, output = process.wait()
+    assert code == STOPPED, output
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in output
+    done = units()
+    code, output = Forked(*evaluate).wait()
+    assert code == 0, output
+    assert 17 <= done < units() == 30  # none was done twice
