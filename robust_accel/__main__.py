@@ -9,9 +9,15 @@ from pathlib import Path
 
 from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
-from robust_accel.exit_codes import UNAVAILABLE, UNWRITABLE, USAGE
+from robust_accel.exit_codes import INTERRUPTED, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
 from robust_accel.training.disk import Unwritable
 from robust_accel.training.stopping import Stop, end_without_launcher
+
+EXIT_CODES = (
+    f"Exit codes: {USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
+    f"process hangs or is gone; {UNWRITABLE} the disk is full or the run folder is gone; {STOPPED} "
+    f"stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume goes on."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +50,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__)
+    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings_help = "settings that replace the recipe's, as section.key=value"
 
