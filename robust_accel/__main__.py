@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from robust_accel.comm.heartbeat import Unavailable
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.settings += rest
     end_without_launcher(UNAVAILABLE)
     try:
-        with Stop():
+        # a script's own way to be interrupted is left to it
+        with nullcontext() if options.command.endswith(".wrap") else Stop():
             # late: a command imports what it needs, and --help nothing
             return importlib.import_module(options.command).run(options)
     except ValueError as error:

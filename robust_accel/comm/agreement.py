@@ -1,5 +1,7 @@
 """What the processes agree on at every step, without waiting for one another."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -9,12 +11,15 @@ class Agreement:
 
     The all-reduce of one step runs during the next, on the CPUs and in a group of its own, so that
     neither gradients nor a GPU wait for it.
+
+    Args:
+        timeout: Seconds that one process waits for another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")
             assert isinstance(group, dist.ProcessGroup)  # of which every process is a member
             self._group = group
         self._number = torch.zeros(1, dtype=torch.int64)

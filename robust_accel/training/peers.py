@@ -17,6 +17,25 @@ _REQUEST = {STOPPED: signal.SIGTERM, INTERRUPTED: signal.SIGINT}
 
 
 @contextmanager
+def joining(timeout: float) -> Iterator[None]:
+    """Around what waits for the other processes for the first time.
+
+    Raises:
+        Unavailable: They have not come.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_collective_failure(error):
+            raise
+        number, place = (os.environ.get(key) for key in ("WORLD_SIZE", "MASTER_ADDR"))
+        raise Unavailable(
+            f"not all of {number} processes have come to {place} within {timeout:.0f} s "
+            f"({_cause(error)})"
+        ) from error
+
+
+@contextmanager
 def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
     """Tell the others what this process does, and hear of them, in this context.
 
@@ -38,13 +57,13 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
         except Exception as error:
             if not is_collective_failure(error):
                 raise
-            cause, sentence, code = " ".join(str(error).split())[:200], "", 0
+            sentence, code = "", 0
             with suppress(Stopped), stop.held():  # when one has died, the launcher ends the others
                 sentence, code = heartbeat.explain()
             if code in _REQUEST:
                 raise Stopped(stop.request or _REQUEST[code]) from error
             heartbeat.end("another process is gone", UNAVAILABLE)
-            raise Unavailable(f"{sentence} ({cause})") from error
+            raise Unavailable(f"{sentence} ({_cause(error)})") from error
 
 
 @contextmanager
@@ -53,11 +72,16 @@ def together() -> Iterator[None]:
 
     A request to stop ends it at once, and one that hangs or is gone is named, as in training.
     """
-    Accelerator()
     timeout = TrainSettings.model_fields["timeout"].default
+    with joining(timeout):
+        Accelerator()
     with Stop() as stop, watched(timeout, stop) as heartbeat:
         heartbeat.at("evaluation", 0)
         yield
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _lost(sentence: str) -> None:

@@ -26,7 +26,12 @@ from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
-from robust_accel.training.accelerator import choose_precision, create_accelerator, share_buffers
+from robust_accel.training.accelerator import (
+    LATER,
+    choose_precision,
+    create_accelerator,
+    share_buffers,
+)
 from robust_accel.training.checkpoint import (
     Checkpoint,
     DataIdentity,
@@ -39,7 +44,7 @@ from robust_accel.training.disk import check_room, check_writable, told_when_ful
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Metrics, peak_memory
 from robust_accel.training.parts import batches, check_labels, classifier_for
-from robust_accel.training.peers import watched
+from robust_accel.training.peers import joining, watched
 from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 
 
@@ -100,7 +105,8 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)
 
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
-    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    with joining(settings.timeout):
+        accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
     with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
         common = (recipe, data, identity, classifier, folder, accelerator)
         run = _Run(*common, stop, heartbeat, quiet=quiet)
@@ -192,7 +198,7 @@ class _Run:
             compression=compression,
             collective=recipe.communication,
             stop=stop,
-            agreement=Agreement(),
+            agreement=Agreement(settings.timeout + LATER),
             heartbeat=heartbeat,
         )
 

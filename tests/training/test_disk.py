@@ -42,7 +42,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         return mounted
 
     yield make
-    subprocess.run(["umount", str(mounted)], capture_output=True)
+    subprocess.run(["umount", "--lazy", str(mounted)], capture_output=True)
 
 
 def train(folder: Path, *more: str) -> int:

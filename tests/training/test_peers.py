@@ -54,6 +54,41 @@ def test_one_that_hangs_or_dies_is_named(tmp_path: Path, number: signal.Signals,
     assert "Traceback" not in output
 
 
+def test_one_whose_work_hangs_is_named_though_it_answers(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import time
+        from datetime import timedelta
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+        from robust_accel.training.peers import watched
+        from robust_accel.training.stopping import Stop
+
+        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=9))
+        accelerator = Accelerator(kwargs_handlers=[limit])
+        with watched(6, Stop()) as heartbeat:
+            for step in (1, 2):
+                accelerator.wait_for_everyone()
+                heartbeat.at("training", step)
+            if not accelerator.is_main_process:
+                time.sleep(40)
+            heartbeat.at("training", 3)
+            accelerator.wait_for_everyone()
+        """)
+    )
+    process = Forked(script=script, environment=CPU)
+    waiting, hanging = process.processes
+    waiting.join(35)
+    hanging.kill()
+    assert waiting.exitcode == 1
+    output = process.wait()[1]
+    named = f"(process {hanging.pid}) is at step 2 (training)"
+    told, raised = (line for line in output.splitlines() if named in line)
+    assert told.startswith("robust-accel: rank 0 on ") and "at step 3 (training)" in told
+    assert "Unavailable: " in raised
+
+
 def test_one_with_more_work_is_waited_for_and_one_that_fails_is_not(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

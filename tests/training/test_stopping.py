@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import CPU, Forked, Launched, port, wait_until, weights
+from launching import CPU, DDP, Forked, Launched, port, wait_until, weights
 
 from robust_accel.exit_codes import INTERRUPTED, STOPPED
 from robust_accel.run_folder import RunFolder
@@ -175,6 +175,20 @@ def test_a_launcher_that_is_asked_to_end_leaves_a_checkpoint(
     assert code != 0
     assert "stopped (got SIGTERM)" in output
     goes_on_to_the_same_end(folder.path, finished)
+
+
+@pytest.mark.long
+def test_what_was_stopped_is_not_started_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    process = Launched(*RUN, f"output={folder.path}", flags=(*DDP, "--max_restarts", "2"))
+    wait_until(folder.read_metrics, process)
+    for rank in psutil.Process(process.process.pid).children():
+        if rank.environ().get("RANK") == "1":
+            rank.send_signal(signal.SIGUSR1)
+    code, output = process.wait()
+    assert code != 0
+    assert output.count("stopped (got SIGUSR1)") == 1
+    assert "continuing" not in output
 
 
 def test_an_evaluation_ends_at_once_and_goes_on(tmp_path: Path, finished: Path) -> None:
