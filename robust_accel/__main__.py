@@ -2,18 +2,28 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
+from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
+from robust_accel.training.disk import Unwritable
+from robust_accel.training.stopping import Stop, end_without_launcher
+
+EXIT_CODES = (
+    f"Exit codes: {NOT_FINITE} numbers that are not finite ended a training, or a fault of ours; "
+    f"{USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
+    f"process hangs or is gone; {UNWRITABLE} the disk is full or the run folder is gone; {STOPPED} "
+    f"stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume goes on."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; faults of the user's go to standard error, one line each, with status 2.
-
-    A training that ends at NaN or Inf says so likewise, with status 1.
-    """
+    """Run a command; what ends it early goes to standard error, with a code of ``exit_codes``."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse stops taking settings at the first flag: take those behind one, too
@@ -21,16 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.settings += rest
+    end_without_launcher(UNAVAILABLE)
     try:
-        # late: a command imports what it needs, and --help nothing
-        return importlib.import_module(options.command).run(options)
+        # a script's own way to be interrupted is left to it
+        with nullcontext() if options.command.endswith(".wrap") else Stop():
+            # late: a command imports what it needs, and --help nothing
+            return importlib.import_module(options.command).run(options)
     except ValueError as error:
         tell = print if getattr(error, "of_one_process", False) else say
         tell(f"robust-accel: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
         say(f"robust-accel: {error}", file=sys.stderr)
-        return 1
+        return NOT_FINITE
+    except Unavailable as error:
+        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
+        os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
+    except Unwritable as error:
+        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
+        return UNWRITABLE
 
 
 def _numbers(text: str) -> list[float]:
@@ -38,7 +57,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__)
+    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings_help = "settings that replace the recipe's, as section.key=value"
     trust_help = (

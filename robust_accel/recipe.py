@@ -28,6 +28,7 @@ from robust_accel.plain_yaml import RecipeError, dump
 from robust_accel.recipe_builder import Builder, SectionSpec
 from robust_accel.recipe_file import RecipeValues, find_recipe, origin_of
 from robust_accel.settings import (
+    Duration,
     Flag,
     Number,
     Settings,
@@ -80,6 +81,11 @@ class TrainSettings(Settings):
         checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.
         keep: How many checkpoints are kept, the newest ones; where one is damaged, a run goes on
             from the one before.
+        max_time: Stop in time, with a checkpoint, before this process has lived so long: ``3h50m``,
+            ``90m``, seconds. ``--resume`` goes on, with so much time again.
+        timeout: How long one process may wait for another, ``10m`` unless given: then the one that
+            does not answer is named and the run ends. Longer than the slowest step, checkpoint or
+            reading of the data; evaluations have no limit while all processes answer.
         log_every: Optimizer steps between lines of ``metrics.jsonl``.
         log_with: Accelerate's trackers, for example ``[tensorboard]``.
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
@@ -104,6 +110,8 @@ class TrainSettings(Settings):
     early_stopping: Annotated[Whole, Ge(1)] | None = None
     checkpoint_every: Annotated[Whole, Ge(1)] | None = None
     keep: Annotated[Whole, Ge(1)] = 2
+    max_time: Duration | None = None
+    timeout: Annotated[Duration, Ge(5)] = 600.0
     log_every: Annotated[Whole, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     channels_last: Flag = False

@@ -104,10 +104,19 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics) if self.metrics.exists() else []
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop lines after the step that a run continues from: they will be written again."""
-        lines = [line for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(as_json(line)) + "\n" for line in lines))
+    def truncate_metrics(self, step: int, *, validated: bool = True) -> None:
+        """Drop lines after the step that a run continues from: they will be written again.
+
+        Args:
+            validated: Whether that step's validation is done.
+        """
+        kept = [
+            line
+            for line in self.read_metrics()
+            if line["step"] < step
+            or (line["step"] == step and (validated or "validation_robust_accuracy" not in line))
+        ]
+        write_text(self.metrics, "".join(json.dumps(as_json(line)) + "\n" for line in kept))
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, str]:

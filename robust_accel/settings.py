@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Iterable
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -97,6 +98,28 @@ def not_finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(not_finite, value))
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def parse_duration(value: object) -> object:
+    """Turn ``3h50m``, ``90m`` or ``45s`` into seconds; numbers are seconds already.
+
+    Raises:
+        ValueError: It is nothing of these, or not above 0.
+    """
+    seconds = value
+    if isinstance(value, str):
+        parts = re.fullmatch(
+            r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip()
+        )
+        found = [float(part or 0) for part in parts.groups()] if parts else [0.0]
+        seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1), strict=False))
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e9:
+        raise ValueError("write 3h50m, 90m, 45s or a number of seconds above 0")
+    return seconds
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+"""Seconds, in recipes also as ``3h50m``."""
 
 
 def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:

@@ -115,6 +115,11 @@ class Forked:
             process.join()
         self.log.unlink()
 
+    def send(self, number: int, *ranks: int) -> None:
+        """A signal to some ranks, to both if none is named."""
+        for rank in ranks or (0, 1):
+            os.kill(self.processes[rank].pid, number)
+
     def wait(self) -> tuple[int, str]:
         deadline = time.monotonic() + LIMIT_S
         for process in self.processes:
@@ -191,6 +196,15 @@ def counts(folder: RunFolder) -> list[dict]:
     """What a run has written while it trained, but for what the clock says."""
     lines = [*folder.read_metrics(), {"sent": folder.read_report()["bytes_sent_per_step"]}]
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def wait_until(condition: Callable[[], object], process: Processes, seconds: float = 200) -> None:
+    """Until something is true, while the processes run."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.running(), process.wait()
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.01)
 
 
 def weights(folder: Path) -> dict:

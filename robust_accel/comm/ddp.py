@@ -264,7 +264,7 @@ class _Worker:
             work(*arguments)
         except BaseException as error:
             if self._error is None:
-                logger.exception("gradient communication failed")
+                logger.error("gradient communication failed: %r", error)
             # later jobs fail too: their collectives would no longer match other ranks'
             self._error = error
             self._pipeline.clear()

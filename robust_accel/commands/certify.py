@@ -16,10 +16,12 @@ from robust_accel.processes import owned
 from robust_accel.reporting.report import certified_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_subject, recipe_of
+from robust_accel.training.peers import together
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = certify_model(options.model, options.settings, trust=options.trust)
+    with together():
+        folder = certify_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print("\n".join(certified_table(folder.read_report())))
     return 0

@@ -17,10 +17,12 @@ from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, load_subject, recipe_of
+from robust_accel.training.peers import together
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = evaluate_model(options.model, options.settings, trust=options.trust)
+    with together():
+        folder = evaluate_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print(comparison_table([folder.path]))
     return 0

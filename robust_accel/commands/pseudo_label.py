@@ -16,10 +16,12 @@ from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
 from robust_accel.evaluation import predictions
 from robust_accel.files import written_whole
 from robust_accel.trained_model import load_classifier, recipe_of
+from robust_accel.training.peers import together
 
 
 def run(options: argparse.Namespace) -> int:
-    found = pseudo_label(options.model, options.out, options.data, options.settings)
+    with together():
+        found = pseudo_label(options.model, options.out, options.data, options.settings)
     say(f"{options.out}: {found['n']} images, mean confidence {found['mean_confidence']:.3f}")
     return 0
 

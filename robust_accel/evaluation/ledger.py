@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from robust_accel.comm.heartbeat import Heartbeat
 from robust_accel.evaluation import records
 from robust_accel.evaluation.identity import digest_of_json, same_answers
 from robust_accel.evaluation.records import Function, Unit, check
@@ -131,8 +132,12 @@ class Ledger:
 
 
 def told_to_all(items: list[Any], accelerator: Accelerator) -> list[Any]:
-    """All processes' items, on all of them."""
-    return gather_object(items) if accelerator.num_processes > 1 else items
+    """All processes' items, on all of them; who has less to do waits for the others."""
+    if accelerator.num_processes == 1:
+        return items
+    if Heartbeat.current is not None:
+        Heartbeat.current.meet()
+    return gather_object(items)
 
 
 def refresh_report(

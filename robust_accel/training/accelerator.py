@@ -1,6 +1,7 @@
 """The Accelerator of a training run, with DeepSpeed's settings taken from the recipe."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from robust_accel.comm.deepspeed import skip_inference_kernel
 from robust_accel.recipe import TrainSettings
+
+LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
 
 
 def create_accelerator(
@@ -33,12 +36,14 @@ def create_accelerator(
         ValueError: The engine cannot leave out a step, as ``train.on_nonfinite`` asks.
     """
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
+    group.timeout = timedelta(seconds=settings.timeout + LATER)
     accelerator = Accelerator(
         mixed_precision="no" if with_deepspeed else precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
         log_with=list(settings.log_with) or None,
         project_dir=str(project_dir),
-        kwargs_handlers=deepspeed_without_gpu() if with_deepspeed else None,
+        kwargs_handlers=[group],
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.deepspeed_plugin.deepspeed_config

@@ -38,6 +38,7 @@ class Progress:
     skipped_steps: int = 0  # of those done: left out, see train.on_nonfinite
     skipped_in_a_row: int = 0
     applied: dict[str, Any] | None = None  # what the run's first step did
+    to_validate: bool = False  # the epoch is over, and its validation is still to be done
 
 
 class Stateful(Protocol):

@@ -11,13 +11,17 @@ from tqdm.auto import tqdm
 
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective, GradientCompression
+from robust_accel.comm.agreement import Agreement
+from robust_accel.comm.heartbeat import Heartbeat
 from robust_accel.data import TrainingBatches
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.checkpoint import Checkpoint, Progress
+from robust_accel.training.disk import check_there
 from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.metrics import Averages, Metrics, share_right
+from robust_accel.training.stopping import Stop
 
 
 @dataclass
@@ -47,6 +51,9 @@ class Loop:
     checkpoint: Checkpoint
     compression: GradientCompression
     collective: Collective
+    stop: Stop
+    agreement: Agreement
+    heartbeat: Heartbeat
     averages: Averages = field(default_factory=Averages)
     applied: dict[str, Any] | None = None
 
@@ -67,10 +74,14 @@ class Loop:
         # ----------------------------------------------------------------------------------------
         return out
 
-    def epoch(self, epoch: int, last_step: int) -> None:
-        """Train from where the run stands to the epoch's end, or to ``last_step``."""
+    def epoch(self, epoch: int, last_step: int) -> int:
+        """Train from where the run stands to the epoch's end, or to ``last_step``.
+
+        Returns:
+            0, or the signal by which a process was asked to stop; then the epoch may end early.
+        """
         settings, progress = self.settings, self.progress
-        first_step = progress.step % self.batches.steps_per_epoch
+        request, first_step = 0, progress.step % self.batches.steps_per_epoch
         if self.averages.count == 0:
             self.averages.clear()  # its clock starts
         self.metrics.start_clock()
@@ -95,16 +106,26 @@ class Loop:
             if self.applied is None:
                 self._check_first_step()
             self.metrics.advance()
+            self.heartbeat.at("training", progress.step)
+            request = self.agreement.highest(self.stop.after_step())
             if progress.step % settings.log_every == 0 or progress.step == last_step:
                 self._log(x, labels)
                 self.averages.clear()
-            if progress.step == last_step:
+            if request or progress.step == last_step:
                 break
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
                 self.metrics.stop_clock()
-                self.checkpoint.save()
+                self.save()
                 self.metrics.start_clock()
         self.metrics.stop_clock()
+        return request
+
+    def save(self) -> None:
+        """Write a checkpoint, which no request to stop disturbs."""
+        with self.stop.writing():
+            if self.accelerator.is_main_process:
+                check_there(self.checkpoint.folder)
+            self.checkpoint.save()
 
     def _check_first_step(self) -> None:
         """Measure what it did, and say so; raise where it was not what was asked for."""

@@ -11,6 +11,7 @@ from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.files import on_disk, write_json
 
 MANIFEST = "manifest.json"
+_REPLACED = "replaced-"
 Manifest = dict[str, Any]
 """``about``, ``files``: size and SHA-256 by name, ``digest``: of these two."""
 
@@ -28,10 +29,23 @@ def publish(folder: Path, target: Path, names: Iterable[str], about: dict[str, A
         on_disk(path)
     content = {"about": json.loads(json.dumps(about)), "files": found}
     write_json(folder / MANIFEST, content | {"digest": digest_of_json(content)})
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
-        discard(target)
+        target.rename(replaced)
     folder.rename(target)
     on_disk(target.parent)
+    if replaced.exists():
+        discard(replaced)
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Undo what a process that was killed while it published had begun."""
+    for replaced in checkpoints.glob(f"{_REPLACED}*"):
+        target = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if target.exists():
+            discard(replaced)
+        else:
+            replaced.rename(target)
 
 
 def discard(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
 import os
-from dataclasses import asdict
+import signal
 from typing import Any
 
 import torch
@@ -11,34 +11,41 @@ from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
 from robust_accel.comm import compress_gradients
-from robust_accel.data import Data, TrainingBatches, load_data
+from robust_accel.comm.agreement import Agreement
+from robust_accel.comm.heartbeat import Heartbeat
+from robust_accel.data import Data, load_data
 from robust_accel.evaluation import evaluate, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.files import remove_incomplete
-from robust_accel.models import PixelClassifier, check_fits, create_classifier, save_model
+from robust_accel.models import PixelClassifier, save_model
 from robust_accel.objectives import NOT_A_NUMBER
 from robust_accel.optim import create_optimizer, make_scheduler
 from robust_accel.processes import decided, owned
-from robust_accel.provenance import check_equal_weights, digest_of_parameters, versions
+from robust_accel.provenance import check_equal_weights, versions
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.accelerator import (
+    LATER,
     broadcast_all,
     choose_precision,
     create_accelerator,
     share_buffers,
 )
 from robust_accel.training.checkpoint import Checkpoint, Progress
-from robust_accel.training.collapse import Fall, falls
+from robust_accel.training.disk import check_room, check_writable, told_when_full
+from robust_accel.training.facts import facts_of_training, falls_of
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
-from robust_accel.training.metrics import Averages, Metrics, peak_memory
+from robust_accel.training.metrics import Averages, Metrics
+from robust_accel.training.parts import batches, check_labels, classifier_for
+from robust_accel.training.peers import joining, watched
 from robust_accel.training.start import Start, check_same_data, engine_of, find_start
+from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -55,55 +62,70 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     Raises:
         ValueError: ``section.key: ...``, on all processes and before the first step: data, model,
             batch size or run folder are not as the recipe says, or another run owns the folder.
+        FloatingPointError: Numbers are not finite: nothing of them is kept.
+        Stopped: By a signal or ``train.max_time``: what was done is kept, ``resume`` goes on.
+        Unavailable: Another process is gone or does not answer.
+        Unwritable: The disk is full, or the run folder is gone; the last checkpoint is kept.
     """
+    assert recipe.train is not None
+    is_main = os.environ.get("RANK", "0") == "0"
+    with Stop(recipe.train.max_time if is_main else None) as stop:
+        try:
+            return _train(recipe, stop, resume=resume, quiet=quiet)
+        except Stopped as stopped:
+            if is_main:
+                kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
+                where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
+                tqdm.write(f"stopped ({stopped.reason}): {where}; --resume goes on")
+            if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
+                refuse_restart()
+            raise
+
+
+def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str, Any]:
     settings = recipe.train
-    assert settings is not None and recipe.optimizer is not None and recipe.attack is not None
+    assert settings is not None
     folder = RunFolder(recipe.output)
-    folder.check_contained()
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
-    accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
-    with owned(folder, accelerator, lambda text: _say(text, accelerator)):
-        engine = engine_of(accelerator)
-        start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
-        run = _prepared(recipe, folder, accelerator, start, engine, quiet=quiet)
-        run.open(start)
-        run.fit()
-        return run.finish()
+    with joining(settings.timeout):
+        accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+    with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
+        decided(lambda: _check_output(folder), accelerator)
+        with owned(folder, accelerator, lambda text: _say(text, accelerator)):
+            engine = engine_of(accelerator)
+            start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
+            data, about = _checked_data(recipe, start, accelerator.num_processes)
+            torch.manual_seed(settings.seed)  # the same first weights on every process
+            classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
+            about |= {"settings": recipe.settings, "engine": engine}
+            common = (recipe, data, about, classifier, folder, accelerator)
+            run = _Run(*common, stop, heartbeat, quiet=quiet)
+            run.open(start)
+            run.fit()
+            return run.finish()
 
 
-def _prepared(
-    recipe: Recipe,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    start: Start,
-    engine: dict[str, Any],
-    *,
-    quiet: bool,
-) -> "_Run":
-    """Everything that a run needs, or what is wrong with it, before anything is written."""
-    settings = recipe.train
-    assert settings is not None
+def _check_output(folder: RunFolder) -> None:
+    folder.check_contained()
+    check_writable(folder.path)
+
+
+def _checked_data(recipe: Recipe, start: Start, num_processes: int) -> tuple[Data, dict[str, Any]]:
+    """The images, and what a checkpoint says of them; or what is wrong with them."""
+    assert recipe.train is not None
+    seed, ids, number = recipe.train.seed, recipe.evaluate.ids, recipe.model.num_classes
     data = recipe.checked(
-        "data",
-        lambda: load_data(
-            recipe.data,
-            seed=settings.seed,
-            ids=recipe.evaluate.ids,
-            num_classes=recipe.model.num_classes,
-        ),
+        "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
     )
     identity = data.identity()
     recipe.checked("data", lambda: check_same_data(start, identity, len(data.test)))
-    torch.manual_seed(settings.seed)  # the same first weights on every process
-    classifier = recipe.checked("model", lambda: _classifier_for(recipe, data))
-    recipe.checked("train", lambda: _batches(recipe, data, 0, accelerator.num_processes))
-    recipe.checked("data", lambda: _check_labels(recipe, data))
+    recipe.checked("train", lambda: batches(recipe, data, 0, num_processes))
+    recipe.checked("data", lambda: check_labels(recipe, data))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)
-    about = {"settings": recipe.settings, "data": identity, "engine": engine}
-    return _Run(recipe, data, about, classifier, folder, accelerator, quiet=quiet)
+    return data, {"data": identity}
 
 
 class _Run:
@@ -117,6 +139,8 @@ class _Run:
         classifier: PixelClassifier,
         folder: RunFolder,
         accelerator: Accelerator,
+        stop: Stop,
+        heartbeat: Heartbeat,
         *,
         quiet: bool,
     ) -> None:
@@ -124,8 +148,8 @@ class _Run:
         assert settings is not None and recipe.optimizer is not None
         assert recipe.attack is not None
         self.recipe, self.settings, self.data, self.folder = recipe, settings, data, folder
-        self.accelerator = accelerator
-        self.batches = _batches(recipe, data, accelerator.process_index, accelerator.num_processes)
+        self.accelerator, self.stop, self.heartbeat = accelerator, stop, heartbeat
+        self.batches = batches(recipe, data, accelerator.process_index, accelerator.num_processes)
         self.classifier = classifier.to(accelerator.device)
         if settings.channels_last:
             self.classifier.to(memory_format=torch.channels_last)
@@ -139,6 +163,10 @@ class _Run:
             weight_perturbation=settings.awp,
         )
         optimizer = create_optimizer(self.classifier.model, recipe.optimizer)
+        has_average = settings.ema_decay is not None
+        tight = decided(lambda: check_room(folder, classifier, optimizer, has_average), accelerator)
+        if tight is not None:
+            self.say(tight)
         schedule = make_scheduler(
             optimizer,
             recipe.schedule,
@@ -193,6 +221,9 @@ class _Run:
             checkpoint=self.checkpoint,
             compression=compression,
             collective=recipe.communication,
+            stop=stop,
+            agreement=Agreement(settings.timeout + LATER),
+            heartbeat=heartbeat,
             averages=averages,
         )
 
@@ -211,7 +242,9 @@ class _Run:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             remove_incomplete(self.folder.path)
             self.recipe.save(self.folder.recipe)
-            self.folder.truncate_metrics(self.progress.step)
+            self.folder.truncate_metrics(
+                self.progress.step, validated=not self.progress.to_validate
+            )
         self.accelerator.wait_for_everyone()
         if self.settings.log_with:
             self.accelerator.init_trackers(self.folder.path.name)
@@ -222,21 +255,34 @@ class _Run:
         total = self.settings.epochs * steps_per_epoch
         if self.settings.max_steps is not None:
             total = min(total, self.settings.max_steps)
+        progress = self.progress
         with self.metrics.bar(total):
-            while self.progress.step < total and not self.progress.stopped_early:
-                epoch = self.progress.step // steps_per_epoch
-                self.loop.epoch(epoch, last_step=min(total, (epoch + 1) * steps_per_epoch))
-                self.validate(epoch + 1)
-                for fall in self._falls():
-                    if fall.epoch > epoch:  # the others were told
-                        self.say(fall.text)
-                self.checkpoint.save()
+            if progress.to_validate:
+                self.validate(-(-progress.step // steps_per_epoch))
+            while progress.step < total and not progress.stopped_early:
+                epoch = progress.step // steps_per_epoch
+                last_step = min(total, (epoch + 1) * steps_per_epoch)
+                with self.stop.held():
+                    request = self.loop.epoch(epoch, last_step)
+                    is_over = progress.step == last_step
+                    every = self.settings.validate_every
+                    progress.to_validate = (
+                        is_over and (epoch + 1) % every == 0 and len(self.data.validation) > 0
+                    )
+                    self.loop.save()  # a validation may be stopped at any moment
+                    if request:
+                        raise Stopped(request)
+                if progress.to_validate:
+                    self.validate(epoch + 1)
+                if self.accelerator.is_main_process:
+                    for fall in falls_of(self.folder.read_metrics(), self.settings, self.data):
+                        if fall.epoch > epoch:  # the others were told
+                            self.say(fall.text)
+        self.loop.agreement.close()
 
     def validate(self, epoch: int) -> None:
         """Measure on the held-out split, keep the best weights, decide on early stopping."""
-        if epoch % self.settings.validate_every or len(self.data.validation) == 0:
-            return
-        self.watch.check()
+        self.heartbeat.at("validation", self.progress.step)
         classifier, settings = self._weights_to_measure(), self.recipe.evaluate
         bench = Bench(
             classifier,
@@ -251,12 +297,18 @@ class _Run:
             "validation_clean_accuracy": clean.accuracy,
             "validation_robust_accuracy": bench.attacked(pgd, clean).accuracy,
         }
-        self.metrics.write(line)
         if (clean.prediction == NOT_A_NUMBER).all():
             self.watch.stop(
                 f"of {len(clean.index)} held-out images the model answers none with finite logits "
                 f"at step {self.progress.step}"
             )
+        with self.stop.held():
+            self._keep_validation(epoch, line, classifier)
+
+    def _keep_validation(
+        self, epoch: int, line: dict[str, float], classifier: PixelClassifier
+    ) -> None:
+        self.metrics.write(line)
         robust, progress = line["validation_robust_accuracy"], self.progress
         self.say(
             f"epoch {epoch}: held-out clean {100 * line['validation_clean_accuracy']:.2f}%, "
@@ -273,9 +325,12 @@ class _Run:
             progress.stopped_early = patience is not None and (
                 progress.validations_since_best >= patience
             )
+        progress.to_validate = False
+        self.loop.save()
 
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
+        self.heartbeat.at("evaluation", self.progress.step)
         self.watch.check()
         classifier = self._weights_to_measure()
         check_equal_weights(classifier, self.accelerator)
@@ -293,7 +348,16 @@ class _Run:
             }
         if self.accelerator.is_main_process:
             save_model(classifier, self.folder.model)
-        facts = self._facts(classifier) | {"selection": selection, **self._best_against_last()}
+        metrics = decided(self.folder.read_metrics, self.accelerator)
+        facts = {"selection": selection} | facts_of_training(
+            self.recipe,
+            self.data,
+            self.progress,
+            classifier,
+            self.accelerator,
+            metrics,
+            steps_per_epoch=self.batches.steps_per_epoch,
+        )
         result = evaluate(
             classifier,
             self.data.test,
@@ -322,65 +386,6 @@ class _Run:
         """Tell the user, from one process, without breaking the progress bar."""
         _say(text, self.accelerator)
 
-    def _facts(self, classifier: PixelClassifier) -> dict[str, Any]:
-        """What the report says about how the weights were made."""
-        progress, steps = self.progress, max(1, self.progress.step)
-        epochs = steps / self.batches.steps_per_epoch
-        digest, _ = digest_of_parameters(classifier, self.accelerator)
-        return {
-            "recipe": self.recipe.settings,
-            "left_out": {name: asdict(found) for name, found in self.data.left_out.items()},
-            "doubts": [*self.recipe.doubts, *(fall.text for fall in self._falls())],
-            "steps": progress.step,
-            "epochs": epochs,
-            "stopped_early": progress.stopped_early,
-            "skipped_steps": progress.skipped_steps,
-            "num_processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "precision": self.accelerator.mixed_precision,
-            "attack_batchnorm_mode": self.settings.attack_mode,
-            "normalization": {
-                "where": "inside the model",
-                "mean": self.classifier.mean.flatten().tolist(),
-                "std": self.classifier.std.flatten().tolist(),
-            },
-            "ema_decay": self.settings.ema_decay,
-            "applied": self.progress.applied,
-            "parameters_digest": digest,
-            "train_seconds_per_epoch": progress.train_seconds / epochs,
-            "comm_seconds_per_epoch": progress.comm_seconds / epochs,
-            "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
-            "bytes_sent_per_step": progress.bytes_sent / steps,
-            "peak_memory_bytes": peak_memory(self.accelerator.device),
-            "versions": versions(),
-        }
-
-    def _falls(self) -> list[Fall]:
-        settings = self.settings
-        return falls(
-            self.folder.read_metrics(),
-            self.data.num_classes,
-            held_out=len(self.data.validation),
-            batch=settings.log_every * settings.batch_size,
-            after=settings.eps_warmup_epochs,
-        )
-
-    def _best_against_last(self) -> dict[str, Any]:
-        """Robust accuracy on the held-out split: of the best epoch, and of the last."""
-        metrics = decided(self.folder.read_metrics, self.accelerator)
-        lines = [m for m in metrics if "validation_robust_accuracy" in m]
-        if not lines:
-            return {}
-        about = {
-            "split": "held out of train",
-            "n": len(self.data.validation),
-            "attack": f"PGD-{self.settings.validation_steps}",
-            "best": self.progress.best_accuracy,
-            "best_epoch": self.progress.best_epoch,
-            "last": lines[-1]["validation_robust_accuracy"],
-        }
-        return {"best_against_last": about}
-
     def _weights_to_measure(self) -> PixelClassifier:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
         classifier = self.classifier if self.ema is None else self.ema.module
@@ -392,36 +397,3 @@ class _Run:
 def _say(text: str, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         tqdm.write(text)
-
-
-def _batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
-    assert recipe.train is not None
-    unlabeled = recipe.data.unlabeled
-    return TrainingBatches(
-        data,
-        fraction=None if unlabeled is None else unlabeled.fraction,
-        batch_size=recipe.train.batch_size,
-        num_micro=recipe.train.gradient_accumulation,
-        rank=rank,
-        world_size=world_size,
-        seed=recipe.train.seed,
-        sharding=recipe.data.sharding,
-    )
-
-
-def _check_labels(recipe: Recipe, data: Data) -> None:
-    if not data.all_labeled and not getattr(recipe.objective, "takes_unlabeled", False):
-        raise ValueError(
-            f"unlabeled: these images have no labels, and the objective "
-            f"{recipe.settings['objective']['name']} needs them: label them by the pseudo-label "
-            "command, or choose trades"
-        )
-
-
-def _classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
-    classifier = create_classifier(
-        recipe.model, num_classes=data.num_classes, in_chans=data.shape[0]
-    )
-    check_fits(classifier, data.train, data.num_classes)
-    classifier.class_names = data.class_names
-    return classifier

@@ -10,7 +10,7 @@ from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
 from robust_accel.run_folder import RunFolder, differences
-from robust_accel.training.manifest import Manifest, read_whole
+from robust_accel.training.manifest import Manifest, read_whole, restore_replaced
 
 DataIdentity = dict[str, dict[str, int | str]]
 """Of each set that training sees, how many images it has and their digest: ``Data.identity``."""
@@ -131,6 +131,7 @@ def check_same_data(start: Start, data: DataIdentity, num_test: int) -> None:
 
 def _newest_whole(folder: RunFolder) -> tuple[str | None, Manifest | None, list[str]]:
     """The checkpoint to go on from; what is said of those that cannot be used."""
+    restore_replaced(folder.checkpoints)
     faults: list[str] = []
     for path in reversed(folder.steps()):
         try:

@@ -1,0 +1,97 @@
+"""What the report says of a training: how the weights were made."""
+
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import Accelerator
+
+from robust_accel.data import Data
+from robust_accel.models import PixelClassifier
+from robust_accel.provenance import digest_of_parameters, versions
+from robust_accel.recipe import Recipe, TrainSettings
+from robust_accel.training.checkpoint import Progress
+from robust_accel.training.collapse import Fall, falls
+from robust_accel.training.metrics import peak_memory
+
+_HELD_OUT = "held out of train"
+
+
+def facts_of_training(
+    recipe: Recipe,
+    data: Data,
+    progress: Progress,
+    classifier: PixelClassifier,
+    accelerator: Accelerator,
+    metrics: list[dict[str, Any]],
+    *,
+    steps_per_epoch: int,
+) -> dict[str, Any]:
+    """The report's part that no measurement changes; all processes must ask.
+
+    Args:
+        classifier: The weights that the run leaves.
+        metrics: The lines of ``metrics.jsonl``.
+    """
+    settings = recipe.train
+    assert settings is not None
+    steps = max(1, progress.step)
+    epochs = steps / steps_per_epoch
+    digest, _ = digest_of_parameters(classifier, accelerator)
+    fallen = falls_of(metrics, settings, data)
+    return {
+        "recipe": recipe.settings,
+        "left_out": {name: asdict(found) for name, found in data.left_out.items()},
+        "doubts": [*recipe.doubts, *(fall.text for fall in fallen)],
+        "steps": progress.step,
+        "epochs": epochs,
+        "stopped_early": progress.stopped_early,
+        "skipped_steps": progress.skipped_steps,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "attack_batchnorm_mode": settings.attack_mode,
+        "normalization": {
+            "where": "inside the model",
+            "mean": classifier.mean.flatten().tolist(),
+            "std": classifier.std.flatten().tolist(),
+        },
+        "ema_decay": settings.ema_decay,
+        "applied": progress.applied,
+        "parameters_digest": digest,
+        "train_seconds_per_epoch": progress.train_seconds / epochs,
+        "comm_seconds_per_epoch": progress.comm_seconds / epochs,
+        "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
+        "bytes_sent_per_step": progress.bytes_sent / steps,
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "versions": versions(),
+        **_best_against_last(metrics, progress, settings, data),
+    }
+
+
+def falls_of(metrics: list[dict[str, Any]], settings: TrainSettings, data: Data) -> list[Fall]:
+    """Where robust accuracy was lost, see ``collapse.py``."""
+    return falls(
+        metrics,
+        data.num_classes,
+        held_out=len(data.validation),
+        batch=settings.log_every * settings.batch_size,
+        after=settings.eps_warmup_epochs,
+    )
+
+
+def _best_against_last(
+    metrics: list[dict[str, Any]], progress: Progress, settings: TrainSettings, data: Data
+) -> dict[str, Any]:
+    """Robust accuracy on the held-out split: of the best epoch, and of the last."""
+    lines = [line for line in metrics if "validation_robust_accuracy" in line]
+    if not lines:
+        return {}
+    about = {
+        "split": _HELD_OUT,
+        "n": len(data.validation),
+        "attack": f"PGD-{settings.validation_steps}",
+        "best": progress.best_accuracy,
+        "best_epoch": progress.best_epoch,
+        "last": lines[-1]["validation_robust_accuracy"],
+    }
+    return {"best_against_last": about}

@@ -1,0 +1,89 @@
+"""The other processes of a run: one that hangs or is gone ends it, named in a sentence."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from accelerate import Accelerator
+
+from robust_accel.comm.heartbeat import Heartbeat, Unavailable, is_collective_failure
+from robust_accel.exit_codes import INTERRUPTED, STOPPED, UNAVAILABLE
+from robust_accel.recipe import TrainSettings
+from robust_accel.training.stopping import Stop, Stopped
+
+_REQUEST = {STOPPED: signal.SIGTERM, INTERRUPTED: signal.SIGINT}
+
+
+@contextmanager
+def joining(timeout: float) -> Iterator[None]:
+    """Around what waits for the other processes for the first time.
+
+    Raises:
+        Unavailable: They have not come.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_collective_failure(error):
+            raise
+        number, place = (os.environ.get(key) for key in ("WORLD_SIZE", "MASTER_ADDR"))
+        raise Unavailable(
+            f"not all of {number} processes have come to {place} within {timeout:.0f} s "
+            f"({_cause(error)})"
+        ) from error
+
+
+@contextmanager
+def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
+    """Tell the others what this process does, and hear of them, in this context.
+
+    Args:
+        timeout: Seconds without progress after which a process that does not answer ends the run:
+            this process exits with a sentence, wherever its main thread is.
+        stop: A request to end that reaches another process ends this one in the same way.
+
+    Raises:
+        Unavailable: A collective has failed: the sentence says why.
+    """
+    heartbeat = Heartbeat(timeout, _lost)
+    with heartbeat:
+        try:
+            yield heartbeat
+        except Stopped as stopped:
+            heartbeat.end(stopped.reason, int(str(stopped.code)))
+            raise
+        except Exception as error:
+            if not is_collective_failure(error):
+                raise
+            sentence, code = "", 0
+            with suppress(Stopped), stop.held():  # when one has died, the launcher ends the others
+                sentence, code = heartbeat.explain()
+            if code in _REQUEST:
+                raise Stopped(stop.request or _REQUEST[code]) from error
+            heartbeat.end("another process is gone", UNAVAILABLE)
+            raise Unavailable(f"{sentence} ({_cause(error)})") from error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the other processes for work without steps, whose units the ledger keeps.
+
+    A request to stop ends it at once, and one that hangs or is gone is named, as in training.
+    """
+    timeout = TrainSettings.model_fields["timeout"].default
+    with joining(timeout):
+        Accelerator()
+    with Stop() as stop, watched(timeout, stop) as heartbeat:
+        heartbeat.at("evaluation", 0)
+        yield
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _lost(sentence: str) -> None:
+    print(f"\nrobust-accel: {sentence}", file=sys.stderr, flush=True)
+    os._exit(UNAVAILABLE)
