@@ -1,0 +1,413 @@
+"""What do faults cost? Runs are killed, hung, cut off, starved and corrupted at random moments.
+
+Each must then end as the same run that was left alone: with its weights bit for bit, its metrics,
+its counts and its verdicts; all that differs is lost. The processes are forked from one that has
+imported everything, as in the tests; `launcher killed` and the network's faults start real ones
+(Linux, root and `iproute2`, else they are left out). Seconds: from the restart to the first
+checkpoint, or the end, that is new.
+
+    .venv/bin/python benchmarks/faults.py [--only killed nan] [--times 12] [--seed 0]
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "training"), str(Path(__file__).parent)]
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+import _network  # noqa: E402
+import psutil  # noqa: E402
+from launching import CPU, ZERO2, Forked, Launched, counts, weights  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from test_networks import Inside  # noqa: E402
+
+from robust_accel.evaluation.ledger import read_records  # noqa: E402
+from robust_accel.exit_codes import STOPPED, UNAVAILABLE, UNWRITABLE, USAGE  # noqa: E402
+from robust_accel.run_folder import RunFolder  # noqa: E402
+
+RUN = """
+    train quickstart communication.name=qsgd communication.bits=8 data.train_size=448
+    data.validation_size=64 train.batch_size=32 train.epochs=4 train.checkpoint_every=5
+    train.log_every=1 train.select=best train.validation_steps=2 train.ema_decay=0.9
+    train.timeout=8s attack.num_steps=2 attack.step_size=0.1 evaluate.autoattack=null
+    evaluate.images=120 evaluate.batch_size=20 evaluate.pgd.num_steps=5
+""".split()
+ENGINES: dict[str, tuple[int, dict[str, str]]] = {
+    "one process": (1, {}),
+    "DDP": (2, CPU),
+    **{
+        f"ZeRO {stage}": (2, ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
+        for stage in range(3)
+    },
+}
+# Where a kill is aimed at: what is then in the folder. Elsewhere it comes at a random moment.
+MOMENTS = {
+    "in a checkpoint": "checkpoints/incomplete-step-*",
+    "at a manifest": "checkpoints/incomplete-step-*/*manifest*",
+    "in best.safetensors": "checkpoints/.incomplete-*best*",
+    "in the model": "**/.incomplete-*model*",
+    "in the report": ".incomplete-*report*",
+    "in evaluation": "measurements/process-*.jsonl",
+}
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    fault: str
+    times: int = 0
+    lost: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    about: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        took = sorted(self.seconds)
+        cells = f"{statistics.median(took):.1f} ({took[-1]:.1f})" if took else ""
+        about = ", ".join(f"{number} {what}" for what, number in self.about.most_common())
+        lost = f"{len(self.lost)}" + (f": {'; '.join(self.lost)}" if self.lost else "")
+        return f"| {self.fault} | {self.times} | {lost} | {cells} | {about} |"
+
+
+class Lab:
+    """Runs of one kind, and what they should end as.
+
+    Args:
+        root: Of all their folders.
+        engine: A key of `ENGINES`.
+    """
+
+    def __init__(self, root: Path, engine: str, draws: random.Random) -> None:
+        self.root, self.engine, self.draws = root / engine.replace(" ", "-"), engine, draws
+        self.numbers = itertools.count()
+        began = time.monotonic()
+        self.whole = self.folder()
+        code, output = self.start(self.whole).wait()
+        assert code == 0, output
+        self.seconds = time.monotonic() - began
+
+    def folder(self) -> RunFolder:
+        """One for a new run."""
+        return RunFolder(self.root / f"run{next(self.numbers)}")
+
+    def start(self, folder: RunFolder, *more: str) -> Forked:
+        number, environment = ENGINES[self.engine]
+        command = (*RUN, f"output={folder.path}", "--quiet", *more)
+        return Forked(*command, num_processes=number, environment=environment)
+
+    def resumed(self, folder: RunFolder, row: Row, *more: str) -> None:
+        """Go on to the end, and note what was lost."""
+        process, new = self.start(folder, "--resume", *more), self.progress(folder, row)
+        while process.running() and not new():
+            time.sleep(0.02)
+        new(ended=True)
+        code, output = process.wait()
+        fault = f"code {code}: {output.strip().splitlines()[-1:]}" if code else self.loss(folder)
+        if fault:
+            row.lost.append(fault)
+
+    def progress(self, folder: RunFolder, row: Row) -> Callable[..., bool]:
+        """A function that notes how long it takes until something is done that was not before."""
+        began, before = time.monotonic(), _done(folder)
+
+        def new(ended: bool = False) -> bool:
+            if before is not None and (ended or _done(folder) != before):
+                row.seconds.append(time.monotonic() - began)
+                return True
+            return False
+
+        return new
+
+    def loss(self, folder: RunFolder) -> str:
+        """In what a run differs from the one that was left alone; nothing if in nothing."""
+        expected, found = weights(self.whole.path), weights(folder.path)
+        if not all(expected[key].equal(found[key]) for key in expected | found):
+            return "other weights"
+        if counts(folder) != counts(self.whole):
+            return "other metrics"
+        verdicts = [[r["outcomes"] for r in read_records(f.path)] for f in (folder, self.whole)]
+        if _without_seconds(verdicts[0]) != _without_seconds(verdicts[1]):
+            return "other verdicts"
+        left = [str(p) for p in folder.path.rglob("*incomplete*")] + [
+            str(p) for p in folder.path.rglob("replaced-*")
+        ]
+        return f"left behind: {left}" if left else ""
+
+
+def _done(folder: RunFolder) -> tuple[str, ...] | None:
+    return tuple(path.name for path in folder.steps()) + (str(folder.report.exists()),)
+
+
+def _without_seconds(verdicts: list[dict]) -> list[dict]:
+    return [{k: v for k, v in outcome.items() if "second" not in k} for outcome in verdicts]
+
+
+def until(condition: Callable[[], object], process: Forked, limit: float = 60) -> bool:
+    """Wait until something is so; false if the process ends before."""
+    deadline = time.monotonic() + limit
+    while process.running() and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+# ---- the faults ---------------------------------------------------------------------------------
+
+
+def killed(lab: Lab, times: int) -> Row:
+    """All processes at once, by SIGKILL; and again after each restart."""
+    row, folder = Row(f"killed, {lab.engine}"), lab.folder()
+    aims = itertools.cycle([*MOMENTS, None, None])
+    while row.times < times:
+        aim = next(aims)
+        process, new = lab.start(folder, "--resume"), lab.progress(folder, row)
+        if aim is None:
+            moment = time.monotonic() + lab.draws.uniform(0, lab.seconds)
+            hit = until(lambda at=moment: new() or time.monotonic() > at, process)
+            hit = until(lambda at=moment: time.monotonic() > at, process)
+        else:
+            old = set(folder.path.glob(MOMENTS[aim]))
+            hit = until(lambda o=old, a=aim: set(folder.path.glob(MOMENTS[a])) - o, process)
+            time.sleep(lab.draws.uniform(0, 0.01))
+        if hit and process.running():
+            process.kill()
+            row.times += 1
+            row.about[aim or "anywhere"] += 1
+            continue
+        new(ended=True)
+        code, output = process.wait()
+        fault = f"code {code}: {output.strip().splitlines()[-1:]}" if code else lab.loss(folder)
+        row.lost += [fault] if fault else []
+        folder = lab.folder()
+    lab.resumed(folder, row)
+    return row
+
+
+def stopped(lab: Lab, times: int) -> Row:
+    """By SIGTERM, SIGUSR1 or SIGINT to one of them, while they train or evaluate."""
+    row = Row(f"signal to one, {lab.engine}")
+    while row.times < times:
+        folder, moment = lab.folder(), time.monotonic() + lab.draws.uniform(1, lab.seconds)
+        process = lab.start(folder)
+        if until(lambda at=moment: time.monotonic() > at, process):
+            number = lab.draws.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+            os.kill(lab.draws.choice(process.processes).pid, number)
+            code, output = process.wait()
+            row.times += 1
+            row.about[f"{number.name}"] += 1
+            if code not in (STOPPED, 130) or "--resume goes on" not in output:
+                row.lost.append(f"code {code}: {output.strip().splitlines()[-1:]}")
+            lab.resumed(folder, row)
+        else:
+            process.wait()
+    return row
+
+
+def rank_gone(lab: Lab, times: int, number: signal.Signals) -> Row:
+    """One process hangs (SIGSTOP) or is lost (SIGKILL); the other one must say so and end."""
+    row = Row(f"one process {'hangs' if number == signal.SIGSTOP else 'is lost'}, {lab.engine}")
+    while row.times < times:
+        folder, moment = lab.folder(), time.monotonic() + lab.draws.uniform(1, lab.seconds - 0.5)
+        process = lab.start(folder)
+        if not until(lambda at=moment: time.monotonic() > at, process):
+            process.wait()
+            continue
+        victim, other = lab.draws.sample(process.processes, 2)
+        os.kill(victim.pid, number)
+        began = time.monotonic()
+        other.join(30)
+        named = "rank" in process.log.read_text()
+        row.times += 1
+        row.about[f"named in {5 * -(-(time.monotonic() - began) // 5):.0f} s or less"] += named
+        if other.exitcode != UNAVAILABLE or not named:
+            row.lost.append(f"code {other.exitcode}: {process.log.read_text().splitlines()[-1:]}")
+        process.kill()
+        lab.resumed(folder, row)
+    return row
+
+
+def launcher_killed(lab: Lab, times: int) -> Row:
+    """The launcher alone, by SIGKILL: its processes must end by themselves."""
+    row = Row("launcher killed, DDP")
+    for _ in range(times):
+        folder = lab.folder()
+        process = Launched(*RUN, f"output={folder.path}", "--quiet")
+        while process.running() and not folder.steps():
+            time.sleep(0.02)
+        ranks = psutil.Process(process.process.pid).children(recursive=True)
+        process.process.kill()
+        began = time.monotonic()
+        left = psutil.wait_procs(ranks, timeout=20)[1]
+        row.times += 1
+        row.about[f"ended in {5 * -(-(time.monotonic() - began) // 5):.0f} s or less"] += not left
+        row.lost += [f"{len(left)} processes go on"] if left else []
+        for rank in left:
+            rank.kill()
+        lab.resumed(folder, row)
+    return row
+
+
+def link_cut(lab: Lab, times: int) -> Row:
+    """Two machines (namespaces), and the link between them goes down."""
+    row = Row("link cut, DDP on two nodes")
+    for _ in range(times):
+        folder = lab.folder()
+        with _network.network(2, "none") as nodes:
+            common = {"MASTER_ADDR": f"{_network.SUBNET}.1", "MASTER_PORT": "29513"}
+            ranks = [
+                Inside(
+                    node, "robust_accel", *RUN, f"output={folder.path}", "--quiet",
+                    log=lab.root / f"node{rank}.log", RANK=str(rank), LOCAL_RANK="0",
+                    WORLD_SIZE="2", **common,
+                )
+                for rank, node in enumerate(nodes)
+            ]  # fmt: skip
+            while ranks[0].running() and not folder.steps():
+                time.sleep(0.02)
+            subprocess.run(["ip", "-n", nodes[1], "link", "set", "eth0", "down"], check=True)
+            ends = [rank.process.wait(60) for rank in ranks]
+        row.times += 1
+        row.about["both sides name the other"] += ends == [UNAVAILABLE] * 2
+        row.lost += [] if ends == [UNAVAILABLE] * 2 else [f"codes {ends}"]
+        lab.resumed(folder, row)
+    return row
+
+
+def two_owners(lab: Lab, times: int) -> Row:
+    """Two runs start in one folder at once."""
+    row = Row(f"two owners, {lab.engine}")
+    for _ in range(times):
+        folder = lab.folder()
+        both = [lab.start(folder), lab.start(folder, "--resume")]
+        ends = [process.wait() for process in both]
+        row.times += 1
+        codes = sorted(code for code, _ in ends)
+        row.about["one refused" if codes == [0, USAGE] else "one after the other"] += 1
+        fault = lab.loss(folder) if codes in ([0, USAGE], [0, 0]) else f"codes {codes}"
+        row.lost += [fault] if fault else []
+    return row
+
+
+def flipped(lab: Lab, _: int) -> Row:
+    """One bit of each file of the newest checkpoint, and of best.safetensors."""
+    row, cut = Row(f"bit flipped, {lab.engine}"), lab.folder()
+    process = lab.start(cut)
+    until(lambda: len(cut.steps()) > 1 and cut.best.exists(), process)
+    process.kill()
+    names = [p.relative_to(cut.path) for p in cut.steps()[-1].rglob("*") if p.is_file()]
+    for name in [*names, cut.best.relative_to(cut.path)]:
+        folder = lab.folder()
+        shutil.copytree(cut.path, folder.path)
+        content = bytearray((folder.path / name).read_bytes())
+        content[lab.draws.randrange(len(content))] ^= 1 << lab.draws.randrange(8)
+        (folder.path / name).write_bytes(content)
+        row.times += 1
+        lab.resumed(folder, row)
+    row.about["files"] = row.times
+    return row
+
+
+def nan(lab: Lab, _: int) -> Row:
+    """NaN or Inf in one process, at the first, a middle and the last step."""
+    row = Row(f"NaN or Inf, {lab.engine}")
+    rank = ENGINES[lab.engine][0] - 1
+    for where, step in itertools.product(
+        ("loss", "value", "gradient", "weight", "buffer"), (1, 27, 48)
+    ):
+        folder = lab.folder()
+        faulty = ("objective.name=faulty:Faulty", f"objective.at=[{step}]")
+        faulty += (f"objective.where={where}", f"objective.rank={rank}")
+        code, output = lab.start(folder, *faulty, f"objective.number={'nan inf'.split()[step % 2]}").wait()
+        row.times += 1
+        said = "finite" in output
+        row.about["ended in a sentence"] += bool(code == 1 and said and "Traceback" not in output)
+        if code != 1 or not said:
+            row.lost.append(f"{where} at {step}: code {code}")
+        for path in folder.checkpoints.rglob("*.safetensors"):
+            if not all(tensor.isfinite().all() for tensor in load_file(path).values()):
+                row.lost.append(f"{where} at {step}: {path.name} is not finite")
+    return row
+
+
+def disk_full(lab: Lab, times: int) -> Row:
+    """No space is left in the middle; then there is, and the run goes on."""
+    row = Row(f"disk full, {lab.engine}")
+    disk = lab.root / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    size = sum(p.stat().st_size for p in lab.whole.steps()[-1].rglob("*") if p.is_file())
+    for _ in range(times):
+        subprocess.run([*mount, "size=256m", "tmpfs", str(disk)], check=True)
+        folder = RunFolder(disk / "run")
+        process = lab.start(folder)
+        until(lambda f=folder: f.steps(), process)
+        free = int(lab.draws.uniform(0.1, 1.5) * size)
+        (disk / "other").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - free)))
+        code, output = process.wait()
+        row.times += 1
+        row.about["said in a sentence"] += code == UNWRITABLE and "Traceback" not in output
+        row.about["had room"] += code == 0
+        if code not in (UNWRITABLE, 0):
+            row.lost.append(f"code {code}: {output.strip().splitlines()[-1:]}")
+        (disk / "other").unlink()
+        lab.resumed(folder, row)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return row
+
+
+def rows(only: list[str], times: int, root: Path, draws: random.Random) -> Iterator[Row]:
+    one, ddp = ("one process", "DDP")
+    plan: list[tuple[str, str, Callable[[Lab], Row]]] = [
+        *(("killed", engine, lambda lab: killed(lab, times)) for engine in ENGINES),
+        *(("signal", engine, lambda lab: stopped(lab, max(1, times // 4))) for engine in ENGINES),
+        ("hung", ddp, lambda lab: rank_gone(lab, max(1, times // 4), signal.SIGSTOP)),
+        ("lost", ddp, lambda lab: rank_gone(lab, max(1, times // 4), signal.SIGKILL)),
+        ("launcher", ddp, lambda lab: launcher_killed(lab, max(1, times // 6))),
+        ("cut", ddp, lambda lab: link_cut(lab, max(1, times // 6))),
+        ("owners", one, lambda lab: two_owners(lab, max(1, times // 2))),
+        *(("flipped", engine, lambda lab: flipped(lab, times)) for engine in (one, ddp, "ZeRO 2")),
+        *(("nan", engine, lambda lab: nan(lab, times)) for engine in (one, ddp)),
+        ("disk", one, lambda lab: disk_full(lab, max(1, times // 4))),
+    ]
+    labs: dict[str, Lab] = {}
+    for name, engine, fault in plan:
+        if not only or name in only:
+            if engine not in labs:
+                labs[engine] = Lab(root, engine, draws)
+            yield fault(labs[engine])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="killed, signal, hung, lost, ...")
+    parser.add_argument("--times", type=int, default=12, help="kills an engine; others less")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print("| fault | times | lost | seconds to recover: median (most) | |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as root:
+        draws = random.Random(options.seed)
+        for row in rows(options.only, options.times, Path(root), draws):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
