@@ -63,7 +63,7 @@ def read_images(
     if len(bad) == len(pictures):
         raise ValueError(next(iter(bad.values()), "path: there is no image"))
     kept = torch.tensor([i for i in range(len(pictures)) if i not in bad], dtype=torch.int64)
-    left_out = _left_out([*(bad_rows or {}).values(), *bad.values()], len(kept))
+    left_out = left_out_of([*(bad_rows or {}).values(), *bad.values()], len(kept))
     if settings.in_memory:
         augment = settings.augment == "crop_flip"
         memory = MemoryImages(pixels, labels[kept], augment=augment, seed=seed)
@@ -141,7 +141,7 @@ def _several_sizes(pictures: Pictures, sizes: dict[str, list[int]]) -> ValueErro
     )
 
 
-def _left_out(reasons: list[str], kept: int) -> LeftOut | None:
+def left_out_of(reasons: list[str], kept: int) -> LeftOut | None:
     """What is told, and what reports say."""
     if not reasons:
         return None
