@@ -85,7 +85,7 @@ def checked_labels(
         bad[row] = f"row {row} of {where} has {'no label' if missing[row] else has}"
     if bad and (not skip or len(bad) == len(values)):
         others = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        raise ValueError(f"{key}: {next(iter(bad.values()))}{others}; {SKIP}")
+        raise ValueError(f"{key}: {next(iter(bad.values()))}{others}" + f"; {SKIP}" * (not skip))
     return torch.from_numpy(values), bad
 
 
