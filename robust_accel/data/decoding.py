@@ -17,6 +17,7 @@ _COLOUR = ("RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION = 274  # tag of EXIF
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 SKIP = "data.on_bad: skip leaves such images out"
+_MOST_PIXELS = 178_956_970  # PIL's own limit, if nobody has switched it off
 _MAIN_IS_FIRST = ("MPO", "PSD")  # a photo and its previews, a picture and its layers
 
 
@@ -39,6 +40,8 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
         raise UnusableImage("is missing")
     try:
         image = _opened(encoded["bytes"], encoded["path"])
+        if image.width * image.height > _MOST_PIXELS:
+            raise UnusableImage(f"has {image.width} x {image.height} pixels, a bomb by its header")
         if image.format not in _MAIN_IS_FIRST and getattr(image, "n_frames", 1) > 1:
             raise UnusableImage(f"holds {image.n_frames} frames, not one")  # type: ignore[attr-defined]
         image.load()
@@ -54,7 +57,7 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
 
 
 def _opened(content: bytes | None, path: str | None) -> Image.Image:
-    """An image whose header alone is read; PIL refuses more than 178,956,970 pixels here."""
+    """An image whose header alone is read."""
     if content is None and path is not None and "://" in path:
         return datasets.Image().decode_example({"bytes": None, "path": path})
     if content is not None:

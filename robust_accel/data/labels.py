@@ -2,6 +2,7 @@
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def number_of_classes(rows: datasets.Dataset, column: str, num_classes: int | No
     """
     if names := class_names(rows, column):
         return len(names)
-    values, missing = _integers(rows, column)
+    values, missing = _integers(rows.data.column(column))
     present = np.unique(values[~missing & (values >= 0)])
     known = present < (num_classes or _SURELY)
     if num_classes is None:
@@ -42,36 +43,54 @@ def labels_of(
     lowest: int = 0,
     skip: bool = False,
 ) -> tuple[Tensor, dict[int, str]]:
-    """A column of labels, int64 [N], and which rows have none of a class, and why.
+    """See ``checked_labels``: a column of labels."""
+    named = class_names(rows, column) or lowest < 0
+    found, key = rows.data.column(column), f"label_column: {column!r}"
+    more = "" if named else " (or model.num_classes)"
+    return checked_labels(found, number, key, where, lowest=lowest, more=more, skip=skip)
+
+
+def checked_labels(
+    found: pa.ChunkedArray,
+    number: int,
+    key: str,
+    where: str,
+    *,
+    lowest: int = 0,
+    more: str = "",
+    skip: bool = False,
+) -> tuple[Tensor, dict[int, str]]:
+    """Labels, int64 [N], and which rows have none of a class, and why.
 
     Args:
+        found: Integers, [N].
         number: Of classes.
+        key: Of errors.
         where: The rows in words.
         lowest: Label that is allowed.
+        more: What else would be allowed.
         skip: Do not refuse such rows.
 
     Raises:
-        ValueError: ``label_column: ...``: the first such row; with ``skip``, if all are.
+        ValueError: ``key: ...``: the first such row; with ``skip``, if all are.
     """
-    values, missing = _integers(rows, column)
+    values, missing = _integers(found)
     wrong = np.flatnonzero(missing | (values < lowest) | (values >= number))
     allowed = f"0 to {number - 1}" if number else "integers from 0 on"
     allowed += f", and {lowest} for none" if lowest < 0 else ""
-    sparse = "" if class_names(rows, column) or lowest < 0 else " (or model.num_classes)"
     bad = {}
     for row in map(int, wrong):
-        has = f"the label {rows.data.column(column)[row]}, allowed are {allowed}"
-        has += sparse if values[row] >= number else ""
+        has = f"the label {found[row]}, allowed are {allowed}"
+        has += more if values[row] >= number else ""
         bad[row] = f"row {row} of {where} has {'no label' if missing[row] else has}"
     if bad and (not skip or len(bad) == len(values)):
-        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        raise ValueError(f"label_column: {column!r}: {next(iter(bad.values()))}{more}; {SKIP}")
+        others = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
+        raise ValueError(f"{key}: {next(iter(bad.values()))}{others}" + f"; {SKIP}" * (not skip))
     return torch.from_numpy(values), bad
 
 
-def _integers(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+def _integers(found: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """int64 [N], where a larger number is the largest, and where there is none."""
-    found = rows.data.column(column)
     values = found.fill_null(0).to_numpy()
     if values.dtype == np.uint64:
         values = np.minimum(values, np.uint64(2**63 - 1))

@@ -208,7 +208,7 @@ def _left_out(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     """What ``train_size`` leaves out of the training split."""
     splits = load_splits(settings.path, settings.config, settings.on_bad)
     rows = labeled_rows(splits, settings, "train_split").of_classes(settings.classes)
-    read = read_images(rows.pictures, rows.labels, settings, 0)
+    read = read_images(rows.pictures, rows.labels, settings, 0, rows.bad)
     rest = drawn_order(len(read.images))[settings.train_size :]
     if settings.train_size is None or len(rest) == 0:
         raise ValueError(f"unlabeled.{NONE_LEFT_OUT}")

@@ -61,9 +61,10 @@ def read_images(
     else:
         bad = unusable(pictures, settings.num_workers) if skip else {}
     if len(bad) == len(pictures):
-        raise ValueError(next(iter(bad.values()), "path: there is no image"))
+        why = f": {_short(next(iter(bad.values())))}" if bad else ""
+        raise ValueError(f"path: none of {len(pictures)} images can be used{why}")
     kept = torch.tensor([i for i in range(len(pictures)) if i not in bad], dtype=torch.int64)
-    left_out = _left_out([*(bad_rows or {}).values(), *bad.values()], len(kept))
+    left_out = left_out_of([*(bad_rows or {}).values(), *bad.values()], len(kept))
     if settings.in_memory:
         augment = settings.augment == "crop_flip"
         memory = MemoryImages(pixels, labels[kept], augment=augment, seed=seed)
@@ -141,13 +142,17 @@ def _several_sizes(pictures: Pictures, sizes: dict[str, list[int]]) -> ValueErro
     )
 
 
-def _left_out(reasons: list[str], kept: int) -> LeftOut | None:
+def left_out_of(reasons: list[str], kept: int) -> LeftOut | None:
     """What is told, and what reports say."""
     if not reasons:
         return None
-    first = tuple(r.removeprefix("path: ").removesuffix(f"; {SKIP}") for r in reasons[:_NAMED])
+    first = tuple(map(_short, reasons[:_NAMED]))
     of = len(reasons) + kept
     more = ["..."] * (len(reasons) > _NAMED)
     text = "; ".join([*first, *more])
     tell(f"{len(reasons)} of {of} images are left out (data.on_bad: skip): {text}")
     return LeftOut(len(reasons), of, first)
+
+
+def _short(reason: str) -> str:
+    return reason.removeprefix("path: ").removesuffix(f"; {SKIP}")

@@ -1,9 +1,11 @@
 """The images that ``data.unlabeled`` means, and the labels that some of them have."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ from robust_accel.data.classes import Classes, renumbered_labels, tell
 from robust_accel.data.columns import find_image_column, find_label_column
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, seeded_generator
-from robust_accel.data.labels import class_names, labels_of
-from robust_accel.data.reading import LeftOut, by, drawn, read_images
+from robust_accel.data.labels import checked_labels, class_names, labels_of
+from robust_accel.data.reading import LeftOut, by, drawn, left_out_of, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 
@@ -43,7 +45,11 @@ def load_unlabeled(
     try:
         images, left_out = _read(own, settings, rest, classes, seed)
         images, _ = drawn(images, own.size, "size")
-        _check(images, train, classes.number)
+        if images.shape != train.shape:
+            raise ValueError(
+                f"path: the unlabelled images are {by(images.shape)}, the labelled ones "
+                f"{by(train.shape)}"
+            )
     except ValueError as error:
         raise ValueError(f"unlabeled.{error}") from error
     return images, left_out
@@ -66,7 +72,7 @@ def _read(
         rest.labels = torch.full((len(rest),), NO_LABEL)
         return rest, None
     if Path(path).suffix in (".pickle", ".pkl"):
-        return _images_of_pickle(path, settings, seed), None
+        return _images_of_pickle(path, settings, seed, classes.number)
     rows, image_column, where = rows_to_label(own, settings.on_bad)
     labels = torch.full((len(rows),), NO_LABEL)
     bad: dict[int, str] = {}
@@ -120,7 +126,9 @@ def _labels(
     return renumbered_labels(torch.where(kept, labels, NO_LABEL), positions), bad
 
 
-def _images_of_pickle(path: str, settings: DataSettings, seed: int) -> ImageSet:
+def _images_of_pickle(
+    path: str, settings: DataSettings, seed: int, number: int
+) -> tuple[ImageSet, LeftOut | None]:
     """Carmon et al.'s file: ``data`` [N, H, W, C] uint8 and ``extrapolated_targets`` [N]."""
     if not settings.in_memory:
         raise ValueError(f"path: {path} is read with data.in_memory: true only")
@@ -135,25 +143,16 @@ def _images_of_pickle(path: str, settings: DataSettings, seed: int) -> ImageSet:
             f"path: 'extrapolated_targets' of {path} must be one integer an image, [{len(pixels)}],"
             f" found {targets.dtype} {list(targets.shape)}"
         )
-    labels = torch.from_numpy(targets.astype(np.int64))
-    if settings.classes is not None and bool((labels != NO_LABEL).any()):
+    if settings.classes is not None and bool((targets != NO_LABEL).any()):
         raise ValueError(
             f"path: 'extrapolated_targets' of {path} are numbers, but data.classes numbers classes "
             "anew: it cannot be told which class is meant"
         )
+    column = pa.chunked_array([targets.astype(targets.dtype.newbyteorder("="))])
+    about: Any = {"lowest": NO_LABEL, "skip": settings.on_bad == "skip"}
+    labels, bad = checked_labels(column, number, "path: 'extrapolated_targets'", path, **about)
     images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
-    return MemoryImages(images, labels, augment=settings.augment == "crop_flip", seed=seed)
-
-
-def _check(unlabeled: ImageSet, train: ImageSet, num_classes: int) -> None:
-    if unlabeled.shape != train.shape:
-        raise ValueError(
-            f"path: the unlabelled images are {by(unlabeled.shape)}, the labelled ones "
-            f"{by(train.shape)}"
-        )
-    low, high = (int(value) for value in unlabeled.labels.aminmax())
-    if low < NO_LABEL or high >= num_classes:
-        raise ValueError(
-            f"label_column: labels are from {low} to {high}, allowed are 0 to {num_classes - 1}, "
-            f"and {NO_LABEL} for none"
-        )
+    every = MemoryImages(images, labels, augment=settings.augment == "crop_flip", seed=seed)
+    if bad:
+        every = every.subset(torch.tensor([row for row in range(len(labels)) if row not in bad]))
+    return every, left_out_of([*bad.values()], len(every))

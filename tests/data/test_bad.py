@@ -137,6 +137,14 @@ def test_good_images_of_strange_kinds_are_taken() -> None:
         assert open_image({"bytes": large, "path": None}).size == (9500, 9500)
 
 
+def test_a_bomb_is_refused_by_its_header_whatever_pil_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ValueError, match=r"has 50000 x 50000 pixels, a bomb by its header"):
+        open_image({"bytes": png(50_000, 50_000), "path": None})
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in ("pipe.png", "nothing.png", "."):

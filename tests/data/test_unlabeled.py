@@ -208,6 +208,15 @@ def test_arrays_of_a_pickle_are_read(labeled: Path, tmp_path: Path, protocol: in
     assert data.unlabeled.labels.tolist() == [0, 1, 2, 0, 1]
 
 
+def test_rows_of_a_pickle_without_a_class_are_left_out(labeled: Path, tmp_path: Path) -> None:
+    targets = np.array([0, 1, 7, -2, -1], dtype=">i4")
+    path = dump(tmp_path, arrays() | {"extrapolated_targets": targets})
+    data = load(labeled, path, on_bad="skip")
+    assert data.unlabeled.images[:, 0, 0, 0].tolist() == [50, 51, 54]
+    assert data.unlabeled.labels.tolist() == [0, 1, NO_LABEL]
+    assert data.left_out["unlabeled"].images == 2
+
+
 def test_a_pickle_of_python_2_is_read(labeled: Path, tmp_path: Path) -> None:
     """Its module names are numpy's old ones, and its strings have no encoding."""
     text = pickle.dumps(arrays(), protocol=2).replace(b"numpy._core.", b"numpy.core.")
@@ -238,7 +247,11 @@ class Hidden:
         ({"images": np.zeros(3)}, "must hold 'data', uint8"),
         (arrays() | {"data": np.zeros((5, 5, 6, 3))}, "must hold 'data', uint8"),
         (arrays() | {"extrapolated_targets": np.zeros(4, int)}, "one integer an image"),
-        (arrays() | {"extrapolated_targets": np.full(5, 3)}, "labels are from 3 to 3"),
+        (arrays() | {"extrapolated_targets": np.full(5, 3)}, "row 0 of .* has the label 3"),
+        (
+            arrays() | {"extrapolated_targets": np.full(5, 2**64 - 1, np.uint64)},
+            f"label {2**64 - 1}",
+        ),
     ],
 )
 def test_a_pickle_with_anything_else_is_refused_and_nothing_is_executed(
