@@ -14,6 +14,7 @@ from torch import nn
 
 from robust_accel.comm.deepspeed import weights_only_loads
 from robust_accel.files import give_to_umask, written_whole
+from robust_accel.models.weight_files import check_checkpoint
 from robust_accel.run_folder import RunFolder
 
 DataIdentity = dict[str, dict[str, int | str]]
@@ -95,6 +96,7 @@ class Checkpoint:
     def load(self) -> int:
         """Restore the newest checkpoint; returns the number of processes that wrote it."""
         source = self.folder.steps()[-1]
+        check_checkpoint(source)
         with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with weights_only_loads() if with_deepspeed else nullcontext():
             self.accelerator.load_state(str(source))
