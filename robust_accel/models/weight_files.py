@@ -24,6 +24,7 @@ _DEPTH = 50  # of tuples in tuples, where a checkpoint has two or three
 _ITEMS = 10**6  # of a tuple, those of its tuples counted
 _INSTRUCTIONS = 2**23  # of a pickle: some 60 a tensor
 _PICKLES = 5  # of a file without an archive: three about the file, its content, its storages
+_ARCHIVE = b"PK\x03\x04"  # how a file begins that torch takes for one
 _TYPE = 200  # characters of a type's name
 _TENSORS = (".safetensors", ".pkl", ".bin", ".pt", ".pth")  # files that a checkpoint may hold
 _SMALL = 2**20  # elements of a tensor that may be repeated from fewer
@@ -86,8 +87,7 @@ def check_readable(path: Path, *, arrays: bool = False) -> None:
 
 
 def _check_torch_file(file: BufferedReader, size: int, arrays: bool) -> None:
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
+    if file.peek(len(_ARCHIVE))[: len(_ARCHIVE)] != _ARCHIVE:
         for number in range(_PICKLES):
             if number == 0 or file.peek(1):
                 _check_pickle(file, arrays)

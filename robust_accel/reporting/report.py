@@ -48,6 +48,7 @@ def comparison_table(paths: Sequence[str | Path]) -> str:
 
 def certified_table(report: dict[str, Any]) -> list[str]:
     """Certified accuracy at each radius, as lines of Markdown."""
+    report = tidy(report)
     run = Run(RunFolder("."), "", report, report.get("measurements", []))
     return [line for table in certified_tables(run) for line in _table(table)]
 
