@@ -11,7 +11,6 @@ checkpoint, or the end, that is new.
 
 import argparse
 import itertools
-import json
 import os
 import random
 import shutil
@@ -41,13 +40,28 @@ from robust_accel.evaluation.ledger import read_records  # noqa: E402
 from robust_accel.exit_codes import STOPPED, UNAVAILABLE, UNWRITABLE, USAGE  # noqa: E402
 from robust_accel.run_folder import RunFolder  # noqa: E402
 
-RUN = """
-    train quickstart communication.name=qsgd communication.bits=8 data.train_size=448
-    data.validation_size=64 train.batch_size=32 train.epochs=4 train.checkpoint_every=5
-    train.log_every=1 train.select=best train.validation_steps=2 train.ema_decay=0.9
-    train.timeout=8s attack.num_steps=2 attack.step_size=0.1 evaluate.autoattack=null
-    evaluate.images=120 evaluate.batch_size=20 evaluate.pgd.num_steps=5
-""".split()
+RUN = [
+    "train",
+    "quickstart",
+    "communication.name=qsgd",
+    "communication.bits=8",
+    "data.train_size=448",
+    "data.validation_size=64",
+    "train.batch_size=32",
+    "train.epochs=4",
+    "train.checkpoint_every=5",
+    "train.log_every=1",
+    "train.select=best",
+    "train.validation_steps=2",
+    "train.ema_decay=0.9",
+    "train.timeout=8s",
+    "attack.num_steps=2",
+    "attack.step_size=0.1",
+    "evaluate.autoattack=null",
+    "evaluate.images=120",
+    "evaluate.batch_size=20",
+    "evaluate.pgd.num_steps=5",
+]
 ENGINES: dict[str, tuple[int, dict[str, str]]] = {
     "one process": (1, {}),
     "DDP": (2, CPU),
@@ -334,7 +348,9 @@ def nan(lab: Lab, _: int) -> Row:
         folder = lab.folder()
         faulty = ("objective.name=faulty:Faulty", f"objective.at=[{step}]")
         faulty += (f"objective.where={where}", f"objective.rank={rank}")
-        code, output = lab.start(folder, *faulty, f"objective.number={'nan inf'.split()[step % 2]}").wait()
+        code, output = lab.start(
+            folder, *faulty, f"objective.number={['nan', 'inf'][step % 2]}"
+        ).wait()
         row.times += 1
         said = "finite" in output
         row.about["ended in a sentence"] += bool(code == 1 and said and "Traceback" not in output)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
-_LARGEST = 2**28  # bytes of a text, or of a line
+_LARGEST, _LONGEST = 2**28, 2**26  # bytes of a text, and of a line of one
 # Control characters but tabs and line feeds, other line ends, directions, halves of characters.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -100,10 +100,9 @@ def read_text(path: str | Path) -> str:
     """
     try:
         with opened(path) as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            raise ValueError(f"{path} has more than {_LARGEST} bytes: too many for such a file")
-        return content.decode("utf-8")
+            if os.fstat(file.fileno()).st_size > _LARGEST:
+                raise ValueError(f"{path} has more than {_LARGEST} bytes: too many for such a file")
+            return file.read(_LARGEST).decode("utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -132,7 +131,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     try:
         with opened(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LARGEST), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
+                if len(line) > _LONGEST:
+                    raise ValueError(f"{path}, line {number} has more than {_LONGEST} bytes")
                 with suppress(json.JSONDecodeError, UnicodeDecodeError):
                     lines.append(_object(line.decode("utf-8"), f"{path}, line {number}"))
     except OSError as error:

@@ -19,6 +19,7 @@ IMAGENET5000 = "robustbench/imagenet5000"
 """RobustBench's 5000 ImageNet validation images, from the list in its Python package."""
 # sha256 of the images' numbers in the order of RobustBench's list, one a line
 _IMAGENET5000_DIGEST = "75bd138c7bf2638827eda29ccb03a921ae8d6526731d48ad8ef3b8c43a8cba62"
+_LONGEST = 4096  # characters of a file's name
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_val_\d{8}")
 
 
@@ -73,6 +74,8 @@ def _lines(path: Path) -> list[str]:
         raise IdsError(
             f"ids: {str(path)!r} is neither a readable text file nor {IMAGENET5000} ({error})"
         ) from None
+    if any(len(line) > _LONGEST for line in lines):
+        raise IdsError(f"ids: {path} has a line of more than {_LONGEST} characters: no list of ids")
     return [line for line in lines if line]
 
 

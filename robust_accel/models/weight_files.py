@@ -13,6 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +24,9 @@ _DEPTH = 50  # of tuples in tuples, where a checkpoint has two or three
 _ITEMS = 10**6  # of a tuple, those of its tuples counted
 _INSTRUCTIONS = 2**23  # of a pickle: some 60 a tensor
 _PICKLES = 5  # of a file without an archive: three about the file, its content, its storages
+_ARCHIVE = b"PK\x03\x04"  # how a file begins that torch takes for one
+_TYPE = 200  # characters of a type's name
+_TENSORS = (".safetensors", ".pkl", ".bin", ".pt", ".pth")  # files that a checkpoint may hold
 _SMALL = 2**20  # elements of a tensor that may be repeated from fewer
 
 
@@ -51,12 +55,29 @@ def read_weights(path: Path) -> Any:
     return content
 
 
-def check_readable(path: Path) -> None:
-    """Raise ValueError unless it is a file that torch or safetensors can be given."""
+def check_checkpoint(folder: Path) -> None:
+    """Raise ValueError unless all of a checkpoint's files can be given to Accelerate.
+
+    It lets numpy's arrays through, and bytes that are called objects would be pointers.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _TENSORS:
+            try:
+                check_readable(path, arrays=True)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
+def check_readable(path: Path, *, arrays: bool = False) -> None:
+    """Raise ValueError unless it is a file that torch or safetensors can be given.
+
+    Args:
+        arrays: Whether numpy's arrays are allowed in it, and so none of objects.
+    """
     try:
         with opened(path) as file:
             if path.suffix != ".safetensors":
-                _check_torch_file(file, path.stat().st_size)
+                _check_torch_file(file, path.stat().st_size, arrays)
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except OSError as error:
@@ -65,12 +86,11 @@ def check_readable(path: Path) -> None:
         raise ValueError(f"cannot be read: {_first_line(error)}") from error
 
 
-def _check_torch_file(file: BufferedReader, size: int) -> None:
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
+def _check_torch_file(file: BufferedReader, size: int, arrays: bool) -> None:
+    if file.peek(len(_ARCHIVE))[: len(_ARCHIVE)] != _ARCHIVE:
         for number in range(_PICKLES):
             if number == 0 or file.peek(1):
-                _check_pickle(file)
+                _check_pickle(file, arrays)
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -81,10 +101,10 @@ def _check_torch_file(file: BufferedReader, size: int) -> None:
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
                 with archive.open(entry) as part:
-                    _check_pickle(part)
+                    _check_pickle(part, arrays)
 
 
-def _check_pickle(file: Any) -> None:
+def _check_pickle(file: Any, arrays: bool) -> None:
     """Follow a pickle's instructions without doing them; ValueError where its tuples explode.
 
     On the stack and in the memo is what a value would be as a tuple: (depth, items).
@@ -95,6 +115,8 @@ def _check_pickle(file: Any) -> None:
         if number > _INSTRUCTIONS:
             raise ValueError(f"more than {_INSTRUCTIONS} instructions in its pickle")
         name, before, popped = opcode.name, opcode.stack_before, []
+        if arrays and isinstance(argument, str) and _is_of_objects(argument):
+            raise ValueError(f"it may hold arrays of {argument!r}, not of numbers")
         if name == "MARK":
             stack.append(None)
             continue
@@ -119,6 +141,18 @@ def _check_pickle(file: Any) -> None:
         elif name.endswith("PUT"):
             memo[argument] = stack[-1]
         stack += [made] * len(opcode.stack_after)
+
+
+def _is_of_objects(text: str) -> bool:
+    """Whether numpy takes a text for a type of anything but numbers and text."""
+    if not (text.isascii() and text.isprintable()):
+        return False  # an array's bytes, as old protocols write them
+    if len(text) > _TYPE:
+        return "," in text  # a type of many parts
+    try:
+        return np.dtype(text).kind not in "biufcSUMm"
+    except (TypeError, ValueError, SyntaxError):
+        return False
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:

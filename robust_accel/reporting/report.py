@@ -32,7 +32,7 @@ def write_report(folder: RunFolder, *, everything: bool = False) -> str:
     (run,) = read_runs([folder.path], everything=everything)
     config = tidy(read_config(folder.model)) if (folder.model / "config.json").exists() else None
     with refused_by_name(folder):
-        text, html = _markdown(run), page([run])
+        html, text = page([run]), _markdown(run)  # the pictures, which take their time, last
         card = None if config is None else model_card(run, config)
     write_text(folder.path / "report.md", text)
     write_text(folder.path / "report.html", html)
@@ -48,6 +48,7 @@ def comparison_table(paths: Sequence[str | Path]) -> str:
 
 def certified_table(report: dict[str, Any]) -> list[str]:
     """Certified accuracy at each radius, as lines of Markdown."""
+    report = tidy(report)
     run = Run(RunFolder("."), "", report, report.get("measurements", []))
     return [line for table in certified_tables(run) for line in _table(table)]
 

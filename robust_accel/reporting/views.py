@@ -100,12 +100,16 @@ def tidy(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
+# of code that meets other data than it expects
+_FAULTS = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
+
+
 @contextmanager
 def refused_by_name(folder: RunFolder) -> Iterator[None]:
     """Of a run whose files do not hold what they should, this is said, and of which."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+    except _FAULTS as error:
         raise ValueError(
             f"{folder.path} cannot be shown: its files are not as robust-accel writes them "
             f"({type(error).__name__}: {str(error)[:200]})"

@@ -15,6 +15,7 @@ from torch import nn
 
 from robust_accel.comm.deepspeed import weights_only_loads
 from robust_accel.files import give_to_umask, written_whole
+from robust_accel.models.weight_files import check_checkpoint
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.courier import Courier
 from robust_accel.training.manifest import digest_of_file, discard, publish
@@ -91,9 +92,8 @@ class Checkpoint:
         main = self.accelerator.is_main_process
         with self._courier.place(new) as place:
             if main:
-                for left in self.folder.checkpoints.glob(
-                    "*incomplete-*"
-                ):  # by a run that was killed
+                # by a run that was killed
+                for left in self.folder.checkpoints.glob("*incomplete-*"):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 new.mkdir(parents=True)
             own = gather_object([self.own.state_dict()])
@@ -114,6 +114,7 @@ class Checkpoint:
         with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with self._courier.place(source) as place:
             self._courier.hand_out(place)
+            check_checkpoint(place)
             with weights_only_loads() if with_deepspeed else nullcontext():
                 self.accelerator.load_state(str(place))
             self._load_parts(place)

@@ -107,6 +107,10 @@ DOUBLED = b"K\x01K\x02\x86" + b"2\x86" * 60  # 2^60 numbers, if anybody went thr
 BOMB = b"(" + b"X\x10\x00\x00\x00" + b"x" * 16 + b"q\x00" + b"h\x00" * 1000 + b"l"
 PAYLOADS: dict[str, tuple[bytes, str]] = {
     "objects over raw bytes": (dictionary(filled(b"O8", POINTER)), "holds objects"),
+    "objects over raw bytes in a list": (
+        dictionary(b"](cnumpy\nndarray\n((K\x01t" + DTYPE % b"O8" + POINTER + b"tRe"),
+        "holds objects",
+    ),
     "objects by ndarray": (
         dictionary(b"cnumpy\nndarray\n((K\x01t" + DTYPE % b"u1" + POINTER + b"tR"),
         "calls what is no function",

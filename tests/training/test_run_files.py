@@ -1,7 +1,9 @@
 """A run's files: for whom the umask says, none through a link, no model in halves."""
 
 import os
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from robust_accel.commands.certify import certify_model
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.files import INCOMPLETE
 from robust_accel.models import ModelSettings, create_classifier, save_model
+from robust_accel.models.weight_files import check_checkpoint
 from robust_accel.recipe import load_recipe
 from robust_accel.reporting.report import write_report
 from robust_accel.run_folder import RunFolder
@@ -88,6 +91,50 @@ def test_no_command_writes_through_a_link(finished: Path, tmp_path: Path, comman
         COMMANDS[command](folder)
     assert victim.read_text() == "mine"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+POINTER = b"C\x08AAAA\x00\x00\x00\x00"
+STATES = {
+    "a command": b"\x80\x02cos\nsystem\nX%c\x00\x00\x00touch %s\x85R.",
+    "objects over raw bytes": b"\x80\x02}X\x0c\x00\x00\x00random_statecnumpy\nndarray\nK\x01\x85"
+    b"cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R" + POINTER.replace(b"C", b"U") + b"\x87Rs.",
+    "a type of parts": b"\x80\x02cnumpy\ndtype\nX\x04\x00\x00\x00u1,O\x85R.",
+    "deep tuples": b"\x80\x02}q\x00)" + b"\x85" * 500_000 + b"K\x01s.",
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_hostile_checkpoint_is_not_gone_on_from(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    """Accelerate's own files: what it reads of them is not ours to say."""
+    (step,) = RunFolder(finished).steps()
+    folder, marker = tmp_path / step.name, tmp_path / "executed"
+    shutil.copytree(step, folder)
+    program = STATES[name]
+    if name == "a command":
+        program %= (len(str(marker)) + 6, str(marker).encode())
+    state = folder / "random_states_0.pkl"
+    with zipfile.ZipFile(state) as old:
+        parts = {part: old.read(part) for part in old.namelist()}
+    with zipfile.ZipFile(state, "w") as new:
+        for part, content in parts.items():
+            new.writestr(part, program if part.endswith("data.pkl") else content)
+    refused = ""
+    try:
+        check_checkpoint(folder)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert str(state) in refused
+    else:  # then torch itself refuses it
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(state, weights_only=True)
+    assert not marker.exists()
+
+
+def test_a_sound_checkpoint_is_gone_on_from(finished: Path) -> None:
+    check_checkpoint(*RunFolder(finished).steps())
 
 
 def test_a_model_is_whole_whenever_its_writer_dies(
