@@ -165,7 +165,7 @@ class Lab:
 
 
 def _done(folder: RunFolder) -> tuple[str, ...] | None:
-    return tuple(path.name for path in folder.steps()) + (str(folder.report.exists()),)
+    return (*(path.name for path in folder.steps()), str(folder.report.exists()))
 
 
 def _without_seconds(verdicts: list[dict]) -> list[dict]:
@@ -182,6 +182,20 @@ def until(condition: Callable[[], object], process: Forked, limit: float = 60) -
     return False
 
 
+def alive_after(
+    seconds: float, process: Forked, meanwhile: Callable[[], object] = lambda: None
+) -> bool:
+    """Wait so long; false if the process ends before."""
+    moment = time.monotonic() + seconds
+    return until(lambda: (meanwhile(), time.monotonic() > moment)[1], process)
+
+
+def newly(folder: RunFolder, pattern: str) -> Callable[[], bool]:
+    """A function that tells whether there are files that were not there now."""
+    old = set(folder.path.glob(pattern))
+    return lambda: bool(set(folder.path.glob(pattern)) - old)
+
+
 # ---- the faults ---------------------------------------------------------------------------------
 
 
@@ -193,12 +207,9 @@ def killed(lab: Lab, times: int) -> Row:
         aim = next(aims)
         process, new = lab.start(folder, "--resume"), lab.progress(folder, row)
         if aim is None:
-            moment = time.monotonic() + lab.draws.uniform(0, lab.seconds)
-            hit = until(lambda at=moment: new() or time.monotonic() > at, process)
-            hit = until(lambda at=moment: time.monotonic() > at, process)
+            hit = alive_after(lab.draws.uniform(0, lab.seconds), process, new)
         else:
-            old = set(folder.path.glob(MOMENTS[aim]))
-            hit = until(lambda o=old, a=aim: set(folder.path.glob(MOMENTS[a])) - o, process)
+            hit = until(newly(folder, MOMENTS[aim]), process)
             time.sleep(lab.draws.uniform(0, 0.01))
         if hit and process.running():
             process.kill()
@@ -218,9 +229,9 @@ def stopped(lab: Lab, times: int) -> Row:
     """By SIGTERM, SIGUSR1 or SIGINT to one of them, while they train or evaluate."""
     row = Row(f"signal to one, {lab.engine}")
     while row.times < times:
-        folder, moment = lab.folder(), time.monotonic() + lab.draws.uniform(1, lab.seconds)
+        folder = lab.folder()
         process = lab.start(folder)
-        if until(lambda at=moment: time.monotonic() > at, process):
+        if alive_after(lab.draws.uniform(1, lab.seconds), process):
             number = lab.draws.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
             os.kill(lab.draws.choice(process.processes).pid, number)
             code, output = process.wait()
@@ -238,9 +249,9 @@ def rank_gone(lab: Lab, times: int, number: signal.Signals) -> Row:
     """One process hangs (SIGSTOP) or is lost (SIGKILL); the other one must say so and end."""
     row = Row(f"one process {'hangs' if number == signal.SIGSTOP else 'is lost'}, {lab.engine}")
     while row.times < times:
-        folder, moment = lab.folder(), time.monotonic() + lab.draws.uniform(1, lab.seconds - 0.5)
+        folder = lab.folder()
         process = lab.start(folder)
-        if not until(lambda at=moment: time.monotonic() > at, process):
+        if not alive_after(lab.draws.uniform(1, lab.seconds - 0.5), process):
             process.wait()
             continue
         victim, other = lab.draws.sample(process.processes, 2)
@@ -373,7 +384,7 @@ def disk_full(lab: Lab, times: int) -> Row:
         subprocess.run([*mount, "size=256m", "tmpfs", str(disk)], check=True)
         folder = RunFolder(disk / "run")
         process = lab.start(folder)
-        until(lambda f=folder: f.steps(), process)
+        until(folder.steps, process)
         free = int(lab.draws.uniform(0.1, 1.5) * size)
         (disk / "other").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - free)))
         code, output = process.wait()
