@@ -8,6 +8,7 @@ the run: the processes' largest of each; the last lines should be as the third.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,24 +20,12 @@ import psutil
 
 from robust_accel.files import read_lines
 
-RUN = [
-    "train",
-    "quickstart",
-    "--quiet",
-    "communication.name=qsgd",
-    "communication.bits=8",
-    "train.batch_size=64",
-    "data.validation_size=137",
-    "train.log_every=10",
-    "train.checkpoint_every=50",
-    "train.validation_steps=2",
-    "train.select=best",
-    "attack.num_steps=1",
-    "attack.step_size=0.2",
-    "evaluate.autoattack=quick",
-    "evaluate.autoattack_images=40",
-    "evaluate.pgd.num_steps=5",
-]
+RUN = shlex.split("""
+    train quickstart --quiet communication.name=qsgd communication.bits=8 train.batch_size=64
+    data.validation_size=137 train.log_every=10 train.checkpoint_every=50 train.validation_steps=2
+    train.select=best attack.num_steps=1 attack.step_size=0.2 evaluate.autoattack=quick
+    evaluate.autoattack_images=40 evaluate.pgd.num_steps=5
+""")
 STEPS_PER_EPOCH = (1437 - 137) // 64
 
 

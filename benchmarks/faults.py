@@ -13,6 +13,7 @@ import argparse
 import itertools
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -40,28 +41,13 @@ from robust_accel.evaluation.ledger import read_records  # noqa: E402
 from robust_accel.exit_codes import STOPPED, UNAVAILABLE, UNWRITABLE, USAGE  # noqa: E402
 from robust_accel.run_folder import RunFolder  # noqa: E402
 
-RUN = [
-    "train",
-    "quickstart",
-    "communication.name=qsgd",
-    "communication.bits=8",
-    "data.train_size=448",
-    "data.validation_size=64",
-    "train.batch_size=32",
-    "train.epochs=4",
-    "train.checkpoint_every=5",
-    "train.log_every=1",
-    "train.select=best",
-    "train.validation_steps=2",
-    "train.ema_decay=0.9",
-    "train.timeout=8s",
-    "attack.num_steps=2",
-    "attack.step_size=0.1",
-    "evaluate.autoattack=null",
-    "evaluate.images=120",
-    "evaluate.batch_size=20",
-    "evaluate.pgd.num_steps=5",
-]
+RUN = shlex.split("""
+    train quickstart communication.name=qsgd communication.bits=8 data.train_size=448
+    data.validation_size=64 train.batch_size=32 train.epochs=4 train.checkpoint_every=5
+    train.log_every=1 train.select=best train.validation_steps=2 train.ema_decay=0.9
+    train.timeout=8s attack.num_steps=2 attack.step_size=0.1 evaluate.autoattack=null
+    evaluate.images=120 evaluate.batch_size=20 evaluate.pgd.num_steps=5
+""")
 ENGINES: dict[str, tuple[int, dict[str, str]]] = {
     "one process": (1, {}),
     "DDP": (2, CPU),

@@ -70,7 +70,11 @@ def correct_flags(
 def predictions(
     classifier: PixelClassifier, images: ImageSet, batch_size: int, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Predicted classes [N] and their probabilities [N], the same on all processes."""
+    """Predicted classes [N] and their probabilities [N], the same on all processes.
+
+    Raises:
+        ValueError: Logits are NaN or infinite.
+    """
     units = [Unit(u, part) for u, part in enumerate(torch.arange(len(images)).split(batch_size))]
 
     @torch.no_grad()
@@ -81,4 +85,7 @@ def predictions(
     bench = Bench(classifier, images, accelerator, batch_size=batch_size)
     found = bench.share({}, units, compute, "predictions")
     classes = torch.tensor([c for one in found for c in one["classes"]])
-    return classes, torch.tensor([c for one in found for c in one["confidence"]])
+    confidence = torch.tensor([c for one in found for c in one["confidence"]])
+    if bad := int((~confidence.isfinite()).sum()):
+        raise ValueError(f"the model answers {bad} of {len(images)} images with NaN: no labels")
+    return classes, confidence

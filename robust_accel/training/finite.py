@@ -94,7 +94,7 @@ class Watch:
         progress, most = self._progress, self._settings.max_skipped_in_a_row
         if not (self._left_out or self._optimizer.step_was_skipped):
             progress.skipped_in_a_row = 0
-            if self._skips:
+            if self._buffers:
                 torch._foreach_copy_(self._buffers, list(self._model.buffers()))
             return True
         if not (self._skips or self._scales):  # DeepSpeed has not asked
@@ -102,7 +102,7 @@ class Watch:
             return False
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        if self._skips:
+        if self._buffers:
             torch._foreach_copy_(list(self._model.buffers()), self._buffers)
         if progress.skipped_in_a_row > most:
             self.stop(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robust_accel.attacks import PGD, NoAttack
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, bench, correct_flags, evaluate, under_attack
+from robust_accel.evaluation.accuracy import predictions
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Attacker, Bench
 from robust_accel.evaluation.ledger import Ledger
@@ -330,3 +331,15 @@ def test_what_is_not_asked_for_is_not_measured() -> None:
 def test_no_attack_is_clean_accuracy() -> None:
     one, other = (flags_of(a, SETTINGS, Process()) for a in (None, under_attack(NoAttack())))
     assert one.equal(other)
+
+
+def test_nan_is_no_pseudo_label() -> None:
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) / x.flatten(1)  # NaN where a pixel is 0
+
+    images = MemoryImages(
+        torch.ones(3, 1, 1, 2).index_fill(0, torch.tensor([1]), 0), torch.zeros(3)
+    )
+    with pytest.raises(ValueError, match="answers 1 of 3 images with NaN"):
+        predictions(PixelClassifier(Network()), images, 2, Accelerator(cpu=True))

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 
-from robust_accel.recipe import load_recipe
+from robust_accel.recipe import TrainSettings, load_recipe
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.checkpoint import Progress
+from robust_accel.training.finite import Watch
 from robust_accel.training.run import train
 
 TINY = (
@@ -247,3 +251,33 @@ def test_robust_accuracy_that_is_gone_is_told_at_once_and_in_the_report(
     (doubt,) = report["doubts"]
     assert doubt.startswith("robust accuracy on the held-out split is gone: ")
     assert doubt in capsys.readouterr().out.splitlines()
+
+
+def test_what_a_loss_scaler_leaves_out_is_counted_and_no_reason_to_stop(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 1)  # it has no buffers
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    settings = TrainSettings(epochs=1, batch_size=1, precision="fp16", max_skipped_in_a_row=2)
+    progress = Progress()
+    watch = Watch(accelerator, settings, RunFolder(tmp_path), progress, model, optimizer, None)
+    watch.start()
+
+    def step(scale: float) -> bool:
+        loss = model(torch.ones(2)).sum()
+        (scaler.scale(loss) * scale).backward()
+        assert watch.allows(loss, None)
+        optimizer.step()
+        optimizer.zero_grad()
+        return watch.settle()
+
+    assert [step(math.inf), step(1.0), step(math.inf), step(math.inf)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 2)
+    watch.check()
+    with pytest.raises(FloatingPointError, match="allows 2; there is no checkpoint yet"):
+        step(math.inf)
