@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -54,16 +54,17 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
     try:
         yield text
     finally:
-        (folder / OWNER).unlink(missing_ok=True)  # while it is held: the next one makes its own
+        with suppress(OSError):  # the folder may be gone, or filled
+            (folder / OWNER).unlink()  # while it is held: the next one makes its own
+            if is_new:
+                folder.rmdir()
         _owned.discard(file)
         os.close(file)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
     path = folder / OWNER
-    while True:
+    for _ in range(100):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -86,6 +87,7 @@ def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
             return file
         os.close(file)  # an owner has removed it since it was opened
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def _about_this_process() -> str:

@@ -37,6 +37,7 @@ class Courier:
 
     def collect(self, place: Path) -> list[str]:
         """Bring to the first process what only others have written; the names of all files."""
+        self._accelerator.wait_for_everyone()  # all have written
         sizes = self._sizes(place)
         seen = [s for rank, s in enumerate(sizes) if rank not in self._absent]
         names = {name for found in seen for name in found}

@@ -15,7 +15,7 @@ from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.manifest import MANIFEST, publish, read_whole
 from robust_accel.training.run import train
-from robust_accel.training.start import find_start
+from robust_accel.training.start import Start, find_start
 
 SMALL = (
     "train.epochs=2",
@@ -36,6 +36,9 @@ FILES += ("ema.safetensors", "best.safetensors", MANIFEST)
 
 
 ENGINE = {"engine": "torch", "zero_stage": None, "num_processes": 1, "device": "cpu"}
+
+
+QUICK = ("random_states_0.pkl", "deleted")
 
 
 def flip(path: Path) -> None:
@@ -79,6 +82,12 @@ def same_end(one: RunFolder, other: RunFolder) -> bool:
     return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
 
 
+def start_of(folder: RunFolder, *settings: str, engine: dict[str, Any] = ENGINE) -> Start:
+    """Where `train --resume` would begin."""
+    recipe = load_recipe("quickstart", [*SMALL, *settings])
+    return find_start(recipe, folder, engine, resume=True)
+
+
 def names(folder: RunFolder) -> list[str]:
     return [path.name for path in folder.steps()]
 
@@ -117,9 +126,8 @@ def test_every_fault_of_every_file_is_found(finished: RunFolder, name: str, faul
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("random_states_0.pkl", "deleted"),
-        ("optimizer.bin", "flipped"),
-        *(pytest.param(*both, marks=pytest.mark.long) for both in product(FILES, FAULTS)),
+        pytest.param(name, fault, marks=() if (name, fault) == QUICK else pytest.mark.long)
+        for name, fault in product(FILES, FAULTS)
     ],
 )
 def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
@@ -130,6 +138,7 @@ def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     FAULTS[fault](copied.steps()[-1] / name)
+    copied.best.write_bytes(b"weights of an epoch that will be trained again")
     run(copied.path, resume=True)
     said = capsys.readouterr().out
     assert f"step-00000014: {name} " in said
@@ -137,51 +146,44 @@ def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
     assert same_end(copied, finished)
     assert names(copied) == ["step-00000012", "step-00000014"]
     assert (copied.checkpoints / "damaged-step-00000014").is_dir()
-
-
-def test_without_a_whole_checkpoint_nothing_is_begun_anew(copied: RunFolder) -> None:
-    metrics = copied.metrics.read_bytes()
-    for step in copied.steps():
-        FAULTS["flipped"](step / "random_states_0.pkl")
-    with pytest.raises(ValueError, match=r"no whole checkpoint to .*000014.*; .*000012"):
-        run(copied.path, resume=True)
-    shutil.rmtree(copied.checkpoints)
-    copied.model.mkdir()
-    with pytest.raises(ValueError, match="has a trained model and no checkpoint to go on from"):
-        run(copied.path, resume=True)
-    assert copied.metrics.read_bytes() == metrics
-    copied.model.rmdir()  # then it was killed before its first
-    run(copied.path, resume=True)
-
-
-def test_the_best_weights_are_those_of_the_checkpoint(
-    finished: RunFolder, copied: RunFolder
-) -> None:
-    """A run that is killed after a validation has best weights of which no checkpoint knows."""
-    copied.best.write_bytes(b"weights of an epoch that will be trained again")
-    run(copied.path, resume=True)
-    assert same_end(copied, finished)
     assert copied.best.read_bytes() == finished.best.read_bytes()
 
 
-def test_what_makes_it_another_run_is_refused_and_the_rest_said(
-    copied: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(copied: RunFolder) -> None:
+    for step in copied.steps():
+        FAULTS["flipped"](step / "random_states_0.pkl")
+    with pytest.raises(ValueError, match=r"no whole checkpoint to .*000014.*; .*000012"):
+        start_of(copied)
+    shutil.rmtree(copied.checkpoints)
+    copied.model.mkdir()
+    with pytest.raises(ValueError, match="has a trained model and no checkpoint to go on from"):
+        start_of(copied)
+    copied.model.rmdir()  # then it was killed before its first
+    assert start_of(copied) == Start()
+
+
+def test_what_makes_it_another_run_is_refused_and_the_rest_said(copied: RunFolder) -> None:
     for setting, said in (
         ("train.seed=7", "train.seed: 0, now 7"),
         ("schedule.name=constant", "schedule.name: 'onecycle', now 'constant'"),
         ("evaluate.eps=0.1", "evaluate.eps: 0.2, now 0.1"),  # it chooses the best weights
     ):
         with pytest.raises(ValueError, match="was started with other settings") as refused:
-            run(copied.path, setting, resume=True)
+            start_of(copied, setting)
         assert said in str(refused.value)
     copied.recipe.write_text(copied.recipe.read_text().replace("seed: 0", "seed: 7"))
     with pytest.raises(ValueError, match=r"train\.seed: 0, now 7"):  # the checkpoint knows better
-        run(copied.path, "train.seed=7", "evaluate.seed=7", resume=True)
-    run(copied.path, "train.keep=1", "evaluate.images=10", resume=True)
-    said = capsys.readouterr().out
-    changed = "evaluate.images: None, now 10; train.keep: 2, now 1"
-    assert f"changed since the checkpoint: {changed}" in said
+        start_of(copied, "train.seed=7", "evaluate.seed=7")
+    assert start_of(copied, "evaluate.eps=0.2", "output=elsewhere").notes == ()  # as it was
+    assert start_of(copied, "train.keep=1", "evaluate.images=10").notes == (
+        "changed since the checkpoint: evaluate.images: None, now 10; train.keep: 2, now 1",
+    )
+
+
+def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunFolder) -> None:
+    shutil.rmtree(copied.checkpoints)
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.03, now 0\.5"):
+        start_of(copied, "optimizer.lr=0.5")
 
 
 @pytest.mark.parametrize(
@@ -198,26 +200,18 @@ def test_another_engine_cannot_go_on(
     step = copied.steps()[-1]
     about = read_whole(step)["about"] | {"engine": ENGINE | was}
     publish(step, step.with_name("step-00000015"), set(FILES) - {MANIFEST}, about)
-    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
     with pytest.raises(ValueError, match=f"was trained by .*{words}.* cannot read its checkpoints"):
-        find_start(recipe, copied, ENGINE | now, resume=True)
+        start_of(copied, engine=ENGINE | now)
 
 
 def test_what_may_have_changed_is_said(copied: RunFolder) -> None:
-    recipe = load_recipe("quickstart", [*SMALL, f"output={copied.path}"])
-    assert find_start(recipe, copied, ENGINE, resume=True).notes == ()
-    start = find_start(recipe, copied, ENGINE | {"num_processes": 2, "device": "x"}, resume=True)
+    assert start_of(copied).notes == ()
+    start = start_of(copied, engine=ENGINE | {"num_processes": 2, "device": "x"})
     assert start.checkpoint == "step-00000014"
     assert start.notes == (
         "the checkpoint is from 1 processes, not 2: the run goes on, but not bit for bit",
         "the run goes on, perhaps not bit for bit: device cpu, now x",
     )
-
-
-def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunFolder) -> None:
-    shutil.rmtree(copied.checkpoints)
-    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.03, now 0\.5"):
-        run(copied.path, "optimizer.lr=0.5", resume=True)
 
 
 class Killed(BaseException):
