@@ -12,7 +12,13 @@ from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
 from robust_accel.exit_codes import INTERRUPTED, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
 from robust_accel.training.disk import Unwritable
-from robust_accel.training.stopping import Stop, end_without_launcher
+from robust_accel.training.stopping import (
+    Stop,
+    Stopped,
+    end_without_launcher,
+    is_launched,
+    leave,
+)
 
 EXIT_CODES = (
     f"Exit codes: {USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
@@ -39,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(f"robust-accel: {error}", file=sys.stderr)
         return USAGE
+    except Stopped as stopped:
+        if is_launched():
+            leave(stopped.code)
+        raise
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
