@@ -12,7 +12,13 @@ from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
 from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
 from robust_accel.training.disk import Unwritable
-from robust_accel.training.stopping import Stop, end_without_launcher
+from robust_accel.training.stopping import (
+    Stop,
+    Stopped,
+    end_without_launcher,
+    is_launched,
+    leave,
+)
 
 EXIT_CODES = (
     f"Exit codes: {NOT_FINITE} numbers that are not finite ended a training, or a fault of ours; "
@@ -44,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
         say(f"robust-accel: {error}", file=sys.stderr)
         return NOT_FINITE
+    except Stopped as stopped:
+        if is_launched():
+            leave(stopped.code)
+        raise
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone

@@ -50,7 +50,7 @@ class Launched:
     def __init__(self, *arguments: object, flags: tuple[str, ...] = DDP) -> None:
         command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
         command += ["--main_process_port", port(), "-m", "robust_accel"]
-        cpu = CPU if flags == DDP else {}  # it disables DeepSpeed
+        cpu = CPU if flags[: len(DDP)] == DDP else {}  # it disables DeepSpeed
         self.process = subprocess.Popen(
             [*command, *map(str, arguments)],
             env=os.environ | cpu,

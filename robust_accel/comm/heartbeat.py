@@ -92,12 +92,11 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self.is_on:
-            self.end(None if error is None else f"{type(error).__name__}: {error}")
+        self.end(None if error is None else f"{type(error).__name__}: {error}")
 
     def end(self, reason: str | None, code: int = 1) -> None:
         """Say to the others that this process ends, and why if before its time."""
-        if self._closing.is_set():
+        if not self.is_on or self._closing.is_set():
             return
         self._own |= {"ended": reason or "its work is done", "code": code if reason else 0}
         self._closing.set()

@@ -52,7 +52,7 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
         try:
             yield heartbeat
         except Stopped as stopped:
-            heartbeat.end(stopped.reason, int(str(stopped.code)))
+            heartbeat.end(stopped.reason, stopped.code)
             raise
         except Exception as error:
             if not is_collective_failure(error):

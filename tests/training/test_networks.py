@@ -145,10 +145,12 @@ def test_a_lost_node_is_replaced_and_the_run_goes_on(
     folder = RunFolder(tmp_path / "run")
 
     def agent(rank: int) -> Inside:
-        flags = ["--multi_gpu", "--num_processes", 2, "--num_machines", 2, "--machine_rank", rank]
-        flags += ["--main_process_ip", "10.77.0.1", "--main_process_port", port()]
-        flags += ["--rdzv_backend", "c10d", "--max_restarts", 3, "-m", "robust_accel"]
-        command = ("accelerate.commands.launch", *flags, *RUN, f"output={folder.path}")
+        flags = ["--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3, "--rdzv-id", "run"]
+        flags += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.77.0.1:{port()}"]
+        # which machines find out by their names, of which namespaces have the same
+        flags += ["--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", f"10.77.0.{rank + 1}"]
+        flags += ["-m", "robust_accel"]
+        command = ("torch.distributed.run", *flags, *RUN, f"output={folder.path}")
         return Inside(nodes[rank], *command, log=tmp_path / str(rank))
 
     agents = [agent(0), agent(1)]

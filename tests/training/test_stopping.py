@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 from launching import CPU, DDP, Forked, Launched, port, wait_until, weights
 
 from robust_accel.exit_codes import INTERRUPTED, STOPPED
+from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.run import train
+from robust_accel.training.stopping import REQUESTS, Stopped
 
 pytestmark = pytest.mark.launch
 
 RUN = (
     "train",
     "quickstart",
-    "data.train_size=256",
+    "data.train_size=400",
     "train.epochs=2",
     "train.batch_size=16",
     "train.log_every=1",
@@ -57,6 +61,26 @@ def goes_on_to_the_same_end(path: Path, finished: Path) -> None:
     assert lines(path) == lines(finished)
     reports = [RunFolder(folder).read_report() for folder in (path, finished)]
     assert reports[0]["selection"] == reports[1]["selection"]
+
+
+def test_one_process_stops_and_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    recipe = load_recipe("quickstart", [*RUN[2:], f"output={folder.path}"])
+    before = [signal.getsignal(number) for number in REQUESTS]
+
+    def ask() -> None:
+        while not folder.read_metrics():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(Stopped) as stopped:
+        train(recipe, quiet=True)
+    assert stopped.value.code == STOPPED
+    (checkpoint,) = folder.steps()
+    assert int(checkpoint.name.removeprefix("step-")) == folder.read_metrics()[-1]["step"]
+    assert [signal.getsignal(number) for number in REQUESTS] == before
+    assert train(recipe, resume=True, quiet=True)["steps"] == 32
 
 
 @pytest.mark.parametrize(
