@@ -47,7 +47,6 @@ def test_one_process_meets_nan_and_both_skip(tmp_path: Path, engine: str) -> Non
     assert code == 0, output
     report = RunFolder(tmp_path).read_report()
     assert (report["skipped_steps"], report["steps"]) == (2, 6)
-    assert report["parameters_equal_on_all_processes"]
     check_finite(tmp_path)
 
 
