@@ -159,6 +159,8 @@ def first_fault(error: ValidationError) -> str:
     """pydantic's first fault in a short line, whatever a stranger's file has held."""
     fault = error.errors(include_url=False)[0]
     key, found = ".".join(map(str, fault["loc"]))[:200], repr(fault["input"])[:80]
+    if fault["type"] == "missing":
+        return f"{key}: missing: this key is required"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {found} is not allowed: {message[:1].lower()}{message[1:200]}"
 

@@ -124,7 +124,8 @@ class Ledger:
             return record
         found: list[Record] = []
         if self._accelerator.is_main_process:
-            found = [old for old in read_records(self._file.parent) if old["key"] == key][:1]
+            known = read_lines(self._file) if self._file.exists() else []
+            found = [old for old in known if old.get("key") == key][:1]
             if not found:
                 append_line(self._file, record)
                 found = [record]
@@ -161,7 +162,7 @@ def refresh_report(
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, the oldest first.
+    """All records of a folder, the oldest first, as they can be shown.
 
     Raises:
         ValueError: One of them is none.
