@@ -98,16 +98,23 @@ class Builder:
         ]
         for dotted in unread:
             if not any(other.startswith(f"{dotted}.") for other in unread):
-                allowed = listed(key for key in self.every if key in self.sections)
-                self.fault(dotted, f"this command does not read it; it reads {allowed}")
+                read = [name for key in self.every for name in self._read_of(key)]
+                self.fault(dotted, f"this command does not read it; it reads {listed(read)}")
 
     def _is_read(self, section: str, key: str | None = None) -> bool:
+        if section not in self.every:  # a fault of its own
+            return True
+        read = self._read_of(section)
+        return section in read or (bool(read) if key is None else f"{section}.{key}" in read)
+
+    def _read_of(self, section: str) -> list[str]:
+        """A section that is built, or the few keys of one that are read."""
         spec = self.sections.get(section)
         if spec is None:
-            return section not in self.every  # a fault of its own
-        if key is None or isinstance(spec, Mapping) or spec.model_config.get("extra") != "ignore":
-            return True
-        return key in spec.model_fields
+            return []
+        if isinstance(spec, Mapping) or spec.model_config.get("extra") != "ignore":
+            return [section]
+        return [f"{section}.{key}" for key in spec.model_fields]
 
     def _section(self, key: str, spec: Any, tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Build one section: (its component, its settings with every default)."""

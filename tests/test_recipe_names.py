@@ -112,7 +112,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def fault(section: str, name: str) -> str:
     """What a recipe's error says of a name."""
-    with at_once(), pytest.raises(ValueError, match=".") as refused:
+    with at_once(), pytest.raises(ValueError, match=r".") as refused:
         find_component(section, SECTIONS[section], name)
     return one_line(str(refused.value))
 

@@ -168,7 +168,12 @@ def test_trust_imports_it(run: Path, code: Path, tmp_path: Path) -> None:
     ("command", "setting", "said"),
     [
         ("evaluate", "optimizer.lr=1", "optimizer.lr: this command does not read it; it reads mod"),
-        ("evaluate", "train.epochs=1", "train.epochs: this command does not read it"),
+        (
+            "evaluate",
+            "train.epochs=1",
+            "train.epochs: this command does not read it; it reads model, data, "
+            "attack, train.channels_last, evaluate",
+        ),
         ("certify", "evaluate.eps=0.1", "evaluate.eps: this command does not read it"),
     ],
 )
