@@ -2,15 +2,32 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-all test-oldest lint audit
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume
 	$(BIN)/robust-accel train quickstart_standard --resume
 	$(BIN)/robust-accel report runs/quickstart runs/quickstart_standard
 
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/$(PYTEST) -m "not long"
+
+test-all: .venv/installed-dev lint
+	$(BIN)/$(PYTEST)
+
+# every lower bound of pyproject.toml at once
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
+		--resolution lowest-direct --editable ".[deepspeed,tensorboard,trainer,tests]"
+	.venv-oldest/bin/$(PYTEST) -m "not long"
+
+# known vulnerabilities of what is installed
+audit: .venv/installed-dev
+	$(BIN)/pip-audit --skip-editable
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -227,7 +227,7 @@ def _seeded(*key: int) -> Iterator[None]:
 
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator whose stream depends on the whole key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator().manual_seed(seed)
 
 
