@@ -150,7 +150,8 @@ def test_a_lost_node_is_replaced_and_the_run_goes_on(
         # which machines find out by their names, of which namespaces have the same
         flags += ["--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", f"10.77.0.{rank + 1}"]
         flags += ["-m", "robust_accel"]
-        command = ("torch.distributed.run", *flags, *RUN, f"output={folder.path}")
+        # a new node knows of no attempt before its own
+        command = ("torch.distributed.run", *flags, *RUN, f"output={folder.path}", "--resume")
         return Inside(nodes[rank], *command, log=tmp_path / str(rank))
 
     agents = [agent(0), agent(1)]
