@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,7 +54,15 @@ def nodes() -> Iterator[list[str]]:
         names = made.__enter__()
     except (SystemExit, RuntimeError) as error:
         pytest.skip(str(error))
+    # bound over /etc/hosts by `ip netns exec`: torch asks for names, and there is nobody to answer
+    known = "127.0.0.1 localhost\n10.77.0.1 node-0\n10.77.0.2 node-1\n"
+    folders = [Path("/etc/netns") / name for name in names]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "hosts").write_text(known)
     yield names
+    for folder in folders:
+        shutil.rmtree(folder)
     made.__exit__(None, None, None)
 
 
