@@ -7,16 +7,18 @@ not moved for half of the time limit, or a collective has failed.
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch.distributed as dist
+
+from robust_accel.comm.restarts import launchers_store, mark_used
 
 
 class Unavailable(ConnectionError):
@@ -56,7 +58,6 @@ class Heartbeat:
     """
 
     current: ClassVar["Heartbeat | None"] = None
-    _sessions = 0
 
     def __init__(self, timeout: float, lost: Callable[[str], None]) -> None:
         self.timeout, self._lost = timeout, lost
@@ -77,9 +78,9 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self.is_on:
-            Heartbeat._sessions += 1
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._prefix = f"robust_accel/{attempt}/{Heartbeat._sessions}"
+            token = [secrets.token_hex(8)]  # the store may be older than this group
+            dist.broadcast_object_list(token)
+            self._prefix = f"robust_accel/heartbeat/{token[0]}"
             self._store = self._connect()
             self._store.set(str(self._rank), json.dumps(self._own))
             for work in (self._beat, self._watch):
@@ -156,11 +157,9 @@ class Heartbeat:
     # ---- threads ---------------------------------------------------------------------------------
 
     def _connect(self) -> dist.Store:
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=self.timeout)
-        return dist.PrefixStore(
-            self._prefix, dist.TCPStore(*address, timeout=limit, wait_for_workers=False)
-        )
+        store = launchers_store(self.timeout)
+        mark_used(store)
+        return dist.PrefixStore(self._prefix, store)
 
     def _beat(self) -> None:
         """Tell, and listen where there is something to ask. Blocks for ever with the store."""

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from robust_accel.comm.deepspeed import skip_inference_kernel
+from robust_accel.comm.restarts import join_after_restart
 from robust_accel.recipe import TrainSettings
 
 LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
@@ -37,7 +38,11 @@ def create_accelerator(
     """
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
-    group.timeout = timedelta(seconds=settings.timeout + LATER)
+    limit = settings.timeout + LATER
+    group.timeout = timedelta(seconds=limit)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    on_gpu = torch.cuda.is_available() and not on_cpu
+    join_after_restart("nccl" if on_gpu else "gloo", limit)
     accelerator = Accelerator(
         mixed_precision="no" if with_deepspeed else precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
