@@ -102,7 +102,7 @@ class TrainSettings(Settings):
     awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped_in_a_row: Annotated[int, Ge(0)] = 20
+    max_skipped_in_a_row: Annotated[Whole, Ge(0)] = 20
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     select: Literal["best", "last"] = "last"
     validate_every: Annotated[Whole, Ge(1)] = 1
