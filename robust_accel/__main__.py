@@ -41,8 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # a script's own way to be interrupted is left to it
         with nullcontext() if options.command.endswith(".wrap") else Stop():
-            # late: a command imports what it needs, and --help nothing
-            return importlib.import_module(options.command).run(options)
+            try:
+                # late: a command imports what it needs, and --help nothing
+                return importlib.import_module(options.command).run(options)
+            except Stopped as stopped:
+                if is_launched():
+                    leave(stopped.code)  # while further signals are still caught
+                raise
     except ValueError as error:
         tell = print if getattr(error, "of_one_process", False) else say
         tell(f"robust-accel: {error}", file=sys.stderr)
@@ -50,10 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
         say(f"robust-accel: {error}", file=sys.stderr)
         return NOT_FINITE
-    except Stopped as stopped:
-        if is_launched():
-            leave(stopped.code)
-        raise
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone

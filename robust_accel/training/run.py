@@ -96,7 +96,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
         with owned(folder, accelerator, lambda text: _say(text, accelerator)):
             engine = engine_of(accelerator)
             start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
-            data, about = _checked_data(recipe, start, accelerator.num_processes)
+            data, about = _checked_data(recipe, start, accelerator)
             torch.manual_seed(settings.seed)  # the same first weights on every process
             classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
             about |= {"settings": recipe.settings, "engine": engine}
@@ -120,8 +120,8 @@ def _checked_data(recipe: Recipe, start: Start, num_processes: int) -> tuple[Dat
         "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
     )
     identity = data.identity()
-    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test)))
-    recipe.checked("train", lambda: batches(recipe, data, 0, num_processes))
+    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test), accelerator))
+    recipe.checked("train", lambda: batches(recipe, data, 0, accelerator.num_processes))
     recipe.checked("data", lambda: check_labels(recipe, data))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         AutoAttackEvaluation(recipe.evaluate, data.num_classes)

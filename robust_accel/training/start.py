@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 
+from robust_accel.evaluation.ledger import told_to_all
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
@@ -100,7 +101,9 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     return Start(checkpoint, about, tuple(notes))
 
 
-def check_same_data(start: Start, data: DataIdentity, num_test: int) -> None:
+def check_same_data(
+    start: Start, data: DataIdentity, num_test: int, accelerator: Accelerator
+) -> None:
     """Refuse other data than the run's, or than another process's.
 
     Args:
@@ -111,7 +114,7 @@ def check_same_data(start: Start, data: DataIdentity, num_test: int) -> None:
         ValueError: ``path: ...``: images are more, fewer or others, or have other labels.
     """
     own = {name: _images_in_words(about) for name, about in data.items()}
-    everywhere = gather_object([own | {"test": f"{num_test} images"}])
+    everywhere = told_to_all([own | {"test": f"{num_test} images"}], accelerator)
     for rank, sets in enumerate(everywhere):
         for name, about in everywhere[0].items():
             if sets.get(name) != about:  # of an image that one fails to read, say

@@ -147,6 +147,8 @@ def leave(code: int) -> NoReturn:
 
     Launchers kill what is slow to go, and then know nothing of its code.
     """
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
