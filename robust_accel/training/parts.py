@@ -1,8 +1,32 @@
 """What a run is made of, from its recipe and data."""
 
-from robust_accel.data import Data, TrainingBatches
+from typing import Any
+
+from accelerate import Accelerator
+
+from robust_accel.data import Data, TrainingBatches, load_data
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier
 from robust_accel.recipe import Recipe
+from robust_accel.training.start import Start, check_same_data
+
+
+def checked_data(
+    recipe: Recipe, start: Start, accelerator: Accelerator
+) -> tuple[Data, dict[str, Any]]:
+    """The images, and what a checkpoint says of them; or what is wrong with them."""
+    assert recipe.train is not None
+    seed, ids, number = recipe.train.seed, recipe.evaluate.ids, recipe.model.num_classes
+    data = recipe.checked(
+        "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
+    )
+    identity = data.identity()
+    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test), accelerator))
+    recipe.checked("train", lambda: batches(recipe, data, 0, accelerator.num_processes))
+    recipe.checked("data", lambda: check_labels(recipe, data))
+    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
+        AutoAttackEvaluation(recipe.evaluate, data.num_classes)
+    return data, {"data": identity}
 
 
 def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:

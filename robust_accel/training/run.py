@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 from robust_accel.comm import compress_gradients
 from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
-from robust_accel.data import Data, load_data
+from robust_accel.data import Data
 from robust_accel.evaluation import evaluate, under_attack
-from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
@@ -42,9 +41,9 @@ from robust_accel.training.facts import facts_of_training, falls_of
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import Averages, Metrics
-from robust_accel.training.parts import batches, check_labels, classifier_for
+from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
-from robust_accel.training.start import Start, check_same_data, engine_of, find_start
+from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 
 
@@ -96,7 +95,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
         with owned(folder, accelerator, lambda text: _say(text, accelerator)):
             engine = engine_of(accelerator)
             start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
-            data, about = _checked_data(recipe, start, accelerator)
+            data, about = checked_data(recipe, start, accelerator)
             torch.manual_seed(settings.seed)  # the same first weights on every process
             classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
             about |= {"settings": recipe.settings, "engine": engine}
@@ -110,22 +109,6 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
 def _check_output(folder: RunFolder) -> None:
     folder.check_contained()
     check_writable(folder.path)
-
-
-def _checked_data(recipe: Recipe, start: Start, num_processes: int) -> tuple[Data, dict[str, Any]]:
-    """The images, and what a checkpoint says of them; or what is wrong with them."""
-    assert recipe.train is not None
-    seed, ids, number = recipe.train.seed, recipe.evaluate.ids, recipe.model.num_classes
-    data = recipe.checked(
-        "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
-    )
-    identity = data.identity()
-    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test), accelerator))
-    recipe.checked("train", lambda: batches(recipe, data, 0, accelerator.num_processes))
-    recipe.checked("data", lambda: check_labels(recipe, data))
-    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
-        AutoAttackEvaluation(recipe.evaluate, data.num_classes)
-    return data, {"data": identity}
 
 
 class _Run:
