@@ -6,6 +6,7 @@ A step is PGD-7 and its update by LAMB; the watch of a step, by train.on_nonfini
 that is made once a checkpoint, validation or log line, are timed alone.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,10 +69,17 @@ def measure(name: str, shape: tuple[int, ...]) -> dict[str, float]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.manual_seed(0)
     print("| a step | seconds | stop | skip | a check |\n| --- | --- | --- | --- | --- |")
     for title, (name, shape) in CASES.items():
         found = measure(name, shape)
         shares = (f"{100 * found[key] / found['step']:.2f}%" for key in ("stop", "skip", "check"))
         print(f"| {title} | {found['step']:.3f} | {' | '.join(shares)} |")
+
+
+if __name__ == "__main__":
+    main()

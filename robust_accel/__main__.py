@@ -11,13 +11,14 @@ from pathlib import Path
 from robust_accel.comm.heartbeat import Unavailable
 from robust_accel.commands import is_setting, say
 from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
-from robust_accel.training.disk import Unwritable
+from robust_accel.training.disk import OF_THE_DISK, Unwritable
 from robust_accel.training.stopping import (
     Stop,
     Stopped,
     end_without_launcher,
     is_launched,
     leave,
+    refuse_restart,
 )
 
 EXIT_CODES = (
@@ -51,14 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         tell = print if getattr(error, "of_one_process", False) else say
         tell(f"robust-accel: {error}", file=sys.stderr)
+        refuse_restart()
         return USAGE
     except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
         say(f"robust-accel: {error}", file=sys.stderr)
+        refuse_restart()
         return NOT_FINITE
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
     except Unwritable as error:
+        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
+        return UNWRITABLE
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
         return UNWRITABLE
 

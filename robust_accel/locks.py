@@ -70,6 +70,10 @@ def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # an owner has just removed the folder that it had made
             continue
+        if os.fstat(file).st_nlink > 1:  # it is also another file: leave that one alone
+            os.close(file)
+            path.unlink(missing_ok=True)
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

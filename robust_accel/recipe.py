@@ -109,7 +109,7 @@ class TrainSettings(Settings):
     validation_steps: Annotated[Whole, Ge(1)] = 10
     early_stopping: Annotated[Whole, Ge(1)] | None = None
     checkpoint_every: Annotated[Whole, Ge(1)] | None = None
-    keep: Annotated[Whole, Ge(1)] = 2
+    keep: Annotated[Whole, Ge(2)] = 2
     max_time: Duration | None = None
     timeout: Annotated[Duration, Ge(5)] = 600.0
     log_every: Annotated[Whole, Ge(1)] = 50

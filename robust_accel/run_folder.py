@@ -102,7 +102,19 @@ class RunFolder:
         write_json(self.report, report)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.metrics) if self.metrics.exists() else []
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: One of them says no step, or an epoch that is none.
+        """
+        lines = read_lines(self.metrics) if self.metrics.exists() else []
+        for line in lines:
+            step, epoch = line.get("step"), line.get("epoch", 0)
+            if not isinstance(step, int) or not isinstance(epoch, int | float):
+                raise ValueError(
+                    f"{self.metrics}: a line is of step {step!r:.40}, epoch {epoch!r:.40}"
+                )
+        return lines
 
     def truncate_metrics(self, step: int, *, validated: bool = True) -> None:
         """Drop lines after the step that a run continues from: they will be written again.

@@ -113,8 +113,12 @@ def parse_duration(value: object) -> object:
         )
         found = [float(part or 0) for part in parts.groups()] if parts else [0.0]
         seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1), strict=False))
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e9:
-        raise ValueError("write 3h50m, 90m, 45s or a number of seconds above 0")
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not 1e-3 <= seconds < 1e9
+    ):
+        raise ValueError("write 3h50m, 90m, 45s or a number of seconds, at least 0.001")
     return seconds
 
 

@@ -72,6 +72,7 @@ def namespaces() -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
+@pytest.mark.long
 def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
     if not has_namespaces():
         pytest.skip("needs root, ip, tc and network namespaces")
@@ -112,6 +113,7 @@ def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
     assert "1/4.00" in lines[3]
 
 
+@pytest.mark.long
 def test_regimes_trains_labels_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_wrap_a_model() -> None:
     assert load("wrap_a_model").main(epochs=4) > 0.3  # one in ten would be chance
 
@@ -32,6 +33,7 @@ def test_measure_a_model() -> None:
     assert 0 < found["radius"] < 1
 
 
+@pytest.mark.long
 def test_transformers_trainer(tmp_path: Path) -> None:
     found = load("transformers_trainer").main(str(tmp_path), epochs=1)
     assert found["eval_clean_accuracy"] > 0.2  # one in ten would be chance
@@ -39,6 +41,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.long
 def test_deepspeed_zero2() -> None:
     script = EXAMPLES / "deepspeed_zero2.py"
     code, output = Forked(environment=ZERO2, script=script).wait()

@@ -76,6 +76,7 @@ def contend(folder: Path, together: Any, won: Any) -> None:
         together.wait()
 
 
+@pytest.mark.long
 def test_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
     for trial in range(20):
         together, won = CONTEXT.Barrier(4), CONTEXT.Value("i", 0)

@@ -86,7 +86,7 @@ def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("name", names("cifar10"))
+@pytest.mark.parametrize("name", most_long(names("cifar10"), "dat_pgd", "trades", "mart"))
 def test_cifar10(
     name: str,
     small_images: Path,
@@ -123,7 +123,7 @@ def test_cifar10(
     assert (pgd["attack"]["num_steps"], pgd["images"]["n"]) == (20, 8)
 
 
-@pytest.mark.parametrize("name", names("imagenet"))
+@pytest.mark.parametrize("name", most_long(names("imagenet"), "dat_fgsm"))
 def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         f"imagenet/{name}",

@@ -96,7 +96,11 @@ class Heartbeat:
         self.end(None if error is None else f"{type(error).__name__}: {error}")
 
     def end(self, reason: str | None, code: int = 1) -> None:
-        """Say to the others that this process ends, and why if before its time."""
+        """Say to the others that this process ends, and why if before its time.
+
+        Args:
+            code: Its exit code, or the negative of the signal that has asked it to end.
+        """
         if not self.is_on or self._closing.is_set():
             return
         self._own |= {"ended": reason or "its work is done", "code": code if reason else 0}

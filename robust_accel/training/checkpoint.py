@@ -1,5 +1,6 @@
 """Checkpoints of everything that a run needs to continue as if nothing had happened."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -121,10 +122,7 @@ class Checkpoint:
         if self.accelerator.is_main_process:
             steps = self.folder.steps()
             for path in steps[steps.index(source) + 1 :]:  # out of the way, but not lost
-                damaged = path.with_name(f"damaged-{path.name}")
-                if damaged.exists():
-                    discard(damaged)
-                path.rename(damaged)
+                path.rename(_unused(path.with_name(f"damaged-{path.name}")))
 
     def save_best(self, module: nn.Module) -> None:
         """Keep weights as the best ones; the first process does."""
@@ -137,10 +135,18 @@ class Checkpoint:
         Raises:
             ValueError: They are not what was saved.
         """
+        load_weights(module, self._whole_best())
+
+    def _whole_best(self) -> Path:
+        """The best weights as they were saved, or their copy in a checkpoint."""
         best = self.folder.best
-        if not best.exists() or digest_of_file(best) != self.progress.best_digest:
-            raise ValueError(f"{best} is not what was written: --resume restores it")
-        load_weights(module, best)
+        for path in (best, *(step / best.name for step in reversed(self.folder.steps()))):
+            if path.exists() and digest_of_file(path) == self.progress.best_digest:
+                return path
+        raise ValueError(
+            f"{best} is not what was written, nor is a copy of it in a checkpoint: restore it, or "
+            "start another run"
+        )
 
     def _save_parts(self, folder: Path, own: list[dict[str, Any]]) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -148,7 +154,7 @@ class Checkpoint:
         if self.ema is not None:
             save_weights(self.ema, folder / "ema.safetensors")
         if self.progress.best_digest:
-            shutil.copyfile(self.folder.best, folder / self.folder.best.name)
+            shutil.copyfile(self._whole_best(), folder / self.folder.best.name)
 
     def _load_parts(self, folder: Path) -> None:
         state = torch.load(folder / "progress.pt", map_location="cpu", weights_only=True)
@@ -170,6 +176,12 @@ class Checkpoint:
                 shutil.copyfile(kept, temporary)
         else:
             self.folder.best.unlink(missing_ok=True)
+
+
+def _unused(path: Path) -> Path:
+    """This name, or with the first number behind it that nothing has."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

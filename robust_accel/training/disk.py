@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from robust_accel.run_folder import RunFolder
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class Unwritable(OSError):
@@ -81,8 +81,8 @@ def told_when_full(folder: RunFolder) -> Iterator[None]:
         # torch and safetensors have errors of their own, without the system's number
         free = shutil.disk_usage(folder.path).free
         named = str(getattr(error, "filename", None) or "")
-        inside = named.startswith(str(folder.path))
-        if not (getattr(error, "errno", None) in _OF_THE_DISK or inside or free < 2**20):
+        inside = bool(named) and Path(named).is_relative_to(folder.path)
+        if not (getattr(error, "errno", None) in OF_THE_DISK or inside or free < 2**20):
             raise
         reason = getattr(error, "strerror", None) or "no space left on the disk"
         kept = "".join(f"; {path} is kept, --resume goes on" for path in folder.steps()[-1:])

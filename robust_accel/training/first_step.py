@@ -5,6 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from robust_accel.comm import AllReduce, Collective, GradientCompression
+from robust_accel.evaluation.ledger import told_to_all
 from robust_accel.provenance import digest_of_parameters
 from robust_accel.robust_model import RobustModel
 
@@ -38,7 +39,8 @@ def check_first_step(
         faults.append(f"{collective!r} sent nothing")
     if faults:
         raise RuntimeError(f"the first step was not what the recipe says: {'; '.join(faults)}")
-    if attack is None:  # there was no gradient yet: two batches without one are an error
+    # one may have met no gradient yet: two batches without one are an error
+    if not all(told_to_all([attack is not None], accelerator)):
         return None
     found: dict[str, Any] = {"attack": vars(attack)}
     if num_processes > 1:

@@ -108,6 +108,8 @@ class Loop:
             self.metrics.advance()
             self.heartbeat.at("training", progress.step)
             request = self.agreement.highest(self.stop.after_step())
+            if progress.step == last_step:  # no step comes in which the others would answer
+                request = max(request, self.agreement.highest(0))
             if progress.step % settings.log_every == 0 or progress.step == last_step:
                 self._log(x, labels)
                 self.averages.clear()

@@ -7,13 +7,43 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from robust_accel.evaluation.identity import digest_of_json
-from robust_accel.files import on_disk, write_json
+from robust_accel.files import on_disk, read_json, write_json
 
 MANIFEST = "manifest.json"
 _REPLACED = "replaced-"
 Manifest = dict[str, Any]
 """``about``, ``files``: size and SHA-256 by name, ``digest``: of these two."""
+
+
+class _File(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Engine(BaseModel):
+    engine: str
+    zero_stage: int | None
+    num_processes: int
+    device: str
+
+
+class _About(BaseModel):
+    settings: dict[str, Any]
+    data: dict[str, dict[str, int | str]]
+    engine: _Engine
+    versions: dict[str, str]
+    step: int
+
+
+class _Shape(BaseModel):
+    """What a manifest must have: the folder may be a stranger's."""
+
+    about: _About
+    files: dict[str, _File]
+    digest: str
 
 
 def publish(folder: Path, target: Path, names: Iterable[str], about: dict[str, Any]) -> None:
@@ -60,17 +90,17 @@ def read_whole(folder: Path) -> Manifest:
         ValueError: Which of them is not, or the manifest.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{MANIFEST} is missing")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
+        _Shape(**manifest)
         digest = manifest.pop("digest")
-        files = manifest["files"].items()
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, TypeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
     if digest_of_json(manifest) != digest:
         raise ValueError(f"{MANIFEST} is damaged")
-    for name, known in files:
+    for name, known in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")

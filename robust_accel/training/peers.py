@@ -1,7 +1,6 @@
 """The other processes of a run: one that hangs or is gone ends it, named in a sentence."""
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,11 +8,9 @@ from contextlib import contextmanager, suppress
 from accelerate import Accelerator
 
 from robust_accel.comm.heartbeat import Heartbeat, Unavailable, is_collective_failure
-from robust_accel.exit_codes import INTERRUPTED, STOPPED, UNAVAILABLE
+from robust_accel.exit_codes import UNAVAILABLE
 from robust_accel.recipe import TrainSettings
 from robust_accel.training.stopping import Stop, Stopped
-
-_REQUEST = {STOPPED: signal.SIGTERM, INTERRUPTED: signal.SIGINT}
 
 
 @contextmanager
@@ -52,7 +49,7 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
         try:
             yield heartbeat
         except Stopped as stopped:
-            heartbeat.end(stopped.reason, stopped.code)
+            heartbeat.end(stopped.reason, -stopped.request)
             raise
         except Exception as error:
             if not is_collective_failure(error):
@@ -60,8 +57,8 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
             sentence, code = "", 0
             with suppress(Stopped), stop.held():  # when one has died, the launcher ends the others
                 sentence, code = heartbeat.explain()
-            if code in _REQUEST:
-                raise Stopped(stop.request or _REQUEST[code]) from error
+            if code < 0:
+                raise Stopped(stop.request or -code) from error
             heartbeat.end("another process is gone", UNAVAILABLE)
             raise Unavailable(f"{sentence} ({_cause(error)})") from error
 

@@ -21,7 +21,8 @@ _FREE = (
     "output", "evaluate", "certify", "train.keep", "train.max_time", "train.timeout",
     "train.on_nonfinite", "train.max_skipped_in_a_row",
 )  # fmt: skip
-_CHOOSING = ("evaluate.norm", "evaluate.eps")  # of the accuracy that chooses weights
+# of the accuracy that chooses weights
+_CHOOSING = ("evaluate.norm", "evaluate.eps", "evaluate.seed", "evaluate.batch_size")
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, A
     assert surface["loss"][10][10] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
     settings = [
         "evaluate.images=40",

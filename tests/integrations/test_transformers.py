@@ -54,6 +54,7 @@ def trainer_of(folder: Path, robust: bool = True, **options: Any) -> Trainer:
     )
 
 
+@pytest.mark.long
 def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path / "robust",

@@ -228,6 +228,7 @@ def test_it_can_be_exported_in_eval_mode():
     torch.testing.assert_close(exported.module()(images()), model(images()))
 
 
+@pytest.mark.long
 def test_compiled_checkpointed_bf16():
     torch.compiler.reset()
     model = timm.create_model("test_vit", num_classes=10, img_size=16)

@@ -100,6 +100,7 @@ def test_a_mean_is_of_the_same_attack_on_as_many_images(
     assert cells(comparison_table(paths))[-1][3] == "attacks or images differ"
 
 
+@pytest.mark.long
 def test_the_report_holds_every_row_fact_and_picture(tmp_path: Path) -> None:
     folder = write_whole(tmp_path / "robust")
     rows = folder.read_report()["measurements"]

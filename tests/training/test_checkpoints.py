@@ -175,8 +175,8 @@ def test_what_makes_it_another_run_is_refused_and_the_rest_said(copied: RunFolde
     with pytest.raises(ValueError, match=r"train\.seed: 0, now 7"):  # the checkpoint knows better
         start_of(copied, "train.seed=7", "evaluate.seed=7")
     assert start_of(copied, "evaluate.eps=0.2", "output=elsewhere").notes == ()  # as it was
-    assert start_of(copied, "train.keep=1", "evaluate.images=10").notes == (
-        "changed since the checkpoint: evaluate.images: None, now 10; train.keep: 2, now 1",
+    assert start_of(copied, "train.keep=3", "evaluate.images=10").notes == (
+        "changed since the checkpoint: evaluate.images: None, now 10; train.keep: 2, now 3",
     )
 
 

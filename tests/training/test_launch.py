@@ -38,6 +38,7 @@ def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finishe
     assert first["attack"]["moved"] == first["attack"]["images"] > 0
 
 
+@pytest.mark.long  # tests of comm/ and Forked runs train by DeepSpeed, too
 @pytest.mark.parametrize("flags", ZERO, ids=["zero0", "zero1", "zero2"])
 def test_deepspeed_trains_by_the_same_recipe(
     finished: Path, tmp_path: Path, flags: tuple[str, ...]

@@ -45,6 +45,7 @@ def labels(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_regime_resumes_exactly_on_two_processes(
     finished: Path, labels: Path, tmp_path: Path
 ) -> None:

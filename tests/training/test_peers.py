@@ -29,8 +29,15 @@ start = partial(
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGSTOP, 1),
+        (signal.SIGKILL, 0),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.long),
+    ],
+)
 def test_one_that_hangs_or_dies_is_named(tmp_path: Path, number: signal.Signals, rank: int) -> None:
     folder = RunFolder(tmp_path / "run")
     process = start(f"output={folder.path}")
@@ -54,6 +61,7 @@ def test_one_that_hangs_or_dies_is_named(tmp_path: Path, number: signal.Signals,
     assert "Traceback" not in output
 
 
+@pytest.mark.long
 def test_one_whose_work_hangs_is_named_though_it_answers(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -103,6 +103,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     goes_on_to_the_same_end(folder.path, finished)
 
 
+@pytest.mark.long
 def test_a_validation_is_stopped_in_the_middle_and_done_again(
     tmp_path: Path, finished: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_what_was_stopped_is_not_started_again(tmp_path: Path) -> None:
     assert "continuing" not in output
 
 
+@pytest.mark.long
 def test_an_evaluation_ends_at_once_and_goes_on(tmp_path: Path, finished: Path) -> None:
     evaluate = ("evaluate", finished, "evaluate.pgd.num_steps=201", "evaluate.batch_size=24")
     process = Forked(*evaluate)
