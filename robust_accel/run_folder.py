@@ -105,15 +105,14 @@ class RunFolder:
         """The lines of ``metrics.jsonl``.
 
         Raises:
-            ValueError: One of them says no step, or an epoch that is none.
+            ValueError: One of them has no step, or something that is no number.
         """
         lines = read_lines(self.metrics) if self.metrics.exists() else []
         for line in lines:
-            step, epoch = line.get("step"), line.get("epoch", 0)
-            if not isinstance(step, int) or not isinstance(epoch, int | float):
-                raise ValueError(
-                    f"{self.metrics}: a line is of step {step!r:.40}, epoch {epoch!r:.40}"
-                )
+            for key, value in {"step": None, **line}.items():
+                kinds = {"step": int, "nonfinite": list}.get(key, int | float | None)
+                if not isinstance(value, kinds):
+                    raise ValueError(f"{self.metrics}: a line's {key!r:.40} is {value!r:.40}")
         return lines
 
     def truncate_metrics(self, step: int, *, validated: bool = True) -> None:

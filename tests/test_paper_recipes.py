@@ -5,6 +5,7 @@ timm's test network stands for the ResNet-50 in all but one of those that have i
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -67,6 +68,11 @@ def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def names(folder: str) -> list[str]:
     """Every recipe of a folder that trains, bases left out."""
     return sorted(p.stem for p in (RECIPES / folder).glob("*.yaml") if p.stem[0] != "_")
+
+
+def most_long(found: list[str], *default: str) -> list[Any]:
+    """All but a few are left to `make test-all`."""
+    return [n if n in default else pytest.param(n, marks=pytest.mark.long) for n in found]
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def about(run: Run, row: Row) -> str:
 def training_charts(run: Run) -> list[Chart]:
     """Loss and accuracies over training; nothing where nothing was trained."""
     metrics = tidy(run.folder.read_metrics())
-    steps = [line for line in metrics if line.get("loss") is not None]
+    steps = [line for line in metrics if "loss" in line]
     validations = [line for line in metrics if "validation_robust_accuracy" in line]
     if not steps:
         return []
