@@ -121,3 +121,13 @@ def test_a_file_system_without_locks_is_said(
     with locked(tmp_path, said.append):
         pass
     assert len(said) == 1 and "no locks" in said[0]
+
+
+def test_a_lock_that_is_another_file_too_leaves_that_alone(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    folder.mkdir()
+    victim.write_text("mine")
+    (folder / OWNER).hardlink_to(victim)
+    with locked(folder, print) as text:
+        assert (folder / OWNER).read_text() == text
+    assert victim.read_text() == "mine"

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not used: whatever happens to one, a run goes on exactly."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.evaluation.ledger import read_records
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.checkpoint import Checkpoint
 from robust_accel.training.manifest import MANIFEST, publish, read_whole
 from robust_accel.training.run import train
 from robust_accel.training.start import Start, find_start
@@ -254,3 +257,60 @@ def test_a_run_that_is_killed_again_and_again_tells_what_an_uninterrupted_one_do
     assert timeless(folder.read_metrics()) == timeless(finished.read_metrics())
     assert timeless(folder.read_report()) == timeless(finished.read_report())
     assert len(read_records(folder.path)) == len(read_records(finished.path))
+
+
+def test_best_weights_that_were_damaged_are_taken_from_a_checkpoint(
+    copied: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And do not spread into the next one."""
+    shutil.rmtree(copied.steps()[-1])
+    (before,) = copied.steps()
+    save, kept = Checkpoint.save, []
+
+    def damaged(self: Checkpoint) -> None:
+        if not kept:
+            FAULTS["flipped"](copied.best)
+        save(self)
+        kept.append(read_whole(copied.steps()[-1])["files"]["best.safetensors"])
+
+    monkeypatch.setattr(Checkpoint, "save", damaged)
+    run(copied.path, resume=True)
+    assert kept[0] == read_whole(before)["files"]["best.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"x": 5}},
+        {"files": [1]},
+        {"about": {}},
+        {"about": {"settings": 1}},
+        {"digest": None},
+    ],
+    ids=str,
+)
+def test_a_strangers_manifest_is_damaged_or_whole(copied: RunFolder, change: dict) -> None:
+    path = copied.steps()[-1] / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    changed = manifest | change
+    path.write_text(json.dumps({"digest": digest_of_json(changed), **changed}))
+    with pytest.raises(ValueError, match=f"^{MANIFEST} is damaged$"):
+        read_whole(copied.steps()[-1])
+    path.write_text(100_000 * "[")
+    with pytest.raises(ValueError, match=f"^{MANIFEST} is damaged$"):
+        read_whole(copied.steps()[-1])
+
+
+def test_what_chooses_weights_stays(copied: RunFolder) -> None:
+    for setting in ("evaluate.seed=7", "evaluate.batch_size=17", "evaluate.eps=0.1"):
+        with pytest.raises(ValueError, match=f"other settings: {setting.partition('=')[0]}"):
+            start_of(copied, setting)
+
+
+def test_a_kill_while_a_checkpoint_replaces_another_loses_neither(copied: RunFolder) -> None:
+    """Of one step: before and after its validation."""
+    last = copied.steps()[-1]
+    last.rename(last.with_name(f"replaced-{last.name}"))
+    assert start_of(copied).checkpoint == last.name
+    assert names(copied)[-1] == last.name

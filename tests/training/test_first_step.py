@@ -106,3 +106,13 @@ def test_an_attack_that_returns_no_numbers_is_an_error():
 
     with pytest.raises(RuntimeError, match="returned pixels that are NaN"):
         model(attack)(X, LABELS)
+
+
+def test_all_look_again_where_one_has_met_no_gradient_yet(monkeypatch: pytest.MonkeyPatch):
+    """Else one would wait for the others' digests at the next step, and they for its gradient."""
+    robust = model()
+    robust(X, LABELS)
+    parts = (robust, Accelerator(cpu=True), AllReduce(), GradientCompression(), None)
+    assert check_first_step(*parts) is not None
+    monkeypatch.setattr(first_step, "told_to_all", lambda own, _: [*own, False])
+    assert check_first_step(*parts) is None

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from launching import CPU, DDP, Forked, Launched, port, wait_until, weights
 
-from robust_accel.exit_codes import INTERRUPTED, STOPPED
+from robust_accel.__main__ import main
+from robust_accel.exit_codes import INTERRUPTED, STOPPED, USAGE
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.run import train
@@ -237,3 +238,13 @@ def test_an_evaluation_ends_at_once_and_goes_on(tmp_path: Path, finished: Path) 
     code, output = Forked(*evaluate).wait()
     assert code == 0, output
     assert 17 <= done < units() == 30  # none was done twice
+
+
+def test_what_is_refused_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor gone on from, as what torchrun restarts is."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: told.append((process, number)))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "no/such/recipe"]) == USAGE
+    assert told == [(os.getppid(), signal.SIGTERM)]
