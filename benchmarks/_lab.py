@@ -23,11 +23,11 @@ from robust_accel.evaluation.ledger import read_records  # noqa: E402
 from robust_accel.run_folder import RunFolder  # noqa: E402
 
 RUN = shlex.split("""
-    train quickstart communication.name=qsgd communication.bits=8 data.train_size=448
-    data.validation_size=64 train.batch_size=32 train.epochs=4 train.checkpoint_every=5
+    train quickstart communication.name=qsgd communication.bits=8 data.train_size=320
+    data.validation_size=64 train.batch_size=32 train.epochs=2 train.checkpoint_every=3
     train.log_every=1 train.select=best train.validation_steps=2 train.ema_decay=0.9
     train.timeout=8s attack.num_steps=2 attack.step_size=0.1 evaluate.autoattack=null
-    evaluate.images=120 evaluate.batch_size=20 evaluate.pgd.num_steps=5
+    evaluate.images=80 evaluate.batch_size=20 evaluate.pgd.num_steps=3
 """)
 ENGINES: dict[str, tuple[int, dict[str, str]]] = {
     "one process": (1, {}),
@@ -150,5 +150,12 @@ def alive_after(
 
 def newly(folder: RunFolder, pattern: str) -> Callable[[], bool]:
     """A function that tells whether there are files that were not there now."""
-    old = set(folder.path.glob(pattern))
-    return lambda: bool(set(folder.path.glob(pattern)) - old)
+
+    def now() -> set[Path]:
+        try:
+            return set(folder.path.glob(pattern))
+        except FileNotFoundError:  # a folder was removed while it was looked into
+            return set()
+
+    old = now()
+    return lambda: bool(now() - old)
