@@ -20,6 +20,25 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+_LONGEST_PART, _LONGEST_PATH = 255, 4096  # bytes that Linux has room for
+
+
+def check_path(path: str) -> str:
+    """The path, if a file can have it: the system calls raise ``OSError`` where none can.
+
+    Raises:
+        ValueError: It, or a part of it, is too long, or it holds a NUL.
+    """
+    content = path.encode(errors="surrogatepass")
+    longest = max(map(len, content.split(b"/")))
+    if longest > _LONGEST_PART:
+        raise ValueError(f"a name in a path has at most {_LONGEST_PART} bytes, not {longest:,}")
+    if len(content) > _LONGEST_PATH:
+        raise ValueError(f"a path has at most {_LONGEST_PATH} bytes, not {len(content):,}")
+    if b"\0" in content:
+        raise ValueError("a path holds no NUL")
+    return path
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, ValidationError
 
 from robust_accel.components import NotImported, find_component, is_custom
+from robust_accel.files import check_path
 from robust_accel.messages import cut, shown
 from robust_accel.optim import OptimizerSettings, with_defaults
 from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
@@ -60,6 +61,11 @@ class Builder:
         output = output.text if isinstance(output, Written) else output
         if not isinstance(output, str):
             self.fault("output", f"must be a folder, got {shown(plain(output))}")
+        else:
+            try:
+                check_path(output)
+            except ValueError as error:
+                self.fault("output", f"{shown(output)} is not allowed: {error}")
         self._refuse_unread()
         # a section that is there but empty (null) is as good as left out
         given = copy.deepcopy(dict(self.defaults))

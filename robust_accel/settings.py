@@ -9,8 +9,9 @@ from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from robust_accel.files import check_path
 from robust_accel.messages import cut, shown
 from robust_accel.plain_yaml import number
 
@@ -89,6 +90,8 @@ MOST = 2**31 - 1  # to seeds, numbers of processes and units are added yet
 Number = Annotated[float, BeforeValidator(parse_number)]
 Whole = Annotated[int, BeforeValidator(parse_whole), Le(MOST)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
+PathText = Annotated[str, AfterValidator(check_path)]
+"""Names a file or a folder, or what may be one."""
 
 
 def not_finite(value: Any) -> bool:

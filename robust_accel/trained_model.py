@@ -10,6 +10,8 @@ import torch
 from robust_accel.data import EvaluationImages, ImageSet, load_test
 from robust_accel.data.classes import compared_by_number, match_classes, renumbered
 from robust_accel.data.ids import Ids, IdsError
+from robust_accel.files import check_path
+from robust_accel.messages import shown
 from robust_accel.models import (
     ModelSettings,
     PixelClassifier,
@@ -48,7 +50,7 @@ def recipe_of(
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
     """
-    run = RunFolder(model)
+    run = RunFolder(_checked(model))
     is_run = run.recipe.exists()
     if is_run:
         model_folder(model)
@@ -81,7 +83,7 @@ def load_model(model: str | Path) -> PixelClassifier:
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
     """
-    if RunFolder(model).recipe.exists():
+    if RunFolder(_checked(str(model))).recipe.exists():
         return _classifier_of(recipe_of(str(model), (), required=("model",)), str(model)).eval()
     return create_classifier(ModelSettings(name=_named(str(model)), pretrained=True)).eval()
 
@@ -186,6 +188,14 @@ def _overridden(recipe: Recipe) -> list[str]:
         for key, origin in recipe.origins.items()
         if origin == "command line" and key.startswith("model.")
     ]
+
+
+def _checked(model: str) -> str:
+    """The name of a model, or ValueError: nothing can have it."""
+    try:
+        return check_path(model)
+    except ValueError as error:
+        raise ValueError(f"{shown(model)}: no model: {error}") from None
 
 
 def _named(model: str) -> str:

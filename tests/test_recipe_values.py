@@ -130,6 +130,24 @@ def test_options_of_optimizers_are_of_the_kind_of_their_defaults(name: str) -> N
                 with_defaults(OptimizerSettings(name=name, lr=0.1, **{key: value}))
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["output", "data.path", "data.unlabeled.path", "model.name", "model.checkpoint",
+     "evaluate.ids", "evaluate.sanity.transfer_from"],
+)  # fmt: skip
+def test_paths_are_those_that_a_file_can_have(small: Path, key: str) -> None:
+    longest = "/".join(["x" * 255] * 15)
+    others = ["data.train_size=9", "evaluate.eps=0.1"]
+    load_recipe(small, [*others, f"{key}={longest}"])
+    for text, said in (
+        ("a/" + "x" * 256, "a name in a path has at most 255 bytes, not 256"),
+        ("é" * 128, "a name in a path has at most 255 bytes, not 256"),
+        (f"{longest}/{longest}", "a path has at most 4096 bytes, not 7,679"),
+    ):
+        (fault,) = faults(small, *others, f"{key}={text}")
+        assert fault.startswith(f"command line: {key}: '") and said in fault
+
+
 def test_options_of_models_are_finite(small: Path) -> None:
     for value in (".inf", ".nan", "[1, .inf]", "{a: .nan}"):
         said = fault(small, f"model.options={{drop_rate: {value}}}")

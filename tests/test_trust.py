@@ -1,5 +1,6 @@
 """A run folder from a stranger is data: no command imports or calls what its recipe names."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -162,6 +163,20 @@ def test_trust_imports_it(run: Path, code: Path, tmp_path: Path) -> None:
         code.unlink()
         assert main([command, str(folder), "data.path=nowhere.parquet", "--trust"]) == 2
         assert code.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 128, "a/" * 2100, "local-dir:/" + "x" * 256])
+def test_a_model_of_a_name_that_no_file_can_have(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    label = ["pseudo-label", name, "--out", "labels.parquet", "--data", "sklearn:digits"]
+    for arguments in (["evaluate", name], ["certify", name], label):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"robust-accel: '{name[:20]}") and ": no model: a " in line
+        assert re.search(r"has at most (255|4096) bytes, not [\d,]+$", line)
+    with pytest.raises(ValueError, match=r"no model: a (name in a )?path has at most"):
+        load_model(name)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from datasets.table import embed_table_storage
 from robust_accel.commands import say
 from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
 from robust_accel.evaluation import predictions
-from robust_accel.files import written_whole
+from robust_accel.files import check_path, written_whole
+from robust_accel.messages import shown
 from robust_accel.trained_model import load_classifier, recipe_of
 from robust_accel.training.peers import together
 
@@ -45,7 +46,10 @@ def pseudo_label(
     Raises:
         ValueError: ``section.key: ...``, before anything is labelled.
     """
-    out = Path(out)
+    try:
+        out = Path(check_path(str(out)))
+    except ValueError as error:
+        raise ValueError(f"--out: {shown(str(out))} is not allowed: {error}") from None
     if out.suffix != ".parquet" or os.path.lexists(out):
         found = "is there already" if os.path.lexists(out) else "does not end in .parquet"
         raise ValueError(f"--out: {out} {found}: choose another name")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import model_validator
 
-from robust_accel.settings import Flag, Number, Settings, Whole
+from robust_accel.settings import Flag, Number, PathText, Settings, Whole
 
 
 class UnlabeledSettings(Settings):
@@ -28,7 +28,7 @@ class UnlabeledSettings(Settings):
     Source: half of each batch is Carmon et al. 2019 (arXiv 1905.13736).
     """
 
-    path: str | None = None
+    path: PathText | None = None
     config: str | None = None
     split: str = "train"
     image_column: str | None = None
@@ -67,7 +67,7 @@ class DataSettings(Settings):
             own part, the paper's D(i), and reshuffles that.
     """
 
-    path: str
+    path: PathText
     config: str | None = None
     train_split: str = "train"
     test_split: str = "test"

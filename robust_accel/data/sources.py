@@ -15,6 +15,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from filelock import FileLock
 from PIL import Image
 
+from robust_accel.data.addresses import check_address
 from robust_accel.data.classes import tell
 from robust_accel.data.decoding import SKIP
 from robust_accel.data.tar_files import check_tar
@@ -35,6 +36,7 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
     """
     if path == DIGITS:
         return _digits()
+    check_address(path)
     loader = _FILES.get(Path(path).suffix)
     if loader is None and Path(path).is_file():
         raise ValueError(
@@ -51,6 +53,8 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
 
     with _explained(path):
         found: dict[str, list[str]] = builder().config.data_files or {}
+    for name in (name for names in found.values() for name in names):
+        check_address(name)
     files = {str(split): [n for n in names if os.path.isfile(n)] for split, names in found.items()}
     every = [name for names in files.values() for name in names]
     for name in every:

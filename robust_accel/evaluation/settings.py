@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt
 
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
-from robust_accel.settings import Flag, Norm, Number, Settings, Whole
+from robust_accel.settings import Flag, Norm, Number, PathText, Settings, Whole
 
 
 class PGDSettings(Settings):
@@ -50,7 +50,7 @@ class SanitySettings(Settings):
     """
 
     images: Annotated[Whole, Ge(1)] = 200
-    transfer_from: str | None = None
+    transfer_from: PathText | None = None
 
 
 class EvaluateSettings(Settings):
@@ -87,7 +87,7 @@ class EvaluateSettings(Settings):
     images: Annotated[Whole, Ge(1)] | None = None
     autoattack_images: Annotated[Whole, Ge(1)] | None = None
     train_images: Annotated[Whole, Ge(1)] | None = None
-    ids: str | tuple[Annotated[Whole, Ge(0)], ...] | None = None
+    ids: PathText | tuple[Annotated[Whole, Ge(0)], ...] | None = None
     draws: Annotated[Whole, Ge(1)] | None = None
     batch_size: Annotated[Whole, Ge(1)] = 250
     seed: Annotated[Whole, Ge(0)] = 0

@@ -1,5 +1,6 @@
 """What a stranger's config.json may say of a model: numbers and names, and where nothing lies."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len
@@ -12,8 +13,10 @@ _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 # Arguments of timm that are none of a network's.
 _LOADING = {"checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "no_jit"}
 _LONGEST = 1000  # characters of a text
+_MOST = 2**16  # of a network's sizes
+_MOST_CLASSES = 2**24
 
-Length = Annotated[int, Ge(1), Le(2**16)]
+Length = Annotated[int, Ge(1), Le(_MOST)]
 _Name = Annotated[str, Len(0, _LONGEST)]
 _Index = Annotated[str, Len(1, 8)]
 
@@ -24,7 +27,18 @@ def _network(arguments: dict[str, JsonValue] | None) -> dict[str, JsonValue] | N
             raise ValueError(f"{key} is no argument of a network")
         if len(repr(value)) > _LONGEST:
             raise ValueError(f"{key} is longer than {_LONGEST} characters")
+        most = _MOST_CLASSES if key == "num_classes" else _MOST
+        if not all(abs(number) <= most for number in _numbers(value)):
+            raise ValueError(f"{key} has a number beyond {most}")
     return arguments
+
+
+def _numbers(value: JsonValue) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
 
 
 class _Part(BaseModel):
@@ -37,7 +51,7 @@ class _Description(_Part):
     mean: Annotated[list[float], Len(1, 16)] | float | None = None
     std: Annotated[list[Annotated[float, Gt(0)]], Len(1, 16)] | float | None = None
     input_size: Annotated[list[Length], Len(3, 3)] | None = None
-    num_classes: Annotated[int, Ge(0), Le(2**24)] | None = None
+    num_classes: Annotated[int, Ge(0), Le(_MOST_CLASSES)] | None = None
     label_names: list[_Name] | dict[_Index, _Name] | None = None
     labels: list[_Name] | dict[_Index, _Name] | None = None
     classifier: _Name | list[_Name] | None = None

@@ -29,7 +29,7 @@ from robust_accel.models.timm_folder import (
     surroundings,
 )
 from robust_accel.run_folder import RunFolder
-from robust_accel.settings import Flag, Number, Settings, Whole, not_finite
+from robust_accel.settings import Flag, Number, PathText, Settings, Whole, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ class ModelSettings(Settings):
         options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
     """
 
-    name: str
+    name: PathText
     num_classes: Annotated[Whole, Ge(2)] | None = None
     in_chans: Annotated[Whole, Ge(1)] | None = None
     pretrained: Flag = False
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     new_head: Flag = False
     freeze_backbone: Flag = False
     mean: Number | tuple[Number, ...] | None = None

@@ -8,7 +8,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,11 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from robust_accel.files import INCOMPLETE, read_json, write_json, written_whole
 from robust_accel.models.classifier import PixelClassifier
@@ -26,6 +30,7 @@ from robust_accel.plain_yaml import read_plain
 from robust_accel.run_folder import RunFolder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_MOST_MODULES = 2**14  # timm's largest have some thousand
 _OWN = "robust_accel"  # our section of config.json
 
 
@@ -113,11 +118,15 @@ def surroundings(folder: str | Path) -> Surroundings:
     )
 
 
+class TooLarge(ValueError):
+    """A network that is far larger than its weights."""
+
+
 @contextmanager
 def checked_copy(folder: Path, *, weights: bool) -> Iterator[Path]:
     """A timm folder of config.json as it was checked, and a link to the one file of weights.
 
-    While it is there, no network grows that has far more parameters than the file can hold.
+    While it is there, no network grows that is far larger than what the file can hold.
 
     Args:
         weights: Whether they are to be loaded.
@@ -138,26 +147,53 @@ def checked_copy(folder: Path, *, weights: bool) -> Iterator[Path]:
         write_json(Path(copied, "config.json"), read_config(folder))
         if file is not None:
             Path(copied, file.name).symlink_to(file.resolve())
-        with parameters_up_to(None if file is None else 8 * file.stat().st_size + 2**25):
+        with network_up_to(None if file is None else 8 * file.stat().st_size + 2**25):
+            _build_without_memory(f"local-dir:{copied}")
             yield Path(copied)
 
 
-@contextmanager
-def parameters_up_to(limit: int | None) -> Iterator[None]:
-    """Raise ValueError where modules that are made here get more bytes of parameters."""
-    count = 0
-
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += 0 if parameter is None else parameter.numel() * parameter.element_size()
-        if limit is not None and count > limit:
-            raise ValueError("its config.json makes a network far larger than its weights")
-
-    hook = register_module_parameter_registration_hook(counted)
+def _build_without_memory(name: str) -> None:
+    """Raise ``TooLarge`` before a network, or a table on its way, takes memory."""
     try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            timm.create_model(name, pretrained=False)
+    except TooLarge:
+        raise
+    except Exception:  # some cannot be built so; what else is wrong is said where it is built
+        pass
+
+
+@contextmanager
+def network_up_to(limit: int | None) -> Iterator[None]:
+    """Raise ``TooLarge`` where modules that are made here get more bytes, or are too many.
+
+    Args:
+        limit: Bytes of parameters and buffers; None: any number, of any number of modules.
+    """
+    size, modules = 0, 0
+
+    def counted(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal size
+        size += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        check()
+
+    def counted_module(module: nn.Module, name: str, other: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        check()
+
+    def check() -> None:
+        if limit is not None and (size > limit or modules > _MOST_MODULES):
+            raise TooLarge("its config.json makes a network far larger than its weights")
+
+    with ExitStack() as hooks:
+        for hook in (
+            register_module_parameter_registration_hook(counted),
+            register_module_buffer_registration_hook(counted),
+            register_module_module_registration_hook(counted_module),
+        ):
+            hooks.callback(hook.remove)
         yield
-    finally:
-        hook.remove()
 
 
 def names_of(label_names: Any) -> tuple[str, ...] | None:

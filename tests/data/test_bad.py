@@ -16,7 +16,7 @@ import pytest
 import torch
 from numbered_images import CPU, image, numbers, settings, write_parquet
 from picture_folders import write_folder
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from robust_accel.data import load_data, load_test, load_to_label
 from robust_accel.data.decoding import Pictures, Source, open_image
@@ -66,6 +66,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a png's header": ("png", PNG[:33], "has no format that PIL knows"),
     "a jpeg's header": ("jpg", JPEG[:200], "cannot be read|has no format"),
     "a png with other bits": ("png", PNG[:300] + b"\0" * 50 + PNG[350:], "cannot be read"),
+    "postscript": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n", "has the format EPS; allowed are AVIF"),
     "an archive": ("png", b"PK\3\4" + bytes(200), "has no format that PIL knows"),
     "no pixels": ("png", png(0, 5), "cannot be read|has no format"),
     "a bomb": ("png", png(50_000, 50_000), "cannot be read .*2500000000 pixels"),
@@ -150,6 +151,33 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for path in ("pipe.png", "nothing.png", "."):
         with pytest.raises(ValueError, match="is missing"):
             open_image({"bytes": None, "path": str(tmp_path / path)})
+
+
+def test_no_program_is_started_for_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL leaves PostScript to Ghostscript, whatever the name of the file."""
+    program, marker, file = tmp_path / "gs", tmp_path / "executed", tmp_path / "a.png"
+    program.write_text(f"#!/bin/sh\ntouch '{marker}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it looks once a process
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    file.write_bytes(content)
+    for picture in ({"bytes": None, "path": str(file)}, {"bytes": content, "path": None}):
+        with pytest.raises(ValueError, match=r"^has the format EPS; allowed are AVIF, .*PNG"):
+            open_image(picture)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("address", ["file://{0}", "zip://x.png::{0}", "simplecache://{0}"])
+def test_an_image_at_another_name_of_a_local_pipe_is_not_waited_for(
+    tmp_path: Path, address: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    path = address.format(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"is not read here: allowed are local paths, and hf://"):
+        open_image({"bytes": None, "path": path})
 
 
 @pytest.mark.parametrize("spoil", [lambda p: p.symlink_to("nowhere"), os.mkfifo])

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,20 @@ from numbered_images import image, numbers, settings, write_parquet
 from picture_folders import truncate, write_folder
 
 from robust_accel.data import load_test
+from robust_accel.data.sources import load_splits
 
 
 def load(path: Path, **options: Any) -> Any:
     return load_test(settings(path, test_split="train", **options)).images
+
+
+@pytest.mark.parametrize("address", ["zip://x::{0}", "file://{0}", "dir://x::file://{0}"])
+def test_another_name_of_a_local_pipe_is_not_waited_for(tmp_path: Path, address: str) -> None:
+    os.mkfifo(tmp_path / "f.tar")
+    path = address.format(tmp_path / "f.tar")
+    message = rf"path: '{re.escape(path)}' is not read here: allowed are local paths, and hf://"
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        load_splits(path, None)
 
 
 # ---- errors of datasets ------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import pytest
 import torch
 from forked import mark, outcome
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_accel.models import ModelSettings, create_classifier, save_model
+from robust_accel.models.timm_folder import network_up_to
 from robust_accel.trained_model import load_model
 
 ARCHITECTURE = "wide_resnet10_1"
@@ -115,8 +116,15 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no network by argument": (changed(model_args__features_only=True), "features_only is no arg"),
     "a long argument": (changed(model_args__act_layer="x" * 10**6), "is longer than"),
-    "depth without end": (changed(model_args__depth=6 * 10**9 + 4), "far larger than its weights"),
-    "width without end": (changed(model_args__width=10**5), "far larger than its weights"),
+    "depth": (changed(model_args__depth=6 * 10**4 + 4), "far larger than its weights"),
+    "width": (changed(model_args__width=5 * 10**4), "far larger than its weights"),
+    "depth without end": (changed(model_args__depth=6 * 10**9 + 4), "depth has a number beyond"),
+    "width without end": (changed(model_args__width=-1e99), "width has a number beyond"),
+    "a list without end": (changed(model_args__a=[{"b": 2**17}]), "a has a number beyond 65536"),
+    "tables without end": (
+        changed(architecture="swin_tiny_patch4_window7_224", model_args={"img_size": 8960}),
+        "far larger than its weights",
+    ),
     "classes without end": (changed(num_classes=2**40), "num_classes"),
     "many classes": (changed(model_args__num_classes=2**20), "far larger than its weights"),
     "a text for a mean": (changed(pretrained_cfg__mean="black"), "pretrained_cfg.mean"),
@@ -139,6 +147,13 @@ def test_a_hostile_config_is_refused_in_a_line(folder: Path, name: str) -> None:
     assert told.startswith("refused: ")
     assert len(told) < 1500
     assert re.search(message, told), told
+
+
+def test_layers_that_hold_nothing_are_counted() -> None:
+    with network_up_to(2**20):
+        nn.Sequential(*[nn.Identity()] * 5000)
+    with pytest.raises(ValueError, match="far larger than its weights"), network_up_to(2**20):
+        nn.Sequential(*[nn.Identity()] * 2**16)
 
 
 def test_a_config_does_not_say_where_weights_are(folder: Path, tmp_path: Path) -> None:
