@@ -19,11 +19,12 @@ from pydantic import ValidationError
 
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective
+from robust_accel.exit_codes import Stopped
 from robust_accel.messages import shown
 from robust_accel.objectives import Objective
 from robust_accel.settings import Norm, Number, Settings, close_to, listed
 
-_IMPORT_LIMIT_S = 30  # of the trial; the import itself may take longer
+_IMPORT_LIMIT_S = 60  # of the trial
 _IMPORTED = b"+"
 
 
@@ -99,10 +100,10 @@ def find_component(section: str, family: Mapping[str, type], name: object) -> ty
     module, _, attribute = str(name).partition(":")
     end = _end_by_importing(module)
     if end is not None:
-        raise ValueError(f"{shown(name)} cannot be imported: it ends the process ({end})")
+        raise ValueError(f"{shown(name)} cannot be imported: {end}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:  # SystemExit is one
         said = f"{type(error).__name__}: {error}"
@@ -153,9 +154,12 @@ def _takes(method: Any, parameters: list[inspect.Parameter]) -> bool:
 
 
 def _end_by_importing(module: str) -> str | None:
-    """How an import ends its process, which no ``except`` could hold; None if it does not.
+    """How an import ends its process, which no ``except`` could hold, or that it does not end.
 
     It is tried in a fork of this process, where all that most modules import is there already.
+
+    Returns:
+        None if all is well.
     """
     if module in sys.modules or not hasattr(os, "fork"):
         return None
@@ -165,14 +169,22 @@ def _end_by_importing(module: str) -> str | None:
         child = os.fork()
     if child == 0:
         _import_and_tell(module, writing)
-    os.close(writing)
-    ready, _, _ = select.select([reading], [], [], _IMPORT_LIMIT_S)
-    told = os.read(reading, 1) if ready else _IMPORTED
-    os.close(reading)
-    if told:  # and a module may keep its process from ending
-        os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if told else f"status {code}" if code >= 0 else f"signal {-code}"
+    status = None
+    try:
+        os.close(writing)
+        ready, _, _ = select.select([reading], [], [], _IMPORT_LIMIT_S)
+        if not ready:
+            return f"it takes more than {_IMPORT_LIMIT_S} s"
+        if os.read(reading, 1):
+            return None
+        status = os.waitpid(child, 0)[1]
+    finally:
+        os.close(reading)
+        if status is None:  # a module may keep its process from ending
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return f"it ends the process ({f'status {code}' if code >= 0 else f'signal {-code}'})"
 
 
 def _import_and_tell(module: str, writing: int) -> NoReturn:

@@ -1,5 +1,7 @@
 """With what the command line ends, as ``sysexits.h`` has it where it has a word; 0 is success."""
 
+import signal
+
 NOT_FINITE = 1
 """Training met NaN or Inf and ended: one line says where. Faults of ours end so too, by Python."""
 USAGE = 2
@@ -12,3 +14,23 @@ STOPPED = 75
 """Ended as asked (SIGTERM, SIGUSR1, SIGHUP, ``train.max_time``): ``--resume`` goes on."""
 INTERRUPTED = 130
 """The same after SIGINT."""
+
+
+class Stopped(SystemExit):
+    """The run ends as it was asked to; what it has done is kept.
+
+    Args:
+        request: The signal that asked; SIGALRM is ``train.max_time``.
+    """
+
+    code: int
+
+    def __init__(self, request: int) -> None:
+        super().__init__(INTERRUPTED if request == signal.SIGINT else STOPPED)
+        self.request = signal.Signals(request)
+
+    @property
+    def reason(self) -> str:
+        if self.request == signal.SIGALRM:
+            return "train.max_time is nearly up"
+        return f"got {self.request.name}"

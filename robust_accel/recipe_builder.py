@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, ValidationError
 
 from robust_accel.components import NotImported, find_component, is_custom
+from robust_accel.exit_codes import Stopped
 from robust_accel.files import check_path
 from robust_accel.messages import cut, shown
 from robust_accel.optim import OptimizerSettings, with_defaults
@@ -143,6 +144,8 @@ class Builder:
                 self.fault(f"{key}.{dotted}".rstrip("."), message)
         except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
             self.fault_of(key, error)
+        except Stopped:
+            raise
         except (Exception, SystemExit) as error:  # a user's own
             self.fault(key, f"{type(error).__name__}: {error}")
         else:

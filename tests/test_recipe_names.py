@@ -2,15 +2,21 @@
 
 import itertools
 import os
+import signal
 import sys
 from pathlib import Path
+from textwrap import indent
 
+import psutil
 import pytest
 from bad_recipes import SMALL, at_once, faults
 
+from robust_accel import components
 from robust_accel.components import find_component
+from robust_accel.exit_codes import Stopped
 from robust_accel.messages import one_line
 from robust_accel.recipe import SECTIONS, load_recipe
+from robust_accel.training.stopping import Stop
 
 FAMILIES = {"attack", "objective", "schedule", "communication"}
 RECIPE = SMALL + "evaluate: {norm: linf, eps: 0.2}\n"
@@ -151,6 +157,41 @@ def test_modules_that_cannot_be_imported(
         found = fault(section, f"broken_{body}:Attack")
         assert found.startswith(f"'broken_{body}:Attack' {said}")
     sys.modules.pop(f"broken_{body}", None)
+
+
+@pytest.mark.parametrize("body", ["import time; time.sleep(99)", "while True: pass"])
+def test_an_import_that_does_not_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(components, "_IMPORT_LIMIT_S", 0.5)
+    (tmp_path / "endless.py").write_text(body)
+    before = psutil.Process().children()
+    assert fault("attack", "endless:A") == (
+        "'endless:A' cannot be imported: it takes more than 0.5 s"
+    )
+    assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize("where", ["trial", "import", "call"])
+def test_a_request_to_end_is_no_fault_of_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """SIGTERM, with the handler of training, while a user's module is imported or called."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    asks = f"import os, signal\nif os.getpid() == {os.getpid()}: os.kill({os.getpid()}, 15)\n"
+    text = {
+        "trial": f"import os; os.kill({os.getpid()}, 15)\nimport time; time.sleep(99)",
+        "import": asks,
+        "call": OWN + "\nclass Asks(Attack):\n    def __init__(self):\n" + indent(asks, " " * 8),
+    }[where]
+    (tmp_path / f"asks_{where}.py").write_text(text)
+    before = psutil.Process().children()
+    with at_once(), Stop(), pytest.raises(Stopped) as stopped:
+        load_recipe(tmp_path / "small.yaml", [f"attack={{name: 'asks_{where}:Asks'}}"])
+    assert stopped.value.request == signal.SIGTERM
+    assert psutil.Process().children() == before
 
 
 METHODS = {

@@ -80,8 +80,10 @@ def _read(
     if column is not None:
         labels, bad = _labels(rows, find_label_column(rows, column), where, settings, classes)
     confident = _confident(rows, own.min_confidence, path).tolist()
-    numbers = torch.tensor([row for row in confident if row not in bad])
+    numbers = torch.tensor([row for row in confident if row not in bad], dtype=torch.int64)
     bad = {row: bad[row] for row in confident if row in bad}
+    if len(numbers) == 0:
+        raise ValueError(f"path: no image of {where} is left: {next(iter(bad.values()))}")
     pictures = Pictures.of(Source(rows, image_column, where), numbers)
     read = read_images(pictures, labels[numbers], settings, seed, bad)
     return read.images, read.left_out

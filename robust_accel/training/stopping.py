@@ -12,32 +12,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, NoReturn
 
-from robust_accel.exit_codes import INTERRUPTED, STOPPED
+from robust_accel.exit_codes import Stopped
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
 GRACE = 5.0
 _writing = threading.RLock()
 _now = time.monotonic
-
-
-class Stopped(SystemExit):
-    """The run ends as it was asked to; what it has done is kept.
-
-    Args:
-        request: The signal that asked; SIGALRM is ``train.max_time``.
-    """
-
-    code: int
-
-    def __init__(self, request: int) -> None:
-        super().__init__(INTERRUPTED if request == signal.SIGINT else STOPPED)
-        self.request = signal.Signals(request)
-
-    @property
-    def reason(self) -> str:
-        if self.request == signal.SIGALRM:
-            return "train.max_time is nearly up"
-        return f"got {self.request.name}"
 
 
 class Stop:

@@ -99,6 +99,15 @@ def test_a_teachers_labels_are_used_and_true_ones_only_by_name(
     assert len(load(labeled, unlabeled, own={"size": 3}).unlabeled) == 3
 
 
+def test_bad_labels_of_all_confident_images_leave_none(labeled: Path, tmp_path: Path) -> None:
+    images = [picture(i) for i in range(4)]
+    confidence = [0.1, 0.1, 0.9, 0.9]
+    file = write(tmp_path / "a.parquet", images, pseudo_label=[0, 1, 7, 7], confidence=confidence)
+    own = {"path": str(file), "min_confidence": 0.5}
+    with pytest.raises(ValueError, match=r"^unlabeled\.path: no image of split train of .* left: "):
+        load_data(DataSettings(path=str(labeled), unlabeled=own, on_bad="skip"))
+
+
 def test_null_pools_both_sets(labeled: Path, unlabeled: Path) -> None:
     for options in ({}, {"in_memory": False, "image_size": 5, "num_workers": 0}):
         data = load(labeled, unlabeled, own={"fraction": None}, **options)
