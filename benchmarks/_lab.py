@@ -1,6 +1,7 @@
 """Runs that faults.py does something to, and the same run that was left alone."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import shlex
@@ -16,6 +17,10 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "training")]
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+multiprocessing.set_forkserver_preload(
+    ["robust_accel.training.run", "matplotlib.pyplot", "sklearn.datasets", "plotly.graph_objects"]
+)
 
 from launching import CPU, ZERO2, Forked, counts, weights  # noqa: E402
 
