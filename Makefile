@@ -27,7 +27,9 @@ test-oldest:
 
 # known vulnerabilities of what is installed
 audit: .venv/installed-dev
-	$(BIN)/pip-audit --skip-editable
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --skip-editable --path .venv/lib/python*/site-packages
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
