@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,8 @@ def _rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(folder)
+    # what a shell starts in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= settings
     if "WORLD_SIZE" in settings:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

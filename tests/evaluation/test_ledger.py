@@ -307,7 +307,7 @@ def test_other_processes_may_not_hold_another_model(monkeypatch: pytest.MonkeyPa
     case = Case()
     on = Bench(case.classifier, case.images, Accelerator(cpu=True), batch_size=5)
     monkeypatch.setattr(bench, "told_to_all", lambda items, _: [*items, "another"])
-    with pytest.raises(RuntimeError, match="different models"):
+    with pytest.raises(ValueError, match="different models"):
         _ = on.function
 
 
