@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a script's own way to be interrupted is left to it
         with nullcontext() if options.command.endswith(".wrap") else Stop():
             try:
-                # late: a command imports what it needs, and --help nothing
+                # late: a command imports what only it needs
                 return importlib.import_module(options.command).run(options)
             except Stopped as stopped:
                 if is_launched():

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -15,11 +14,6 @@ from typing import Any
 
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
 _LARGEST, _LONGEST = 2**28, 2**26  # bytes of a text, and of a line of one
-# Control characters but tabs and line feeds, other line ends, directions, halves of characters.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
 _LONGEST_PART, _LONGEST_PATH = 255, 4096  # bytes that Linux has room for
 
 
@@ -170,11 +164,6 @@ def _object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{where}: no JSON object, but {type(found).__name__}")
     return found
-
-
-def printable(text: str) -> str:
-    """Text without what makes a terminal or an editor do or hide something."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def check_contained(folder: Path) -> None:

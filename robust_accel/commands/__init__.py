@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from robust_accel.files import printable
+from robust_accel.messages import printable
 
 if TYPE_CHECKING:  # --help imports nothing
     from robust_accel.recipe import Recipe

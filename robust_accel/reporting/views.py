@@ -14,7 +14,7 @@ from typing import Any
 
 from robust_accel.evaluation.ledger import BEFORE, read_records, shown
 from robust_accel.evaluation.records import Report, check
-from robust_accel.files import printable
+from robust_accel.messages import printable
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import eps_text
 
