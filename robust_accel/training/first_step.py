@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from robust_accel.comm import AllReduce, Collective, GradientCompression
 from robust_accel.evaluation.ledger import told_to_all
-from robust_accel.provenance import digest_of_parameters
+from robust_accel.provenance import equal_parameters
 from robust_accel.robust_model import RobustModel
 
 
@@ -30,7 +30,7 @@ def check_first_step(
             a protocol other than the plain all-reduce sent nothing.
     """
     attack, num_processes = robust_model.min_max.applied, accelerator.num_processes
-    _, equal = digest_of_parameters(robust_model.classifier, accelerator)
+    equal = equal_parameters(robust_model.classifier, accelerator)
     sent = compression.meter.bytes_sent
     faults = [] if robust_model.min_max.calls else ["no batch was attacked"]
     if not equal:
