@@ -41,7 +41,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from _seeds import markdown
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import CrossEntropyLoss
@@ -53,6 +52,7 @@ from robust_accel.data import ImageSet, load_test
 from robust_accel.evaluation import EvaluateSettings, under_attack
 from robust_accel.evaluation.autoattack import ATTACKS_OF, AutoAttackEvaluation, Stage
 from robust_accel.evaluation.bench import Bench
+from robust_accel.reporting.tables import Table
 from robust_accel.settings import Norm
 from robust_accel.trained_model import load_model, recipe_of
 
@@ -385,14 +385,14 @@ def main() -> int:
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != FOLDER]
     peers = installed(args.peers)
     print(f"torch {torch.__version__}, {args.threads} thread(s), {platform.machine()}\n")
-    header = ["threat model", "attack", "peer", "robust, ours", "robust, theirs", "differ"]
-    print(markdown([[*header, "same image"]]), flush=True)
+    head = ["threat model", "attack", "peer", "robust, ours", "robust, theirs", "differ"]
+    print(Table([*head, "same image"], []).markdown(), flush=True)
     for case in cases(args):
         for attack in args.attacks:
             for name, peer in {**peers, "ours, seed 1": other_draws}.items():
                 row = compare(case, attack, name, peer)
                 if row is not None:
-                    print(markdown([row]).splitlines()[0], flush=True)
+                    print(Table(row, []).markdown().splitlines()[0], flush=True)
     return 0
 
 

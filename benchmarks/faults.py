@@ -31,6 +31,7 @@ from test_networks import Inside
 from robust_accel.exit_codes import NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
 from robust_accel.run_folder import RunFolder
 
+SOON = "train.timeout=8s"  # for who must be missed: to start takes longer on a busy machine
 # Where a kill is aimed at: what is then in the folder. Elsewhere it comes at a random moment.
 MOMENTS = {
     "in a checkpoint": "checkpoints/incomplete-step-*",
@@ -96,7 +97,7 @@ def rank_gone(lab: Lab, times: int, number: signal.Signals) -> Row:
     row = Row(f"one process {'hangs' if number == signal.SIGSTOP else 'is lost'}, {lab.engine}")
     while row.times < times:
         folder = lab.folder()
-        process = lab.start(folder)
+        process = lab.start(folder, SOON)
         if not alive_after(lab.draws.uniform(1, lab.seconds - 0.5), process):
             process.wait()
             continue
@@ -144,7 +145,7 @@ def link_cut(lab: Lab, times: int) -> Row:
             common = {"MASTER_ADDR": f"{_network.SUBNET}.1", "MASTER_PORT": "29513"}
             ranks = [
                 Inside(
-                    node, "robust_accel", *RUN, f"output={folder.path}", "--quiet",
+                    node, "robust_accel", *RUN, f"output={folder.path}", "--quiet", SOON,
                     log=lab.root / f"node{rank}.log", RANK=str(rank), LOCAL_RANK="0",
                     WORLD_SIZE="2", **common,
                 )

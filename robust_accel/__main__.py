@@ -1,4 +1,4 @@
-"""Command line: train, wrap, evaluate, certify, pseudo-label, report."""
+"""Command line: train, wrap, evaluate, certify, pseudo-label, report, study."""
 
 import argparse
 import importlib
@@ -75,6 +75,13 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is wanted, got {text}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -138,6 +145,24 @@ def _parser() -> argparse.ArgumentParser:
         help="also measurements that one on more images stands for",
     )
     report.set_defaults(command="robust_accel.commands.report")
+
+    study = commands.add_parser("study", help="many runs by one file: table, figures, claims")
+    study.add_argument("study", help="a study file, a folder with one, or a packaged one's name")
+    study.add_argument("settings", nargs="*", help="for all its runs, as section.key=value")
+    study.add_argument("--scale", help="which of the file's scales; the first when not given")
+    study.add_argument("--seeds", type=_positive, metavar="N", help="0 to N - 1")
+    study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="trainings at a time")
+    study.add_argument(
+        "--output", type=Path, default=Path("runs/studies"), metavar="DIR", help="of all its runs"
+    )
+    study.add_argument("--write", type=Path, metavar="DIR", help="the page, written here as well")
+    study.add_argument("--table", action="store_true", help="only show what is there")
+    study.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help='what starts a training, say "accelerate launch --num_processes {processes}"',
+    )
+    study.set_defaults(command="robust_accel.commands.study")
     return parser
 
 

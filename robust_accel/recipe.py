@@ -204,7 +204,11 @@ class Recipe:
 
 
 def load_recipe(
-    source: str | Path, overrides: Sequence[str] = (), *, required: Iterable[str] = FOR_TRAINING
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    layers: Iterable[Path | tuple[str, dict[str, Any]]] = (),
+    required: Iterable[str] = FOR_TRAINING,
 ) -> Recipe:
     """Read a recipe and check it whole.
 
@@ -212,6 +216,8 @@ def load_recipe(
         source: A path, or the name of a packaged recipe (``quickstart``, ``cifar10/dat_pgd``).
         overrides: ``key.subkey=value``; a value is as in a file, but that it is YAML only where it
             begins with ``[``, ``{`` or a quote, and else is taken as it stands.
+        layers: What is laid over the recipe before the overrides, each over the ones before: files,
+            or settings with the words for where they stand.
         required: Sections that must be there.
 
     Raises:
@@ -219,6 +225,11 @@ def load_recipe(
     """
     values, path = RecipeValues(DEFAULTS), find_recipe(source)
     values.read(path)
+    for layer in layers:
+        if isinstance(layer, Path):
+            values.read(layer)
+        else:
+            values.merge(layer[1], layer[0])
     values.override(overrides)
     return _recipe(values, SECTIONS, f"runs/{path.stem}", required, trust=True)
 

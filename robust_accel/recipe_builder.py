@@ -137,7 +137,7 @@ class Builder:
                 self.fault(f"{key}.name", str(error))
                 return None, {}
         try:
-            component = _built(spec, tree)
+            component = built(spec, tree)
             values = _settings_of(component, plain(tree))
         except ValidationError as error:
             for dotted, message in faults_of(error, spec):
@@ -229,7 +229,7 @@ class Builder:
         self.fault(f"{section}.{dotted}".rstrip("."), message)
 
 
-def _built(spec: Any, tree: dict[str, Any]) -> Any:
+def built(spec: Any, tree: dict[str, Any]) -> Any:
     """The component; what is no text is taken as it was written where a text is wanted."""
     try:
         component = spec(**plain(tree))

@@ -31,11 +31,20 @@ def find_recipe(source: str | Path) -> Path:
     for candidate in (Path(source), RECIPES / source, RECIPES / f"{source}.yaml"):
         if os.path.exists(candidate) and not candidate.is_dir():
             return candidate
+    names = ", ".join(packaged_recipes())
+    raise RecipeError(f"{cut(str(source))}: no such file, nor a packaged recipe ({names})")
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the packaged recipes that can be trained."""
     names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
-    names = [n for n in names if "/_" not in f"/{n}" and not n.startswith("accelerate/")]
-    raise RecipeError(
-        f"{cut(str(source))}: no such file, nor a packaged recipe ({', '.join(names)})"
-    )
+    return [
+        name
+        for name in names
+        if "/_" not in f"/{name}"
+        and not name.startswith("accelerate/")
+        and Path(name).name != "study"
+    ]
 
 
 def origin_of(origins: dict[str, str], dotted: str) -> str:

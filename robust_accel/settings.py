@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from numbers import Real
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -175,16 +175,22 @@ def first_fault(error: ValidationError) -> str:
 def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
     """One pydantic fault as its keys, and: what was found, what is allowed."""
     keys: list[str] = []
+    is_name = False
     for part in fault["loc"]:
+        if is_name or isinstance(part, int):  # of settings by name, or in a list
+            keys.append(cut(str(part)))
+            is_name = False
+            continue
         fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
         if spec is not None and getattr(spec, "__name__", None) == part:
             continue  # a union's member
         if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
             message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"
             return [*keys, cut(str(part))], message
-        if part in fields or isinstance(part, int):  # else it tells a union's members apart
+        if part in fields:  # else it tells a union's members apart
             keys.append(str(part))
-        spec = _nested(fields[part].annotation) if part in fields else None
+        annotation = fields[part].annotation if part in fields else None
+        spec, is_name = _nested(annotation), get_origin(annotation) is dict
     if fault["type"] == "missing":
         return keys, "missing: this key is required"
     message = fault["msg"].removeprefix("Value error, ")

@@ -1,25 +1,18 @@
 """Benchmarks start, and the smallest case runs; what they measure is not judged here."""
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
-from PIL import Image
 
-from robust_accel.__main__ import main as robust_accel_command
 from robust_accel.evaluation import EvaluateSettings
 from robust_accel.evaluation.measure import TensorImages
 from robust_accel.models import PixelClassifier
@@ -96,55 +89,6 @@ def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
     assert not [name for name in namespaces() if f"-{process.pid}-" in name]
 
 
-def test_no_loss_prints_the_table_of_what_is_there(tmp_path: Path) -> None:
-    module = load("no_loss.py")
-    args = module.parse(["--table", "--output", str(tmp_path), "--seeds", "0", "1", "2"])
-    for protocol, gain, sent in (("fp32", 0.0, 400), ("8bit-2sided", 0.01, 100)):
-        for seed in (0, 1):
-            folder = module.run_folder(args, protocol, seed)
-            folder.mkdir(parents=True)
-            row = {"purpose": "accuracy", "accuracy": 0.5 + 0.1 * seed + gain, "images": {"n": 100}}
-            rows = [row | {"attack": {"name": name}} for name in ("none", "pgd")]
-            report = {"measurements": rows, "num_processes": 2, "bytes_sent_per_step": sent}
-            (folder / "report.json").write_text(json.dumps(report))
-    lines = module.table(args).splitlines()
-    assert len(lines) == 4
-    assert "+1.00 [+1.00, +1.00]" in lines[3]
-    assert "1/4.00" in lines[3]
-
-
-@pytest.mark.long
-def test_regimes_trains_labels_and_compares(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
-    )
-    for split, number in (("train", 96), ("test", 32)):
-        pixels = rng.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
-        rows = {
-            "img": [Image.fromarray(p) for p in pixels],
-            "label": [i % 10 for i in range(number)],
-        }
-        target = tmp_path / "data" / f"{split}.parquet"
-        target.parent.mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(target)
-    less = ["data.train_size=32", "evaluate.images=32", "evaluate.pgd.num_steps=1"]
-    less += ["train.max_steps=1", "train.batch_size=16", "model.options.width=8"]
-    command = ["unlabelled", *less, "--seeds", "0", "--output", str(tmp_path / "runs")]
-    command += ["--data", str(tmp_path / "data")]
-    command += ["--runs", "labels", "teacher", "pseudo"]
-    module = load("regimes.py")
-    monkeypatch.setattr(module, "command", in_this_process)  # a start takes longer than a step
-    args = module.parse(command)
-    assert module.make(args, 0) == []
-    header, _, *rows = module.table(args).splitlines()
-    assert "clean - labels [95%]" in header
-    found = [row.split(" | ")[:2] for row in rows]
-    assert found == [[f"| {name}", "1"] for name in ("labels", "teacher", "pseudo")]
-
-
 def agreement_case(module: ModuleType, norm: str, eps: float) -> Any:
     """An untrained network, and as labels what it predicts of noise, but for the first image.
 
@@ -191,8 +135,3 @@ def test_agreement_says_which_peer_is_missing(
     monkeypatch.setitem(module.PEERS, "nobody", ("no_such_module", "", module.of_foolbox))
     assert list(module.installed(["torchattacks", "nobody"])) == ["torchattacks"]
     assert "nobody: not installed, left out" in capsys.readouterr().out
-
-
-def in_this_process(args: Namespace, *arguments: object, log: Path) -> None:
-    assert robust_accel_command([str(argument) for argument in arguments]) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one

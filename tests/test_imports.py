@@ -28,6 +28,7 @@ FLOORS = (
     {"integrations", "recipe"},
     {"trained_model", "reporting"},
     {"training"},
+    {"studies"},
     {"commands"},
     {"__init__", "__main__", "trainer"},  # the doors
 )

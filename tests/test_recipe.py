@@ -10,14 +10,10 @@ from torch import Tensor
 
 from robust_accel.attacks import ATTACKS, FGSMRS, PGD, LossFn, NoAttack
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
-from robust_accel.recipe_file import RECIPES
+from robust_accel.recipe_file import packaged_recipes
 from robust_accel.settings import Number, Settings
 
-PACKAGED = sorted(
-    str(path.relative_to(RECIPES).with_suffix(""))
-    for path in RECIPES.rglob("*.yaml")
-    if "/_" not in f"/{path.relative_to(RECIPES)}" and path.parent.name != "accelerate"
-)
+PACKAGED = packaged_recipes()
 SMALL = """
 model: {name: wide_resnet10_1}
 data: {path: "sklearn:digits"}

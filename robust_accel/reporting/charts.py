@@ -49,6 +49,7 @@ class Lines:
     y_label: str
     lines: Sequence[Line]
     percent: bool = True
+    log: bool = False  # of the x axis
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,12 @@ def _draw_lines(chart: Lines, path: Path) -> None:
         axis.set(xlabel=chart.x_label, ylabel=chart.y_label)
         if chart.percent:
             axis.set(ylim=(0, 102), yticks=range(0, 101, 20))
-        if all(float(x).is_integer() for line in chart.lines for x in line.x):
+        points = sorted({x for line in chart.lines for x in line.x})
+        if chart.log:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(points, [f"{x:g}" for x in points])
+            axis.minorticks_off()
+        elif all(float(x).is_integer() for x in points):
             axis.locator_params(axis="x", integer=True)
         if len(chart.lines) > 1:
             axis.figure.legend(

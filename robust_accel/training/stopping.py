@@ -16,6 +16,8 @@ from robust_accel.exit_codes import Stopped
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
 GRACE = 5.0
+OVERSEER = "ROBUST_ACCEL_OVERSEER"
+"""Environment: the process that has started the launcher, and without which a run ends, too."""
 _writing = threading.RLock()
 _now = time.monotonic
 
@@ -153,7 +155,7 @@ def refuse_restart() -> None:
 
 
 def end_without_launcher(code: int, say: Callable[[str], None] | None = None) -> None:
-    """Watch the launcher, if there is one, from a thread: without it, this process ends.
+    """Watch the launcher, and a study above it, from a thread: without them, this process ends.
 
     First as by SIGTERM, with a checkpoint; after ``Stop.grace`` in any case, even where the main
     thread waits for others for ever.
@@ -162,13 +164,14 @@ def end_without_launcher(code: int, say: Callable[[str], None] | None = None) ->
         code: The exit code then.
         say: Where the sentence goes; standard error when not given.
     """
-    if not is_launched():
+    overseer = int(os.environ.get(OVERSEER, "0"))
+    if not is_launched() and not overseer:
         return
     tell = say or (lambda text: print(text, file=sys.stderr, flush=True))
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent and not _is_orphan():
+        while os.getppid() == parent and not _is_orphan() and _is_there(overseer):
             time.sleep(0.5)
         tell(f"\nrobust-accel: the launcher (process {parent}) is gone, and this process ends, too")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -177,6 +180,17 @@ def end_without_launcher(code: int, say: Callable[[str], None] | None = None) ->
             os._exit(code)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _is_there(process: int) -> bool:
+    """Whether a process lives; 0 stands for none that is asked for."""
+    try:
+        os.kill(process, 0) if process else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _is_orphan() -> bool:

@@ -1,0 +1,90 @@
+"""The study command: many runs by one file, and what they come to."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from robust_accel.commands import say
+from robust_accel.files import read_json
+from robust_accel.locks import locked
+from robust_accel.studies.execution import Done, Runner, stale
+from robust_accel.studies.page import table, write_page
+from robust_accel.studies.plan import Plan
+from robust_accel.studies.results import Results
+from robust_accel.studies.study_file import FILE, find_study, read_study
+
+
+def run(options: argparse.Namespace) -> int:
+    paths = _studies(find_study(options.study), options.scale)
+    plans = [_plan(path, options) for path in paths]  # all are read before one is started
+    root = plans[0].root
+    broken: list[str] = []
+    with locked(root, say):
+        for path, plan in zip(paths, plans, strict=True):
+            broken += _run(path, plan, options)
+    for text in broken:
+        say(f"failed: {text}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _studies(path: Path, scale: str | None) -> list[Path]:
+    """The study itself, or those that it names."""
+    study, _ = read_study(path, scale if _has_scale(path, scale) else None)
+    return [found for name in study.studies for found in _studies(_inner(path, name), scale)] or [
+        path
+    ]
+
+
+def _has_scale(path: Path, scale: str | None) -> bool:
+    study, _ = read_study(path, None)
+    return not study.studies or scale in study.scales
+
+
+def _inner(path: Path, name: str) -> Path:
+    inner = path.parent / name
+    return inner / FILE if (inner / FILE).is_file() else find_study(name)
+
+
+def _plan(path: Path, options: argparse.Namespace) -> Plan:
+    study, scale = read_study(path, options.scale)
+    number = options.seeds or scale.seeds
+    root = options.output / (options.scale or next(iter(study.scales)))
+    return Plan(path, study, scale, root, overrides=options.settings, seeds=range(number))
+
+
+def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
+    done = Done(plan.root)
+    results = Results(plan, done)
+    name = _name(path)
+    say(f"{plan.study.title}: {plan.number} trainings")
+    summary = plan.root / f"{name}.json"
+    if summary.exists():
+        known = read_json(summary).get("trainings", [])
+        for changed in stale(plan.known(results.chosen), known):
+            say(f"{changed}: its recipe has changed since the last table: it is trained anew")
+    broken: list[str] = []
+    if not options.table:
+        runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher, say=say)
+        try:
+            runner.run(results.chosen)
+        finally:
+            write_page(results, plan.root, name, _command(options))
+        broken = list(runner.broken.values())
+    for folder in dict.fromkeys((plan.root, options.write)):
+        if folder is not None:
+            page = write_page(results, folder, name, _command(options))
+    print(table(results).markdown())
+    say(f"{page}")
+    return broken
+
+
+def _name(path: Path) -> str:
+    return path.parent.name if path.name == FILE else path.stem
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["robust-accel", "study", str(options.study)]
+    words += ["--scale", options.scale] if options.scale else []
+    words += ["--seeds", str(options.seeds)] if options.seeds else []
+    return shlex.join([*words, *options.settings])

@@ -1,0 +1,271 @@
+"""Runs what a study lacks: processes of this package's own commands, some at a time."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from robust_accel.exit_codes import NOT_FINITE
+from robust_accel.files import append_line, read_lines
+from robust_accel.studies.plan import Chosen, Plan, Trial
+from robust_accel.training.stopping import OVERSEER
+
+_PAUSE = 0.2
+Command = tuple[str, ...]
+
+
+class Done:
+    """What is done of which training, kept in ``done.jsonl`` beside the runs.
+
+    Args:
+        root: The folder of all runs.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._file = root / "done.jsonl"
+        lines = read_lines(self._file) if self._file.exists() else []
+        self._lines = {(line.get("digest"), line.get("command")): line for line in lines}
+
+    def left(self, trial: Trial) -> list[Command]:
+        """Commands that a training lacks, in their order; none after one that cannot be done."""
+        commands: list[Command] = [("train",), ("evaluate", trial.measured), *trial.then]
+        if self.failed(trial):
+            return []
+        if not (trial.folder / "report.json").exists():
+            return [("train",), *trial.then]
+        return [
+            command for command in commands if (trial.digest, _text(command)) not in self._lines
+        ]
+
+    def failed(self, trial: Trial) -> bool:
+        """Whether its training met numbers that are not finite: it would again."""
+        line = self._lines.get((trial.digest, "train"))
+        return line is not None and line.get("outcome") == "not finite"
+
+    def add(self, trial: Trial, command: Command, outcome: str, seconds: float) -> None:
+        commands = [command]
+        if command == ("train",):  # measures as well
+            commands.append(("evaluate", trial.measured))
+        for one in commands:
+            line = {
+                "digest": trial.digest,
+                "command": _text(one),
+                "outcome": outcome,
+                "seconds": round(seconds, 1),
+                "name": trial.name,
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+            append_line(self._file, line)
+            self._lines[(trial.digest, _text(one))] = line
+            seconds = 0.0
+
+    def seconds(self, trials: Iterable[Trial]) -> dict[str, float]:
+        """What trainings took that are done, by digest."""
+        wanted = {trial.digest for trial in trials}
+        found: dict[str, float] = {}
+        for (digest, _), line in self._lines.items():
+            if digest in wanted:
+                found[str(digest)] = found.get(str(digest), 0.0) + float(line.get("seconds", 0))
+        return found
+
+
+def _text(command: Command) -> str:
+    return shlex.join(command)
+
+
+@dataclass
+class _Job:
+    trial: Trial
+    command: Command
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Runs commands until nothing is left.
+
+    Args:
+        jobs: How many at a time.
+        launcher: What starts a training instead of ``python -m robust_accel``, with ``{processes}``
+            where their number belongs: a cluster's ``accelerate launch ...``.
+        say: Told how it goes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        done: Done,
+        *,
+        jobs: int,
+        launcher: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.plan, self.done, self.jobs, self.say = plan, done, jobs, say
+        self.launcher = launcher
+        self.broken: dict[Path, str] = {}  # folder -> where its log is
+        self._running: list[_Job] = []
+
+    def run(self, chosen: Chosen) -> None:
+        """Do what is missing.
+
+        Raises:
+            Stopped: By a signal, after the trainings have kept what they have done.
+        """
+        try:
+            while True:
+                waiting = self._waiting(chosen)
+                while waiting and len(self._running) < self.jobs:
+                    self._start(*waiting.pop(0))
+                if not self._running:
+                    return
+                time.sleep(_PAUSE)
+                for job in [job for job in self._running if job.process.poll() is not None]:
+                    self._running.remove(job)
+                    self._ended(job, chosen)
+        except BaseException as error:  # what runs keeps what it has done
+            self._end(getattr(error, "request", signal.SIGTERM))
+            raise
+
+    def _waiting(self, chosen: Chosen) -> list[tuple[Trial, Command]]:
+        """What can be started now."""
+        busy = {job.trial.folder for job in self._running}
+        trials = self.plan.known(chosen)
+        unfinished = {trial.folder for trial in trials if self.done.left(trial)}
+        found = []
+        for trial in trials:
+            is_free = trial.folder not in busy and trial.folder not in self.broken
+            if trial.folder in unfinished and is_free and not unfinished.intersection(trial.needs):
+                if any(need in self.broken for need in trial.needs):
+                    continue
+                found.append((trial, self.done.left(trial)[0]))
+        return found
+
+    def _start(self, trial: Trial, command: Command) -> None:
+        trial.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = trial.folder.with_name(f"{trial.folder.name}.log")
+        threads = max(1, (os.cpu_count() or 1) // (self.jobs * trial.processes))
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        environment[OVERSEER] = str(os.getpid())
+        if trial.processes > 1 and not torch.cuda.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [*self._launch(trial), *self._words(trial, command)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+            )
+        self._running.append(_Job(trial, command, process, log))
+
+    def _launch(self, trial: Trial) -> list[str]:
+        if self.launcher is not None:
+            words = shlex.split(self.launcher.replace("{processes}", str(trial.processes)))
+            return [*words, "-m", "robust_accel"]
+        python = [sys.executable, "-m"]
+        if trial.processes > 1:
+            flags = ["--multi_gpu", "--num_processes", str(trial.processes)]
+            flags += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            flags += ["--main_process_port", str(_free_port()), "-m"]
+            python = [*python, "accelerate.commands.launch", *flags]
+        return [*python, "robust_accel"]
+
+    def _words(self, trial: Trial, command: Command) -> list[str]:
+        name, *words = command
+        if name == "train":
+            recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
+            trial.recipe.save(recipe)
+            return ["train", str(recipe), f"output={trial.folder}", "--resume", "--quiet"]
+        if name == "evaluate" and words == [trial.measured]:
+            measured = json.loads(trial.measured)
+            words = [f"evaluate.{key}={_setting(value)}" for key, value in measured.items()]
+        words = [word.replace("{run}", str(trial.folder)) for word in words]
+        return [name, str(trial.folder), *words]
+
+    def _ended(self, job: _Job, chosen: Chosen) -> None:
+        code, seconds = job.process.returncode, time.monotonic() - job.began
+        if code == 0:
+            self.done.add(job.trial, job.command, "done", seconds)
+        elif code == NOT_FINITE and _says(job.log, "finite"):
+            self.done.add(job.trial, job.command, "not finite", seconds)
+        else:
+            self.broken[job.trial.folder] = f"{job.trial.name}: exit code {code}, see {job.log}"
+        how = {0: "done"}.get(code, "met numbers that are not finite")
+        how = (
+            f"failed with exit code {code}, see {job.log}"
+            if job.trial.folder in self.broken
+            else how
+        )
+        self.say(
+            f"{job.trial.name}: {job.command[0]} {how} in {_span(seconds)}; {self._outlook(chosen)}"
+        )
+
+    def _outlook(self, chosen: Chosen) -> str:
+        """How many trainings are done, and the time that is left, by what such trainings took."""
+        trials = self.plan.known(chosen)
+        took = self.done.seconds(trials)
+        whole = [t for t in trials if t.digest in took and not self.done.left(t)]
+        left = self.plan.number - len(whole)
+        if not whole or not left:
+            return f"{len(whole)} of {self.plan.number} done"
+        mean = fmean(took[trial.digest] for trial in whole)
+        kinds: dict[str, list[float]] = {}
+        for trial in whole:
+            kinds.setdefault(trial.cell.run, []).append(took[trial.digest])
+        expected = 0.0
+        for cell in self.plan.cells:
+            number = len(self.plan.tries(cell)) + len(self.plan.seeds) - 1
+            number -= sum(trial.cell == cell for trial in whole)
+            expected += number * fmean(kinds.get(cell.run, [mean]))
+        return f"{len(whole)} of {self.plan.number} done, about {_span(expected / self.jobs)} left"
+
+    def _end(self, number: int) -> None:
+        for job in self._running:
+            job.process.send_signal(number)
+        for job in self._running:
+            job.process.wait()
+
+
+def _setting(value: Any) -> str:
+    return "null" if value is None else json.dumps(value)
+
+
+def _says(log: Path, word: str) -> bool:
+    return word in log.read_text(errors="replace")[-4000:]
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stale(trials: Sequence[Trial], known: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of trainings that a study had by other settings before.
+
+    Args:
+        known: Lines of an earlier table: ``name`` and ``digest``.
+    """
+    before = {line.get("name"): line.get("digest") for line in known}
+    return [trial.name for trial in trials if before.get(trial.name) not in (None, trial.digest)]

@@ -1,0 +1,150 @@
+"""What a column of a study can show: one number of one run, of the measurement that was asked for.
+
+A run folder may hold more than one measurement of a kind (other images, other steps). A number is
+taken only from the one that the recipe of the study asks for; else there is none.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.recipe import Recipe
+from robust_accel.reporting.views import Row, Run, pick
+from robust_accel.settings import listed, parse_number
+
+Measured = Callable[[Run, Recipe], float | None]
+
+
+def _clean(run: Run, recipe: Recipe) -> float | None:
+    return _percent(run, "none", recipe.evaluate, recipe.evaluate.images)
+
+
+def _pgd(run: Run, recipe: Recipe) -> float | None:
+    pgd = recipe.evaluate.pgd
+    if pgd is None:
+        return None
+    about = {"num_steps": pgd.num_steps}
+    return _percent(run, "pgd", recipe.evaluate, recipe.evaluate.images, **about)
+
+
+def _autoattack(run: Run, recipe: Recipe) -> float | None:
+    settings = recipe.evaluate
+    images = settings.autoattack_images or settings.images
+    return _percent(run, "autoattack", settings, images, version=settings.autoattack)
+
+
+def _percent(
+    run: Run, attack: str, settings: EvaluateSettings, images: int | None, **about: Any
+) -> float | None:
+    """Accuracy in percent, of the row with these facts."""
+    rows = [
+        row
+        for row in run.of("accuracy", attack)
+        if all(row["attack"].get(key) == value for key, value in about.items())
+        and _is_of(row, attack, settings, images)
+    ]
+    row = pick(rows)
+    return None if row is None or row["accuracy"] is None else 100 * row["accuracy"]
+
+
+def _is_of(row: Row, attack: str, settings: EvaluateSettings, images: int | None) -> bool:
+    """Whether a row is of the threat model and the number of images that are asked for."""
+    threat = row.get("threat_model")
+    same = attack == "none" or threat == {"norm": settings.norm, "eps": settings.eps}
+    return same and _on(row, images)
+
+
+def _on(row: Row, images: int | None) -> bool:
+    """Whether a row is of so many images, or of all where there are no more."""
+    number = row["images"]["n"]
+    is_all = row["images"].get("selection") == "all"
+    return number == images or (is_all and (images is None or images > number))
+
+
+def _from_report(key: str, scale: float = 1.0) -> Measured:
+    def measured(run: Run, _: Recipe) -> float | None:
+        value = run.report.get(key)
+        return None if value is None else scale * float(value)
+
+    return measured
+
+
+def held_out(run: Run, recipe: Recipe) -> float | None:
+    """Robust accuracy in percent on the split that is held out of train, of the weights kept."""
+    assert recipe.train is not None
+    kept = run.report.get("best_against_last", {}).get(recipe.train.select)
+    return None if kept is None else 100 * kept
+
+
+MEASURES: dict[str, Measured] = {
+    "clean": _clean,
+    "pgd": _pgd,
+    "autoattack": _autoattack,
+    "held_out": held_out,
+    "seconds": _from_report("train_seconds_per_epoch"),
+    "communication": _from_report("comm_seconds_per_epoch"),
+    "exposed_communication": _from_report("comm_exposed_seconds_per_epoch"),
+    "megabytes": _from_report("bytes_sent_per_step", 1e-6),
+    "memory": _from_report("peak_memory_bytes", 2.0**-20),
+    "steps": _from_report("steps"),
+}
+"""By name: accuracies in percent; seconds an epoch; MB (10^6 bytes) that a process sends a step;
+MiB. With a point: ``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps)."""
+
+_POINT = re.compile(r"(certified|pgd eps|pgd num_steps) (\S+)")
+_KEYS = {"pgd eps": "eps", "pgd num_steps": "num_steps", "certified": "radius"}
+
+
+def check_measure(name: str) -> str:
+    """The name of a measure.
+
+    Raises:
+        ValueError: There is no such measure.
+    """
+    point = _POINT.fullmatch(name)
+    if point is not None:
+        parse_number(point[2])
+    elif name not in MEASURES:
+        points = "certified R, pgd eps E, pgd num_steps K"
+        raise ValueError(f"a measure is wanted: {listed(MEASURES)}, {points}")
+    return name
+
+
+def measure(name: str, run: Run, recipe: Recipe) -> float | None:
+    """A measure of a run; None where it was not measured.
+
+    Args:
+        name: Checked by ``check_measure``.
+        recipe: What the study asked for.
+    """
+    point = _POINT.fullmatch(name)
+    if point is None:
+        return MEASURES[name](run, recipe)
+    return dict(curve(_KEYS[point[1]], run, recipe)).get(parse_number(point[2]))
+
+
+def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
+    """Points (eps, num_steps or radius; accuracy in percent) of the sweep or certificate asked for.
+
+    Args:
+        key: ``eps``, ``num_steps`` or ``radius``.
+    """
+    if key == "radius":
+        certify = recipe.certify
+        rows = [
+            row
+            for row in run.of("certificate")
+            if (row["attack"]["n"], row["attack"]["sigma"]) == (certify.n, certify.sigma)
+        ]
+        row = pick(rows)
+        points = [] if row is None else row["radii"]
+        return [(point["radius"], 100 * point["accuracy"]) for point in points]
+    settings = recipe.evaluate
+    asked = () if settings.sweep is None else getattr(settings.sweep, key)
+    found: dict[float, float] = {}
+    for row in run.of("sweep"):
+        at = row["point"]
+        if at["key"] == key and list(at["of"]) == sorted(asked) and _on(row, settings.images):
+            found[at["value"]] = 100 * row["accuracy"]
+    return sorted(found.items())

@@ -1,0 +1,336 @@
+"""What a study trains: its runs times the grid's cells, the settings tried, and the seeds.
+
+A training is known by the digest of its settings. Its folder bears the digest, so that two studies
+that ask for the same training share it, and a changed recipe is another training: no number of the
+old one is taken for it.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_accel.evaluation.identity import digest_of_json
+from robust_accel.messages import cut
+from robust_accel.plain_yaml import RecipeError
+from robust_accel.recipe import Recipe, load_recipe
+from robust_accel.recipe_file import find_recipe
+from robust_accel.settings import close_to, listed
+from robust_accel.studies.study_file import (
+    RunSettings,
+    ScaleSettings,
+    StudySettings,
+    Values,
+    run_at_scale,
+)
+
+MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoattack_images",
+             "train_images", "ids", "draws")  # fmt: skip
+"""Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
+
+
+_ENDS = {"first": 0, "last": -1}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: a run, and a label of each axis that multiplies it."""
+
+    run: str
+    labels: tuple[tuple[str, str], ...] = ()  # axis -> label
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.run, *(label for _, label in self.labels)])
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One training, and what is measured of it.
+
+    Args:
+        tried: The tuned settings.
+        recipe: All of its settings.
+        digest: Of the settings that the weights depend on.
+        folder: Of its run.
+        then: Commands after it.
+        needs: Folders of the trainings that it starts from.
+    """
+
+    cell: Cell
+    tried: tuple[tuple[str, Any], ...]
+    seed: int
+    recipe: Recipe
+    digest: str
+    folder: Path
+    processes: int
+    then: tuple[tuple[str, ...], ...]
+    needs: tuple[Path, ...]
+
+    @property
+    def measured(self) -> str:
+        """What of the recipe is measured after the training, as text."""
+        evaluate = self.recipe.settings["evaluate"]
+        return json.dumps({key: evaluate[key] for key in MEASURED if key in evaluate})
+
+    @property
+    def name(self) -> str:
+        tried = [f"{key.split('.')[-1]}={value}" for key, value in self.tried]
+        return ", ".join([self.cell.name, *tried, f"seed {self.seed}"])
+
+
+Chosen = Callable[[Cell], tuple[tuple[str, Any], ...] | None]
+"""The settings that a cell was tuned to; None while that is not known."""
+
+
+class Plan:
+    """The trainings of a study at a scale.
+
+    Args:
+        path: Of the study file.
+        root: The folder of all runs.
+        overrides: ``key.subkey=value`` for every run.
+        seeds: The numbers; the first is also the one that settings are tuned by.
+
+    Raises:
+        RecipeError: One of the recipes cannot run: all faults.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        study: StudySettings,
+        scale: ScaleSettings,
+        root: Path,
+        *,
+        overrides: Sequence[str] = (),
+        seeds: Sequence[int] = (0, 1, 2),
+    ) -> None:
+        self.path, self.study, self.scale, self.root = path, study, scale, root
+        self.overrides, self.seeds = tuple(overrides), tuple(seeds)
+        runs = {name: run_at_scale(study, name, scale, str(path)) for name in study.runs}
+        self.runs = {name: run for name, run in runs.items() if not run.skip}
+        self.axes = {name: scale.grid.get(name, axis.values) for name, axis in study.grid.items()}
+        self.cells = [cell for name in self.runs for cell in self._cells_of(name)]
+        self._known: dict[Any, Trial] = {}
+        self._check()
+
+    def _cells_of(self, name: str) -> Iterator[Cell]:
+        own = self.runs[name].grid
+        axes = [axis for axis in self.axes if own is None or axis in own]
+        for labels in itertools.product(*(self.axes[axis] for axis in axes)):
+            yield Cell(name, tuple(zip(axes, labels, strict=True)))
+
+    def cell(self, text: str) -> Cell:
+        """The row that a claim names: ``run``, or ``run, LABEL, ...`` with ``first`` and ``last``.
+
+        Raises:
+            RecipeError: None, or more than one.
+        """
+        name, labels = run_of(text), [part.strip() for part in text.split(",")][1:]
+        found = []
+        for cell in self._cells_of(name):
+            own = set()
+            for axis, label in cell.labels:
+                values = list(self.axes[axis])
+                own |= {label} | {word for word, end in _ENDS.items() if values[end] == label}
+            if own.issuperset(labels):
+                found.append(cell)
+        if len(found) != 1:
+            several = "; ".join(cell.name for cell in found) or "none"
+            raise RecipeError(f"{self.path}: claims: {text!r} must name one row, got {several}")
+        return found[0]
+
+    def tries(self, cell: Cell) -> list[tuple[tuple[str, Any], ...]]:
+        """Combinations of the settings that a cell is tuned by; one empty one if it is not."""
+        tune = self.runs[cell.run].tune
+        return [tuple(zip(tune, found, strict=True)) for found in itertools.product(*tune.values())]
+
+    @property
+    def number(self) -> int:
+        """Of all trainings."""
+        return sum(len(self.tries(cell)) + len(self.seeds) - 1 for cell in self.cells)
+
+    def known(self, chosen: Chosen) -> list[Trial]:
+        """The trainings that can be named yet: seeds but the first wait for the tuning.
+
+        Args:
+            chosen: Asked of cells that are tuned.
+        """
+        found: dict[Path, Trial] = {}
+        for seed in self.seeds:
+            for cell in self.cells:
+                tries = self.tries(cell)
+                if seed != self.seeds[0]:
+                    best = tries[0] if len(tries) == 1 else chosen(cell)
+                    tries = [] if best is None else [best]
+                for tried in tries:
+                    trial = self.trial(cell, tried, seed, chosen)
+                    if trial is not None:
+                        found.setdefault(trial.folder, trial)
+        return list(found.values())
+
+    def trial(
+        self,
+        cell: Cell,
+        tried: tuple[tuple[str, Any], ...],
+        seed: int,
+        chosen: Chosen,
+        _above: tuple[Cell, ...] = (),
+    ) -> Trial | None:
+        """A training by its place; None while what it starts from is not known."""
+        run = self.runs[cell.run]
+        needed: dict[str, Trial] = {}
+        for name in self._references(run, cell):
+            source = self._source(cell, name)
+            if source in (*_above, cell):
+                raise RecipeError(f"{self.path}: runs.{cell.run}: {{{name}}} starts from itself")
+            tries = self.tries(source)
+            best = tries[0] if len(tries) == 1 else chosen(source)
+            above = (*_above, cell)
+            origin = None if best is None else self.trial(source, best, seed, chosen, above)
+            if origin is None:
+                return None
+            needed[name] = origin
+        key = (cell, json.dumps(tried), seed, *(origin.folder for origin in needed.values()))
+        if key not in self._known:
+            self._known[key] = self._made(cell, tried, seed, needed)
+        return self._known[key]
+
+    def _made(
+        self, cell: Cell, tried: tuple[tuple[str, Any], ...], seed: int, needed: dict[str, Trial]
+    ) -> Trial:
+        run, where = self.runs[cell.run], f"{self.path}: runs.{cell.run}"
+        folders = {name: str(trial.folder) for name, trial in needed.items()}
+        settings: list[tuple[str, Values]] = [
+            (f"{self.path}: scales", self.scale.settings),
+            *((f"{self.path}: grid.{a}.{label}", self.axes[a][label]) for a, label in cell.labels),
+            (where, run.settings),
+            (f"{where}.tune", dict(tried)),
+            ("the study's seed", {"train.seed": seed}),
+        ]
+        trees: list[Any] = [(origin, _tree(origin, tree, folders)) for origin, tree in settings]
+        if self.scale.base is not None:
+            trees.insert(0, beside(self.path, self.scale.base))
+        recipe = load_recipe(beside(self.path, run.recipe), self.overrides, layers=trees)
+        if "seed" in recipe.settings["communication"]:  # other rounding with each seed
+            seeded = [*self.overrides, f"communication.seed={seed}"]
+            recipe = load_recipe(beside(self.path, run.recipe), seeded, layers=trees)
+        digest = _digest(recipe.settings, run.processes, needed)
+        parts = [cell.run, *(label for _, label in cell.labels)]
+        parts += [f"{key.split('.')[-1]}{value}" for key, value in tried] + [f"seed{seed}"]
+        slug = re.sub(r"[^A-Za-z0-9_.+-]+", "", "-".join(parts))[:100]
+        then = tuple(
+            tuple(_filled(word, folders | {"run": None}) for word in command)
+            for command in run.then
+        )
+        needs = tuple(trial.folder for trial in needed.values())
+        known = sorted(self.root.glob(f"*-{digest}"))  # another study's, or under an older name
+        folder = known[0] if known else self.root / f"{slug}-{digest}"
+        return Trial(cell, tried, seed, recipe, digest, folder, run.processes, then, needs)
+
+    def _references(self, run: RunSettings, cell: Cell) -> list[str]:
+        axes = [self.axes[axis][label] for axis, label in cell.labels]
+        texts = json.dumps([run.settings, self.scale.settings, axes, run.then])
+        names = dict.fromkeys(re.findall(r"\{(\w[\w.+-]*)\}", texts))
+        return [name for name in names if name != "run"]
+
+    def _source(self, cell: Cell, name: str) -> Cell:
+        """The cell of another run with the same labels."""
+        if name not in self.runs:
+            raise RecipeError(
+                f"{self.path}: runs.{cell.run}: {{{cut(name)}}} is no run"
+                f"{close_to(name, self.runs)}; allowed: {listed(self.runs)}"
+            )
+        labels = dict(cell.labels)
+        for source in self._cells_of(name):
+            if all(labels.get(axis) == label for axis, label in source.labels):
+                return source
+        raise RecipeError(f"{self.path}: runs.{cell.run}: {name} has no cell like {cell.name}")
+
+    def _check(self) -> None:
+        """Build every recipe, as far as it can be known before anything has run."""
+        faults: dict[str, None] = {}
+        for cell in self.cells:
+            tries = self.tries(cell)
+            for tried in tries:
+                try:
+                    trial = self.trial(cell, tried, self.seeds[0], lambda c: self.tries(c)[0])
+                except RecipeError as error:
+                    faults |= dict.fromkeys(str(error).splitlines())
+                    continue
+                assert trial is not None
+                train, data = trial.recipe.train, trial.recipe.data
+                assert train is not None
+                where = f"{self.path}: runs.{cell.run}.tune: settings are tuned on a split held out"
+                if len(tries) > 1 and data.validation_size == 0:
+                    faults[f"{where} of train, but data.validation_size is 0"] = None
+                elif len(tries) > 1 and train.epochs % train.validate_every:
+                    faults[
+                        f"{where}, but the last of {train.epochs} epochs is not measured there "
+                        f"(train.validate_every: {train.validate_every})"
+                    ] = None
+        for claim in self.study.claims:
+            for side in (claim.run, claim.than):
+                if run_of(side) in self.runs:
+                    self.cell(side)
+        if faults:
+            raise RecipeError(*faults)
+
+
+def run_of(text: str) -> str:
+    """The run in what a claim names."""
+    return text.split(",")[0].strip()
+
+
+def beside(path: Path, source: str) -> Path:
+    """A recipe that a study names: beside its file, or as any recipe is found."""
+    for candidate in (path.parent / source, path.parent / f"{source}.yaml"):
+        if candidate.is_file():
+            return candidate
+    try:
+        return find_recipe(source)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def _tree(where: str, values: Values, folders: Mapping[str, str]) -> Values:
+    """Settings with dotted keys as a tree, and with the folders that they name."""
+    tree: Values = {}
+    for dotted, value in values.items():
+        *above, last = str(dotted).split(".")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"{where}: {dotted}: {key} is set to a value there, too")
+        filled = _filled(value, folders)
+        nested = isinstance(filled, dict) and isinstance(node.get(last), dict)
+        node[last] = node[last] | filled if nested else filled
+    return tree
+
+
+def _filled(value: Any, folders: Mapping[str, str | None]) -> Any:
+    """A value in which ``{NAME}`` is that run's folder; None leaves it for later."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, folders) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(inner, folders) for inner in value)
+    if isinstance(value, str):
+        for name, folder in folders.items():
+            value = value if folder is None else value.replace(f"{{{name}}}", folder)
+    return value
+
+
+def _digest(settings: Values, processes: int, needed: Mapping[str, Trial]) -> str:
+    """Of what the weights depend on; what a training starts from counts by its own digest."""
+    kept = {key: value for key, value in settings.items() if key not in ("output", "certify")}
+    evaluate = kept["evaluate"]
+    kept["evaluate"] = {key: evaluate[key] for key in evaluate if key not in MEASURED}
+    text = json.dumps(kept, sort_keys=True)
+    for trial in needed.values():
+        text = text.replace(str(trial.folder), f"{trial.digest} {trial.then}")
+    return digest_of_json([text, processes])[:12]

@@ -1,0 +1,116 @@
+"""A training is known by its settings: shared where they are equal, another where they are not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from robust_accel.studies.plan import Plan
+
+TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
+
+
+def first(plan: Plan) -> Callable[..., object]:
+    return lambda cell: plan.tries(cell)[0]
+
+
+def trials(plan: Plan) -> dict[str, object]:
+    return {trial.name: trial for trial in plan.known(first(plan))}
+
+
+def test_a_run_a_cell_a_combination_a_seed(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(
+        "runs: {a: {recipe: quickstart,"
+        " tune: {optimizer.lr: [0.1, 0.2], train.batch_size: [32, 64]}},"
+        " b: {recipe: quickstart, grid: []}}\n"
+        "grid: {size: {label: size, values: {80: {data.train_size: 80}, 160: {}}}}"
+    )
+    # a: two cells of four combinations and one more seed; b: one of each seed
+    assert plan.number == 2 * (4 + 1) + 2
+    names = list(trials(plan))
+    assert "a, 80, lr=0.1, batch_size=32, seed 0" in names
+    assert "a, 80, lr=0.2, batch_size=64, seed 1" not in names
+    assert names[-1] == "b, seed 1"
+    recipe = trials(plan)["a, 80, lr=0.1, batch_size=32, seed 1"].recipe
+    assert (recipe.data.train_size, recipe.train.batch_size, recipe.train.seed) == (80, 32, 1)
+
+
+def test_seeds_wait_for_what_is_tuned(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("runs: {a: {recipe: quickstart, tune: {optimizer.lr: [0.1, 0.2]}}}")
+    assert {t.seed for t in plan.known(lambda cell: None)} == {0}
+    best = (("optimizer.lr", 0.2),)
+    assert {t.tried for t in plan.known(lambda cell: best) if t.seed == 1} == {best}
+
+
+def test_settings_lie_over_one_another_the_command_line_last(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    (tmp_path / "over.yaml").write_text("train: {batch_size: 1, epochs: 2, log_every: 3}\n")
+    scales = "scales: {tiny: {base: over.yaml, settings: {train.batch_size: 2, train.epochs: 4}}}"
+    text = "runs: {a: {recipe: quickstart, settings: {train: {epochs: 5}}}}"
+    train = plan_of(text, scales=scales).known(lambda cell: None)[0].recipe.train
+    assert (train.batch_size, train.epochs, train.log_every) == (2, 5, 3)
+    train = (
+        plan_of(text, scales=scales, overrides=["train.epochs=7"])
+        .known(lambda c: None)[0]
+        .recipe.train
+    )
+    assert train.epochs == 7
+
+
+def test_what_weights_do_not_depend_on_changes_no_digest(plan_of: Callable[..., Plan]) -> None:
+    def digests(*overrides: str) -> list[str]:
+        return [t.digest for t in trials(plan_of(TWO, overrides=overrides)).values()]
+
+    before = digests()
+    assert len(set(before)) == 4
+    assert digests("evaluate.images=20", "evaluate.pgd.num_steps=7", "certify.n=200") == before
+    for override in (
+        "optimizer.lr=0.3",
+        "train.epochs=2",
+        "evaluate.eps=0.1",
+        "data.train_size=99",
+    ):
+        assert not set(digests(override)) & set(before), override
+    two = plan_of(TWO.replace("quickstart}", "quickstart, processes: 2}"))
+    assert set(before) & {t.digest for t in trials(two).values()} == set(before[1::2])
+
+
+def test_equal_trainings_of_two_studies_are_one(plan_of: Callable[..., Plan]) -> None:
+    own = trials(plan_of(TWO))["a, seed 0"]
+    own.folder.mkdir(parents=True)
+    other = trials(plan_of("runs: {elsewhere: {recipe: quickstart}}"))["elsewhere, seed 0"]
+    assert other.folder == own.folder
+
+
+def test_a_run_starts_from_another_of_its_seed_and_cell(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(
+        "runs: {a: {recipe: quickstart, then: [[pseudo-label, --out, '{run}/p.parquet']]},"
+        " b: {recipe: quickstart, settings: {model.checkpoint: '{a}'}}}\n"
+        "grid: {size: {label: size, values: {80: {data.train_size: 80}, 160: {}}}}"
+    )
+    found = trials(plan)
+    for size in (80, 160):
+        for seed in (0, 1):
+            source = found[f"a, {size}, seed {seed}"]
+            trial = found[f"b, {size}, seed {seed}"]
+            assert trial.needs == (source.folder,)
+            assert trial.recipe.model.checkpoint == str(source.folder)
+    changed = trials(plan_of((plan.path.read_text()).split("\nscales")[0].removeprefix(
+        "title: A study\n").replace("p.parquet", "q.parquet")))  # fmt: skip
+    assert changed["a, 80, seed 0"].digest == found["a, 80, seed 0"].digest
+    assert changed["b, 80, seed 0"].digest != found["b, 80, seed 0"].digest
+
+
+def test_folders_may_move_without_other_digests(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    text = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart,"
+    text += " settings: {model.checkpoint: '{a}'}}}"
+    plan = plan_of(text)
+    moved = Plan(plan.path, plan.study, plan.scale, tmp_path / "elsewhere", seeds=plan.seeds)
+    assert [t.digest for t in trials(plan).values()] == [t.digest for t in trials(moved).values()]
+
+
+def test_rounding_has_the_runs_seed(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("runs: {a: {recipe: quickstart, settings: {communication.name: qsgd}}}")
+    for trial in trials(plan).values():
+        assert trial.recipe.settings["communication"]["seed"] == trial.seed

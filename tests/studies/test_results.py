@@ -1,0 +1,153 @@
+"""Numbers are those of the training that was asked for; the test images choose nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from studies.conftest import filled, leave
+
+from robust_accel.studies.execution import Done, stale
+from robust_accel.studies.page import table, write_page
+from robust_accel.studies.plan import Plan, Trial
+from robust_accel.studies.results import Results
+
+TUNED = """
+runs:
+  a: {recipe: quickstart, tune: {optimizer.lr: [0.1, 0.2, 0.3]}}
+  b: {recipe: quickstart}
+"""
+
+
+def claims(*lines: str) -> str:
+    return "\nclaims:\n" + "\n".join(
+        f"  - {{text: t, run: a, than: b, columns: [clean (%)], {line}}}" for line in lines
+    )
+
+
+def test_what_is_best_on_held_out_images_is_used_for_every_seed(
+    plan_of: Callable[..., Plan],
+) -> None:
+    def number(trial: Trial) -> tuple[float, ...]:  # the best on test images is the worst held out
+        rate = dict(trial.tried).get("optimizer.lr")
+        return {0.1: (0.9, 0.8, 0.1), 0.2: (0.5, 0.4, 0.3), 0.3: (0.1, 0.1, 0.2)}.get(
+            rate, (0.5, 0.5)
+        )
+
+    results = filled(plan_of(TUNED), number)
+    cell = results.plan.cells[0]
+    assert results.chosen(cell) == (("optimizer.lr", 0.2),)
+    assert results.values(cell, "clean (%)") == {0: 50.0, 1: 50.0}
+    assert len(results.plan.known(results.chosen)) == 3 + 1 + 2 == results.plan.number
+    assert results.tuned(cell).at_the_edge == []
+    assert results.missing() == []
+
+
+def test_a_training_that_is_not_finite_is_no_choice(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(TUNED)
+    plan.root.mkdir()
+    done = Done(plan.root)
+    results = Results(plan, done)
+    for trial in plan.known(results.chosen):
+        if dict(trial.tried).get("optimizer.lr") == 0.3:
+            done.add(trial, ("train",), "not finite", 1.0)
+        else:
+            leave(trial, done, 0.5, 0.4, dict(trial.tried).get("optimizer.lr", 0.0))
+    tuned = Results(plan, Done(plan.root)).tuned(plan.cells[0])
+    assert list(tuned.found.values()) == [10.0, 20.0, None]
+    assert dict(tuned.best) == {"optimizer.lr": 0.2}
+
+
+def test_the_edge_of_a_grid_is_told(plan_of: Callable[..., Plan]) -> None:
+    results = filled(plan_of(TUNED), lambda t: (0.5, 0.5, dict(t.tried).get("optimizer.lr", 0.0)))
+    assert results.tuned(results.plan.cells[0]).at_the_edge == ["optimizer.lr"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "line", "outcome"),
+    [
+        ((3.0, 3.1), "holds_if: greater", "holds"),
+        ((-3.0, -3.1), "holds_if: greater", "does not hold"),
+        ((3.0, -4.0), "holds_if: greater", "open"),
+        ((3.0, 3.1), "holds_if: less", "does not hold"),
+        ((-3.0, -3.1), "holds_if: less", "holds"),
+        ((3.0, 3.1), "{holds_if: greater, margin: 5}", "does not hold"),
+        ((-0.5, -0.51), "{holds_if: not_less, margin: 1}", "holds"),
+        ((-1.5, -1.51), "{holds_if: not_less, margin: 1}", "does not hold"),
+        ((0.5, 0.51), "{holds_if: not_greater, margin: 1}", "holds"),
+    ],
+)
+def test_a_claim_is_decided_by_differences_within_seeds(
+    difference: tuple[float, float], line: str, outcome: str, plan_of: Callable[..., Plan]
+) -> None:
+    runs = (
+        "runs: {a: {recipe: quickstart, settings: {train.log_every: 2}}, b: {recipe: quickstart}}"
+    )
+    plan = plan_of(runs + claims(line.strip("{}")))
+
+    def number(trial: Trial) -> tuple[float, ...]:  # seeds differ by far more than the runs do
+        gain = difference[trial.seed] / 100 if trial.cell.run == "a" else 0
+        return 0.2 + 0.5 * trial.seed + gain, 0.1
+
+    verdict = filled(plan, number).verdicts()[0]
+    assert verdict.pairs == 2
+    assert verdict.difference.mean == pytest.approx(sum(difference) / 2)
+    assert verdict.outcome == outcome
+
+
+def test_a_claim_about_a_run_that_a_scale_leaves_out_is_not_made(
+    plan_of: Callable[..., Plan],
+) -> None:
+    runs = "runs: {a: {recipe: quickstart, skip: true}, b: {recipe: quickstart}}"
+    assert filled(plan_of(runs + claims("holds_if: less")), lambda t: (0.5, 0.5)).verdicts() == []
+
+
+def test_only_the_measurement_asked_for_counts(plan_of: Callable[..., Plan]) -> None:
+    runs = "runs: {b: {recipe: quickstart}}"
+    results = filled(plan_of(runs), lambda t: (0.5, 0.4))
+    assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}
+    for override in ("evaluate.images=39", "evaluate.pgd.num_steps=2"):
+        other = Results(plan_of(runs, overrides=[override]), results.done)
+        trial = other.plan.known(other.chosen)[0]
+        assert other.done.left(trial) == [("evaluate", trial.measured)]  # not trained again
+        results.done.add(trial, ("evaluate", trial.measured), "done", 1.0)
+        found = Results(other.plan, results.done)
+        assert 0 not in found.values(found.plan.cells[0], "PGD (%)")
+
+
+def test_a_changed_recipe_is_told_by_name(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    runs = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {optimizer.lr: 0.1}}}"
+    results = filled(plan_of(runs), lambda t: (0.5, 0.5))
+    write_page(results, tmp_path / "out", "s", "command")
+    known = json.loads((tmp_path / "out/s.json").read_text())["trainings"]
+    assert stale(results.plan.known(results.chosen), known) == []
+    changed = plan_of(runs.replace("0.1", "0.2"))
+    assert stale(changed.known(results.chosen), known) == ["b, seed 0", "b, seed 1"]
+    again = Results(changed, results.done)
+    assert again.missing() == ["b"]
+    assert again.values(changed.cells[1], "clean (%)") == {}
+
+
+def test_the_page_has_table_figures_claims_and_how(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    text = (
+        "runs: {a: {recipe: quickstart, label: 'A|1', about: {p x q: 1 x 6},"
+        " published: {clean (%): 62.7}}, h: {recipe: quickstart, hidden: true}}\n"
+        "grid: {size: {label: images, values: {80: {data.train_size: 80}, 160: {}}}}\n"
+        "columns: {clean (%): clean, s: seconds, MB: megabytes}\n"
+        "figures: [{name: curve, title: A curve, x: size, y: [clean (%)], log: true}]\n"
+        "claims: [{text: t, run: 'a, last', than: 'a, first', columns: [clean (%)]}]"
+    )
+    results = filled(plan_of(text), lambda t: (0.5 + 0.1 * t.seed, 0.5))
+    head = table(results).head
+    assert list(head) == ["run", "images", "p x q", "clean (%)", "clean (%), published", "s", "MB"]
+    page = write_page(results, tmp_path / "out", "s", "robust-accel study s")
+    said = page.read_text()
+    assert "| A\\|1 | 80" in said and "55.00 ± 63.53" in said and "| 62.7 " in said
+    assert "| h " not in said.split("## Claims")[0]
+    assert "![A curve](curve.png)" in said and "robust-accel study s" in said
+    for name in ("curve.png", "curve.svg", "s.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    row = json.loads((tmp_path / "out/s.json").read_text())["rows"][0]
+    assert row["values"]["clean (%)"] == {"0": 50.0, "1": 60.0}

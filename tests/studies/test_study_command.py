@@ -1,0 +1,156 @@
+"""Real studies of small trainings: killed, gone on with, told what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from robust_accel.__main__ import main
+from robust_accel.exit_codes import STOPPED
+
+STUDY = """
+runs:
+  a:
+    recipe: quickstart
+    then: [[pseudo-label, --data, "sklearn:digits", --out, "{run}/p.parquet"]]
+  b: {recipe: quickstart, settings: {model.checkpoint: "{a}"}}
+"""
+
+
+def start(path: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "robust_accel",
+        "study",
+        str(path),
+        "--output",
+        str(output),
+        *more,
+    ]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def trainings(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def until(condition: Callable[[], object], limit: float = 90) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+LONG = ("--seeds", "1", "train.epochs=40", "train.checkpoint_every=1")
+
+
+def ended(number: signal.Signals, path: Path, output: Path) -> int:
+    """The code of a study that is ended in the middle of its first training, and both are gone."""
+    process = start(path, output, *LONG)
+    until(lambda: list(output.glob("tiny/a-*/checkpoints/step-*")))
+    children = trainings(process)
+    os.kill(process.pid, number)
+    process.wait(60)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    return process.returncode
+
+
+def test_no_training_goes_on_without_its_study(
+    study_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert ended(signal.SIGKILL, study_of(STUDY), tmp_path / "out") == -signal.SIGKILL
+
+
+@pytest.mark.long
+def test_a_study_that_is_ended_goes_on(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, output = study_of(STUDY), tmp_path / "out"
+    assert ended(signal.SIGTERM, path, output) == STOPPED
+    process = start(path, output, *LONG)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "continuing" in next(output.glob("tiny/a-*.log")).read_text()
+    assert "2 of 2 done" in said
+    found = json.loads((output / "tiny" / f"{path.parent.name}.json").read_text())
+    assert found["missing"] == []
+    lines = (output / "tiny/done.jsonl").read_text().splitlines()
+    done = [(line["name"], line["command"].split()[0]) for line in map(json.loads, lines)]
+    assert done[-2:] == [("b, seed 0", "train"), ("b, seed 0", "evaluate")]
+    assert ("a, seed 0", "pseudo-label") in done
+    assert next(output.glob("tiny/a-*/p.parquet")).exists()
+    # what is there is not done again, and other measurements do not train again
+    before = {p: p.stat().st_mtime_ns for p in output.glob("tiny/*/model/model.safetensors")}
+    assert (
+        main(["study", str(path), *LONG, "evaluate.pgd.num_steps=2", "--output", str(output)]) == 0
+    )
+    assert before == {
+        p: p.stat().st_mtime_ns for p in output.glob("tiny/*/model/model.safetensors")
+    }
+
+
+def test_one_that_fails_is_named_and_the_others_are_done(
+    study_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study_of(
+        "runs: {bad: {recipe: quickstart, settings: {data.path: no/such/folder}},"
+        " b: {recipe: quickstart, settings: {model.checkpoint: '{bad}'}},"
+        " good: {recipe: quickstart}}"
+    )
+    assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 1
+    said = capsys.readouterr()
+    assert "failed: bad, seed 0: exit code 2, see " in said.err
+    log = Path(said.err.rsplit("see ", 1)[1].strip())
+    assert "no/such/folder" in log.read_text()
+    assert "| good |" in said.out.replace("  ", " ")
+    page = next((tmp_path / "out/tiny").glob("*.md")).read_text()
+    assert "Not finished: bad; b." in page
+
+
+def test_two_studies_do_not_run_in_one_folder(
+    study_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = study_of("runs: {a: {recipe: quickstart}}"), tmp_path / "out"
+    process = start(path, output, "--seeds", "1", "train.epochs=40")
+    until(lambda: (output / "tiny/owner.lock").exists())
+    assert main(["study", str(path), "--output", str(output)]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no_such"], "no_such: no such study"),
+        (["paper", "--scale", "huge"], "there is no 'huge'"),
+        (["paper/table1", "train.epoks=3"], "train.epoks: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_made(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_several_processes_are_started_by_the_launcher(
+    study_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = study_of(
+        "runs: {a: {recipe: quickstart, processes: 2, settings: {communication.name: qsgd}}}"
+    )
+    assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 0
+    report = json.loads(next((tmp_path / "out/tiny").glob("a-*/report.json")).read_text())
+    assert report["num_processes"] == 2 and report["bytes_sent_per_step"] > 0
