@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,28 @@ def network(nodes: int, rate: str) -> Iterator[list[str]]:
     finally:
         for name in (*names, switch):
             ip("netns", "del", name, check=False)
+
+
+@contextmanager
+def named(nodes: Sequence[str], names: Sequence[str]) -> Iterator[None]:
+    """Let nodes find one another by host names, in what `inside` starts."""
+    hosts = [f"{SUBNET}.{i + 1} {name}\n" for i, name in enumerate(names)]
+    folders = [Path("/etc/netns") / node for node in nodes]
+    try:
+        for folder in folders:  # `ip netns exec` binds what is in it over /etc
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("".join(["127.0.0.1 localhost\n", *hosts]))
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def inside(namespace: str, name: str, *command: str) -> list[str]:
+    """What starts a command on a node, whose host name it is given."""
+    shell = f'hostname {name}; exec "$@"'
+    names = ["unshare", "--uts", "sh", "-c", shell, "sh"]
+    return [tool("ip"), "netns", "exec", namespace, *names, *command]
 
 
 def limit(namespace: str, device: str, rate: str) -> None:

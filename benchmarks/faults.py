@@ -26,7 +26,7 @@ import psutil
 from _lab import ENGINES, RUN, Lab, Row, alive_after, newly, until
 from launching import Launched
 from safetensors.torch import load_file
-from test_networks import Inside
+from test_networks import NAMES, STATIC, Inside, Machines
 
 from robust_accel.exit_codes import NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
 from robust_accel.run_folder import RunFolder
@@ -162,6 +162,36 @@ def link_cut(lab: Lab, times: int) -> Row:
     return row
 
 
+def node_lost(lab: Lab, times: int) -> Row:
+    """One of two machines, without a common disk; another one takes its place."""
+    row = Row("node lost and replaced, DDP on two nodes")
+    for _ in range(times):
+        root = lab.folder().path
+        with (
+            _network.network(len(NAMES), "none") as nodes,
+            _network.named(nodes, NAMES),
+        ):
+            machines = Machines(nodes, root, STATIC, RUN, {})
+            machines.start(0, 0)
+            machines.start(1, 1)
+            while machines.all[0].running() and not machines.done():
+                time.sleep(0.02)
+            time.sleep(lab.draws.uniform(0, 0.5))
+            machines.lose(1)
+            began, before = time.monotonic(), machines.done()
+            machines.start(2, 1)
+            while machines.all[0].running() and machines.done() == before:
+                time.sleep(0.02)
+            row.seconds.append(time.monotonic() - began)
+            ends = [launcher.wait()[0] for launcher in machines.all.values()]
+            machines.kill()
+        row.times += 1
+        row.about["by the launcher itself"] += ends == [0, 0]
+        fault = f"codes {ends}" if any(ends) else lab.loss(machines.result())
+        row.lost += [fault] if fault else []
+    return row
+
+
 def two_owners(lab: Lab, times: int) -> Row:
     """Two runs start in one folder at once."""
     row = Row(f"two owners, {lab.engine}")
@@ -257,6 +287,7 @@ def rows(only: list[str], times: int, root: Path, draws: random.Random) -> Itera
         ("lost", ddp, lambda lab: rank_gone(lab, max(1, times // 4), signal.SIGKILL)),
         ("launcher", ddp, lambda lab: launcher_killed(lab, max(1, times // 6))),
         ("cut", ddp, lambda lab: link_cut(lab, max(1, times // 6))),
+        ("node", ddp, lambda lab: node_lost(lab, max(1, times // 6))),
         ("owners", one, lambda lab: two_owners(lab, max(1, times // 2))),
         *(("flipped", engine, lambda lab: flipped(lab, times)) for engine in (one, ddp, "ZeRO 2")),
         *(("nan", engine, lambda lab: nan(lab, times)) for engine in (one, ddp)),

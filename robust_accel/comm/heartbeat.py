@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
-from robust_accel.comm.restarts import launchers_store, mark_used
+from robust_accel.comm.restarts import launchers_store
 
 
 class Unavailable(ConnectionError):
@@ -161,9 +161,7 @@ class Heartbeat:
     # ---- threads ---------------------------------------------------------------------------------
 
     def _connect(self) -> dist.Store:
-        store = launchers_store(self.timeout)
-        mark_used(store)
-        return dist.PrefixStore(self._prefix, store)
+        return dist.PrefixStore(self._prefix, launchers_store(self.timeout))
 
     def _beat(self) -> None:
         """Tell, and listen where there is something to ask. Blocks for ever with the store."""

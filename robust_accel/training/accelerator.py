@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from robust_accel.comm.deepspeed import skip_inference_kernel
-from robust_accel.comm.restarts import join_after_restart
+from robust_accel.comm.restarts import join_restartable
 from robust_accel.recipe import TrainSettings
 
 LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
@@ -42,7 +42,7 @@ def create_accelerator(
     group.timeout = timedelta(seconds=limit)
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     on_gpu = torch.cuda.is_available() and not on_cpu
-    join_after_restart("nccl" if on_gpu else "gloo", limit)
+    join_restartable("nccl" if on_gpu else "gloo", limit)
     accelerator = Accelerator(
         mixed_precision="no" if with_deepspeed else precision,
         gradient_accumulation_steps=settings.gradient_accumulation,

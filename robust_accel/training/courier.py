@@ -52,8 +52,12 @@ class Courier:
     def hand_out(self, place: Path) -> None:
         """Bring the first process's files to those that do not see them."""
         if self._absent:
-            for name, size in sorted(self._sizes(place)[0].items()):
-                self._carry(place / name, size, 0, self._is_absent)
+            self.bring(place, 0, self._is_absent)
+
+    def bring(self, place: Path, sender: int, receives: bool) -> None:
+        """Bring all files of one process's place to those processes that receive them."""
+        for name, size in sorted(self._sizes(place)[sender].items()):
+            self._carry(place / name, size, sender, receives)
 
     def _sizes(self, place: Path) -> list[dict[str, int]]:
         """Of the files that each process sees: on NFS, another may see its names later."""

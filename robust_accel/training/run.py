@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -45,6 +45,7 @@ from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, refuse_restart
+from robust_accel.training.takeover import take_over
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -94,6 +95,10 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
         decided(lambda: _check_output(folder), accelerator)
         with owned(folder, accelerator, lambda text: _say(text, accelerator)):
             engine = engine_of(accelerator)
+            # one that was started again goes on, with all that were not
+            resume = any(gather_object([resume]))
+            if resume:
+                take_over(recipe, folder, engine, accelerator, lambda text: _say(text, accelerator))
             start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
             data, about = checked_data(recipe, start, accelerator)
             torch.manual_seed(settings.seed)  # the same first weights on every process

@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +36,15 @@ RUN = (
 )
 
 
+NAMES = ("node-1", "node-2", "node-0")  # the last one takes a lost one's place
+C10D = ("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+C10D += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29517", "--max-restarts", "3")
+STATIC = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "2")
+STATIC += ("--num_processes", "2", "--main_process_ip", "10.77.0.1")
+STATIC += ("--main_process_port", "29517", "--max_restarts", "3", "--machine_rank")
+EACH_ITS_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def _network() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "_network.py"
     spec = importlib.util.spec_from_file_location("_network", path)
@@ -47,33 +56,39 @@ def _network() -> ModuleType:
 
 @pytest.fixture
 def nodes() -> Iterator[list[str]]:
-    """Two namespaces with a link between them; the first has the address 10.77.0.1."""
+    """Three namespaces behind a switch; the first has the address 10.77.0.1."""
     network = _network()
-    try:
-        made = network.network(2, "none")
-        names = made.__enter__()
-    except (SystemExit, RuntimeError) as error:
-        pytest.skip(str(error))
-    # bound over /etc/hosts by `ip netns exec`: torch asks for names, and there is nobody to answer
-    known = "127.0.0.1 localhost\n10.77.0.1 node-0\n10.77.0.2 node-1\n"
-    folders = [Path("/etc/netns") / name for name in names]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "hosts").write_text(known)
-    yield names
-    for folder in folders:
-        shutil.rmtree(folder)
-    made.__exit__(None, None, None)
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(network.network(len(NAMES), "none"))
+        except (SystemExit, RuntimeError) as error:
+            pytest.skip(str(error))
+        stack.enter_context(network.named(made, NAMES))
+        yield made
 
 
 class Inside:
-    """A process in a namespace."""
+    """A module's process in a namespace.
 
-    def __init__(self, node: str, *command: object, log: Path, **environment: str) -> None:
+    Args:
+        name: Of the host.
+        disk: Where it is at work.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        *command: object,
+        log: Path,
+        name: str = NAMES[0],
+        disk: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.log = log
         with log.open("a") as file:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", node, sys.executable, "-m", *map(str, command)],
+                _network().inside(node, name, sys.executable, "-m", *map(str, command)),
+                cwd=disk,
                 env=os.environ | CPU | {"GLOO_SOCKET_IFNAME": "eth0"} | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -101,7 +116,7 @@ def test_a_cut_link_ends_both_sides_in_time_and_each_names_the_other(
     folder = RunFolder(tmp_path / "run")
     common = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "WORLD_SIZE": "2"}
     ranks = []
-    for rank, node in enumerate(nodes):
+    for rank, node in enumerate(nodes[:2]):
         own = {"RANK": str(rank), "LOCAL_RANK": "0", **common}
         command = ("robust_accel", *RUN, f"output={folder.path}", "--quiet")
         ranks.append(Inside(node, *command, log=tmp_path / str(rank), **own))
@@ -145,4 +160,116 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Path, fini
     assert code == 0, output
     assert "continuing" in output
     before, after = weights(finished), weights(folder.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
+class Machines:
+    """Two nodes, each with a launcher, one process and a disk of its own; and one in reserve.
+
+    Args:
+        launcher: `C10D` or `STATIC`.
+        command: Of the run, with `output=run`.
+        root: Of the disks.
+    """
+
+    def __init__(
+        self,
+        nodes: list[str],
+        root: Path,
+        launcher: tuple[str, ...],
+        command: tuple[str, ...],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.nodes, self.launcher, self.environment = nodes, launcher, environment
+        self.command = ("-m", "robust_accel", *command, "output=run", "--quiet")
+        self.disks = [root / f"disk{i}" for i in range(len(nodes))]
+        self.folders = [RunFolder(disk / "run") for disk in self.disks]
+        self.all: dict[int, Inside] = {}
+
+    def start(self, number: int, machine_rank: int, *more: str) -> None:
+        """The ordinary command on a node, with some arguments more."""
+        disk = self.disks[number]
+        disk.mkdir(parents=True, exist_ok=True)
+        own = (str(machine_rank),) if self.launcher is STATIC else ()
+        self.all[number] = Inside(
+            self.nodes[number],
+            *(*self.launcher, *own, *self.command, *more),
+            log=disk / "log",
+            name=NAMES[number],
+            disk=disk,
+            **self.environment,
+        )
+
+    def lose(self, number: int) -> None:
+        """A node, without a word: its link first, so that its end is not heard of."""
+        down = ["ip", "-n", self.nodes[number], "link", "set", "eth0", "down"]
+        subprocess.run(down, check=True)
+        self.all.pop(number).kill()
+
+    def kill(self) -> None:
+        for launcher in self.all.values():
+            launcher.kill()
+
+    def done(self) -> set[str]:
+        """Checkpoints, on whichever disk, and reports."""
+        found = {path.name for folder in self.folders for path in folder.steps()}
+        return found | {str(folder.report) for folder in self.folders if folder.report.exists()}
+
+    def result(self) -> RunFolder:
+        """The folder of the process that was first in the end."""
+        return next(folder for folder in self.folders if folder.report.exists())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "becomes_first"),
+    [(STATIC, {}, False), (C10D, EACH_ITS_STORE, True)],
+)
+def test_a_lost_machine_is_replaced_and_the_run_goes_on_to_the_same_end(
+    tmp_path: Path,
+    finished: Path,
+    nodes: list[str],
+    launcher: tuple[str, ...],
+    environment: dict[str, str],
+    becomes_first: bool,
+) -> None:
+    machines = Machines(nodes, tmp_path, launcher, RUN, environment)
+    try:
+        machines.start(0, 0)
+        machines.start(1, 1)
+        wait_until(machines.done, machines.all[0])
+        machines.lose(1)
+        machines.start(2, 1)
+        ends = {number: launcher.wait() for number, launcher in machines.all.items()}
+    finally:
+        machines.kill()
+    for code, output in ends.values():
+        assert code == 0, output
+    result = machines.result()
+    assert result is machines.folders[2 if becomes_first else 0]
+    output = ends[2 if becomes_first else 0][1]
+    assert "continuing run at step" in output
+    assert ("run is taken over" in output) == becomes_first
+    before, after = weights(finished), weights(result.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
+@pytest.mark.parametrize("environment", [{}, EACH_ITS_STORE])
+def test_of_two_machines_one_process_is_killed_and_both_go_on(
+    tmp_path: Path, finished: Path, nodes: list[str], environment: dict[str, str]
+) -> None:
+    """The other launcher does not count the restart, and its process is the first."""
+    machines = Machines(nodes, tmp_path, C10D, RUN, environment)
+    try:
+        machines.start(0, 0)
+        machines.start(1, 1)
+        wait_until(machines.done, machines.all[0])
+        processes = psutil.Process(machines.all[1].process.pid).children(recursive=True)
+        (victim,) = [process for process in processes if process.environ().get("RANK") == "1"]
+        victim.kill()
+        ends = [launcher.wait() for launcher in machines.all.values()]
+    finally:
+        machines.kill()
+    for code, output in ends:
+        assert code == 0, output
+    before, after = weights(finished), weights(machines.result().path)
     assert all(before[key].equal(after[key]) for key in before | after)
