@@ -21,8 +21,11 @@ def check_path(path: str) -> str:
     """The path, if a file can have it: the system calls raise ``OSError`` where none can.
 
     Raises:
-        ValueError: It, or a part of it, is too long, or it holds a NUL.
+        ValueError: It, or a part of it, is too long, or it holds a NUL. Or it begins with a ``~``,
+            which only a shell turns into a home: a folder of that name would be made.
     """
+    if path.startswith("~"):
+        raise ValueError("a ~ is not expanded here: write the folder out, or ./~")
     content = path.encode(errors="surrogatepass")
     longest = max(map(len, content.split(b"/")))
     if longest > _LONGEST_PART:
