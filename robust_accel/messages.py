@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from robust_accel.exit_codes import Stopped
-
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 4000  # timm has many optimizers
 # What makes a terminal or an editor do or hide something, and is in no name of anything: line
@@ -33,9 +31,9 @@ def told(error: BaseException) -> str:
 def _text_of(value: Any, write: Callable[[Any], str]) -> str:
     try:
         return write(value)
-    except Stopped:
-        raise
-    except (Exception, SystemExit):
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # ``Stopped``
+            raise
         return f"<a {type(value).__name__} that cannot be shown>"
 
 

@@ -101,3 +101,13 @@ def test_an_output_that_cannot_be_written_is_refused_first(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("robust-accel: output: ") and said in line
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_path_without_room_for_names_in_it_is_refused_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = "/".join(["y" * 250] * 15)
+    assert train(Path(folder), "data.path=no/such/data") == USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("robust-accel: output: 'yyy")
+    assert line.endswith("what a run writes into it: 3,764 bytes, allowed are 3,584")
