@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
-        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
+        place = f"{error.filename or 'a file'} cannot be written"
+        said = f"{place}: {error.strerror}; what was there before is there still"
+        print(f"\nrobust-accel: {said}", file=sys.stderr, flush=True)
         return UNWRITABLE
 
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective
 from robust_accel.exit_codes import Stopped
-from robust_accel.messages import shown
+from robust_accel.messages import shown, told
 from robust_accel.objectives import Objective
 from robust_accel.settings import Norm, Number, Settings, close_to, listed
 
@@ -103,14 +103,14 @@ def find_component(section: str, family: Mapping[str, type], name: object) -> ty
         raise ValueError(f"{shown(name)} cannot be imported: {end}")
     try:
         found = getattr(importlib.import_module(module), attribute)
+        is_class = inspect.isclass(found)
+        lack = _lack(found, PROTOCOLS[section]) if is_class else None  # asks its metaclass
     except (KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:  # SystemExit is one
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{shown(name)} cannot be imported: {said}") from error
-    if not inspect.isclass(found):
+        raise ValueError(f"{shown(name)} cannot be imported: {told(error)}") from error
+    if not is_class:
         raise ValueError(f"{shown(name)} is no class, but {shown(found)}")
-    lack = _lack(found, PROTOCOLS[section])
     if lack is not None:
         raise ValueError(f"{shown(name)} cannot be the {section}: it has no {lack}")
     return found
@@ -138,7 +138,9 @@ def _method(found: type, name: str) -> Any:
 
 
 def _takes(method: Any, parameters: list[inspect.Parameter]) -> bool:
-    """Whether a method can be called with the arguments of the protocol's."""
+    """Whether a method can be called, not awaited, with the arguments of the protocol's."""
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        return False
     bound = isinstance(method, staticmethod | classmethod)
     positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -197,5 +199,7 @@ def _import_and_tell(module: str, writing: int) -> NoReturn:
     except BaseException:  # the import that counts will raise it again
         pass
     finally:
-        os.write(writing, _IMPORTED)
-        os._exit(0)
+        try:
+            os.write(writing, _IMPORTED)
+        finally:  # a module may have closed all files: this process must not go on
+            os._exit(0)

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, never through a link, and read with suspicion."""
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -15,14 +16,18 @@ from typing import Any
 INCOMPLETE = ".incomplete-"  # how the name of a file begins that is being written
 _LARGEST, _LONGEST = 2**28, 2**26  # bytes of a text, and of a line of one
 _LONGEST_PART, _LONGEST_PATH = 255, 4096  # bytes that Linux has room for
+_FULL = 2**16  # a disk with fewer free bytes
 
 
 def check_path(path: str) -> str:
     """The path, if a file can have it: the system calls raise ``OSError`` where none can.
 
     Raises:
-        ValueError: It, or a part of it, is too long, or it holds a NUL.
+        ValueError: It, or a part of it, is too long, or it holds a NUL. Or it begins with a ``~``,
+            which only a shell turns into a home: a folder of that name would be made.
     """
+    if path.startswith("~"):
+        raise ValueError("a ~ is not expanded here: write the folder out, or ./~")
     content = path.encode(errors="surrogatepass")
     longest = max(map(len, content.split(b"/")))
     if longest > _LONGEST_PART:
@@ -40,18 +45,29 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Then it is on disk, whole, and readable by whom the umask says. If the body raises, or the
     process dies, ``path`` is what it was. A link that lies at ``path`` is replaced, not followed.
+
+    Raises:
+        OSError: It cannot be written; names ``path`` where that could not be told before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{INCOMPLETE}{secrets.token_hex(4)}-{path.name}")
-    mode = _created(temporary)
+    temporary, file = _created_beside(path)
     try:
         yield temporary
-        temporary.chmod(mode)  # some libraries make a file of their own, for its owner alone
+        # some libraries make a file of their own, for its owner alone
+        temporary.chmod(_mode(file))
         on_disk(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path) if error.filename is None else error.filename
+        raise
+    except Exception as error:  # safetensors and torch do not say why they could not write
+        if shutil.disk_usage(path.parent).free >= _FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(file)
     on_disk(path.parent)
 
 
@@ -188,32 +204,67 @@ def check_contained(folder: Path) -> None:
 
 def give_to_umask(folder: Path) -> None:
     """Let the umask say who reads a folder's files: some libraries write for their owner alone."""
-    probe = folder / f"{INCOMPLETE}{secrets.token_hex(4)}"
-    mode = _created(probe)
+    probe, file = _created_beside(folder / "probe")
+    mode = _mode(file)
     probe.unlink()
+    os.close(file)
     for place, _, names in os.walk(folder):
         for name in names:
             Path(place, name).chmod(mode)
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write in a folder, at any depth."""
+    """Remove what processes that were killed had begun to write in a folder, at any depth.
+
+    A file that another process is writing, a report's, is left alone.
+    """
     for place, folders, names in os.walk(folder):
         for name in names:
             if name.startswith(INCOMPLETE):
-                Path(place, name).unlink(missing_ok=True)
+                _remove_unless_held(Path(place, name))
         for name in [name for name in folders if name.startswith(INCOMPLETE)]:
             folders.remove(name)
             shutil.rmtree(Path(place, name), ignore_errors=True)
 
 
-def _created(path: Path) -> int:
-    """Make an empty file that was not there; its mode."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+def _created_beside(path: Path) -> tuple[Path, int]:
+    """Make an empty file, with a name of its own and the suffix of ``path``, and hold its lock."""
+    while True:
+        start = f"{INCOMPLETE}{secrets.token_hex(4)}-"
+        room = _LONGEST_PART - len(start)
+        end = os.fsencode(path.name)[-room:].decode(errors="ignore")  # of halves of a character
+        temporary = path.with_name(start + end)
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        if _is_held(file) or os.fstat(file).st_nlink == 0:  # just removed as somebody's rest
+            os.close(file)
+            continue
+        return temporary, file
+
+
+def _remove_unless_held(path: Path) -> None:
     try:
-        return os.fstat(file).st_mode & 0o777
-    finally:
-        os.close(file)
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # a link, a pipe, or gone: nobody's work
+        path.unlink(missing_ok=True)
+        return
+    if not _is_held(file):
+        path.unlink(missing_ok=True)
+    os.close(file)
+
+
+def _is_held(file: int) -> bool:
+    """Take an open file's lock, which the kernel lets go at the end; whether another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        pass
+    return False
+
+
+def _mode(file: int) -> int:
+    return os.fstat(file).st_mode & 0o777
 
 
 def on_disk(path: Path) -> None:

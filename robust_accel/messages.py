@@ -1,17 +1,14 @@
 """What somebody else has written, in messages: on one line, and cut where it is long."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 4000  # timm has many optimizers
-# line breaks, other control characters, and halves of a character: in no name of anything
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-# Control characters but tabs and line feeds, other line ends, directions, halves of characters.
-_UNSHOWN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+# What makes a terminal or an editor do or hide something, and is in no name of anything: line
+# breaks and other control characters, directions, halves of characters.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def one_line(text: str, longest: int = _LONGEST_LINE) -> str:
@@ -23,7 +20,21 @@ def one_line(text: str, longest: int = _LONGEST_LINE) -> str:
 
 def shown(value: Any) -> str:
     """A value as Python writes it, on one line and cut."""
-    return one_line(repr(value), _LONGEST_VALUE)
+    return one_line(_text_of(value, repr), _LONGEST_VALUE)
+
+
+def told(error: BaseException) -> str:
+    """An error's kind and what it says, whatever a user's own makes of ``str``."""
+    return f"{type(error).__name__}: {_text_of(error, str)}"
+
+
+def _text_of(value: Any, write: Callable[[Any], str]) -> str:
+    try:
+        return write(value)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # ``Stopped``
+            raise
+        return f"<a {type(value).__name__} that cannot be shown>"
 
 
 def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
@@ -33,5 +44,6 @@ def cut(text: str, longest: int = _LONGEST_VALUE) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without what makes a terminal or an editor do or hide something."""
-    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
+    """The text of several lines, without what ``UNPRINTABLE`` finds but tabs and line feeds."""
+    keep = lambda found: found[0] if found[0] in "\t\n" else "\N{REPLACEMENT CHARACTER}"  # noqa: E731
+    return UNPRINTABLE.sub(keep, text)

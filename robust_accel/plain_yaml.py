@@ -25,6 +25,7 @@ MOST_LEVELS = 32
 _MOST_VALUES = 20_000  # longer lists of test images have files of their own
 _MOST_KEYS = 1000
 _MOST_DIGITS = 100
+MOST_FAULTS = 100  # that are told at once
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOLEANS = {text: text.lower() == "true" for text in ("true", "True", "TRUE")}
@@ -42,7 +43,9 @@ class RecipeError(ValueError):
     """A recipe that cannot run: one line a fault, with file, key, what was found and allowed."""
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(map(one_line, faults)))
+        more = len(faults) - MOST_FAULTS
+        last = [f"... and {more} faults more"] * (more > 0)
+        super().__init__("\n".join([*map(one_line, faults[:MOST_FAULTS]), *last]))
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,15 @@ def parse_setting(text: str, source: str) -> Any:
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'"):
         return parse(text, source)
-    if UNPRINTABLE.search(text):
-        raise RecipeError(f"{source}: a line break or a control character is not allowed")
+    refuse_unprintable(text, source)
     return scalar(text)
+
+
+def refuse_unprintable(text: str, source: str) -> None:
+    """Raise RecipeError where a text holds what ``UNPRINTABLE`` finds."""
+    if UNPRINTABLE.search(text):
+        said = f"a line break or a control character is not allowed, got {shown(text)}"
+        raise RecipeError(f"{source}: {said}")
 
 
 def scalar(text: str) -> str | Written | None:
@@ -277,6 +286,8 @@ class _Composer:
                 self._fault(event, dotted, "a key that is no text")
             self._refuse_tag(event, dotted)
             key = self._printable(event, dotted)
+            if not key:
+                self._fault(event, dotted, "a key that is empty")
             place = f"{dotted}.{key}" if dotted else key
             if key == "<<" and event.implicit[0]:
                 self._fault(event, place, "merge keys are not allowed: base names another recipe")

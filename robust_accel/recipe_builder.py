@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from robust_accel.components import NotImported, find_component, is_custom
 from robust_accel.exit_codes import Stopped
 from robust_accel.files import check_path
-from robust_accel.messages import cut, shown
+from robust_accel.messages import cut, shown, told
 from robust_accel.optim import OptimizerSettings, with_defaults
 from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
 from robust_accel.recipe_file import RecipeValues, origin_of
@@ -144,10 +144,10 @@ class Builder:
                 self.fault(f"{key}.{dotted}".rstrip("."), message)
         except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
             self.fault_of(key, error)
-        except Stopped:
+        except (KeyboardInterrupt, Stopped):
             raise
-        except (Exception, SystemExit) as error:  # a user's own
-            self.fault(key, f"{type(error).__name__}: {error}")
+        except BaseException as error:  # a user's own
+            self.fault(key, told(error))
         else:
             return component, named | values
         return None, {}
@@ -176,7 +176,7 @@ class Builder:
             except ValueError as error:
                 self.fault_of("schedule", error)
         fault = getattr(built["attack"], "fault", None)
-        if fault is not None and "attack" in required:
+        if isinstance(fault, str) and "attack" in required:
             self.fault_of("attack", ValueError(f"attack.{fault}"))
 
     def _fill_sigma(self, built: dict[str, Any], required: tuple[str, ...]) -> None:
@@ -239,6 +239,8 @@ def built(spec: Any, tree: dict[str, Any]) -> Any:
         if not places:
             raise
         component = spec(**with_texts(tree, places))
+    if not isinstance(component, spec):  # a user's own ``__new__``
+        raise ValueError(f"calling {shown(spec)} gives {shown(component)}, no instance of it")
     return with_defaults(component) if isinstance(component, OptimizerSettings) else component
 
 

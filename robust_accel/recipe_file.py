@@ -14,6 +14,7 @@ from robust_accel.plain_yaml import (
     parse_setting,
     plain,
     read_recipe,
+    refuse_unprintable,
 )
 
 RECIPES = next(
@@ -48,9 +49,9 @@ def packaged_recipes() -> list[str]:
 
 
 def origin_of(origins: dict[str, str], dotted: str) -> str:
-    """Where a key, or the nearest section above it, was set."""
+    """Where a key, or the nearest section above it, was set; else the recipe itself."""
     parts = dotted.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
     return next((origins[p] for p in prefixes if p in origins), "recipe")
 
 
@@ -59,7 +60,8 @@ class RecipeValues:
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self.values: dict[str, Any] = copy.deepcopy(dict(defaults))
-        self.origins: dict[str, str] = {}  # dotted key -> file, or "command line"
+        # dotted key -> file, or "command line"; "" -> the recipe's file
+        self.origins: dict[str, str] = {}
 
     def read(self, path: Path, seen: tuple[Path, ...] = ()) -> None:
         """Merge a file over its bases."""
@@ -78,6 +80,7 @@ class RecipeValues:
                 raise RecipeError(f"{path}: base: no such file: {cut(str(path.parent / base))}")
             self.read(path.parent / base, (*seen, path.resolve()))
         self.merge(values, str(path))
+        self.origins[""] = str(path)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Merge ``key.subkey=value`` settings of the command line."""
@@ -88,6 +91,7 @@ class RecipeValues:
             if not equals or not all(keys) or len(keys) > MOST_LEVELS:
                 said = "is not of the form key.subkey=value"
                 raise RecipeError(f"command line: {shown(text)} {said}")
+            refuse_unprintable(dotted, "command line")
             node = tree
             for key in keys[:-1]:
                 node = node.setdefault(key, {})

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from robust_accel.files import check_path
 from robust_accel.messages import cut, shown
-from robust_accel.plain_yaml import number
+from robust_accel.plain_yaml import MOST_FAULTS, number
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 Norm = Literal["linf", "l2"]
@@ -112,7 +112,7 @@ def parse_duration(value: object) -> object:
     seconds = value
     if isinstance(value, str):
         parts = re.fullmatch(
-            r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip()
+            r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip(), re.ASCII
         )
         found = [float(part or 0) for part in parts.groups()] if parts else [0.0]
         seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1), strict=False))
@@ -142,9 +142,6 @@ def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
     raise ValueError("; ".join(f"{key}: {message}".removeprefix(": ") for key, message in faults))
 
 
-_MOST_FAULTS = 100  # each element of a list may have one
-
-
 def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
     """pydantic's faults as (dotted key, what was found and what is allowed), one a key.
 
@@ -152,7 +149,7 @@ def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
         spec: The settings that were to be built.
     """
     by_key: dict[str, dict[str, None]] = {}  # a union's members each have their complaint
-    for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
+    for fault in error.errors(include_url=False)[:MOST_FAULTS]:
         if fault["type"] == "default_factory_not_called":  # of another key's fault
             continue
         keys, message = _explain(fault, spec)
@@ -208,8 +205,10 @@ def _nested(annotation: Any) -> Any:
 
 
 def close_to(name: object, known: Iterable[str], most: int = 1) -> str:
-    """`` (did you mean ...?)`` with the names that are close, or nothing."""
-    close = difflib.get_close_matches(cut(str(name)), list(known), n=most)
+    """`` (did you mean ...?)`` with the names that are close, capitals or not, or nothing."""
+    by_lower = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(cut(str(name)).lower(), list(by_lower), n=most)
+    close = [by_lower[other] for other in found]
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -10,12 +10,12 @@ import torch
 from robust_accel.data import EvaluationImages, ImageSet, load_test
 from robust_accel.data.classes import compared_by_number, match_classes, renumbered
 from robust_accel.data.ids import Ids, IdsError
-from robust_accel.files import check_path
 from robust_accel.messages import shown
 from robust_accel.models import (
     ModelSettings,
     PixelClassifier,
     check_fits,
+    check_name,
     create_classifier,
     model_folder,
     timm_name,
@@ -193,7 +193,7 @@ def _overridden(recipe: Recipe) -> list[str]:
 def _checked(model: str) -> str:
     """The name of a model, or ValueError: nothing can have it."""
     try:
-        return check_path(model)
+        return check_name(model)
     except ValueError as error:
         raise ValueError(f"{shown(model)}: no model: {error}") from None
 

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +40,20 @@ def _accelerate_forgets() -> Iterator[None]:
     """Accelerate keeps one state a process, precision included: each test starts without."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes a disk of so many bytes."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+
+    def make(size: int, *options: str) -> Path:
+        how = ",".join((f"size={size}", *options))
+        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(mounted)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a small disk here")
+        return mounted
+
+    yield make
+    subprocess.run(["umount", "--lazy", str(mounted)], capture_output=True)

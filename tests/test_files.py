@@ -1,9 +1,12 @@
 """Files are written whole, for whom the umask says, and nowhere else; files alone are read."""
 
+import errno
 import os
+import shutil
 import signal
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +117,67 @@ def test_what_killed_processes_had_begun_is_removed(tmp_path: Path) -> None:
     remove_incomplete(tmp_path)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
     assert path.read_text() == "whole"
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    """A report is written without owning the folder, maybe beside a run that begins there."""
+    path = tmp_path / "figures" / "a.png"
+    tell, told = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            os.write(tell[1], b".")
+            os.read(told[0], 1)
+            temporary.write_text("whole")
+        os._exit(0)
+    os.read(tell[0], 1)
+    (begun,) = path.parent.iterdir()
+    rest = path.with_name(f"{INCOMPLETE}01234567-b.png")
+    rest.touch()
+    remove_incomplete(tmp_path)
+    assert begun.read_text() == "half" and not rest.exists()
+    os.write(told[1], b".")
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.read_text() == "whole" and not begun.exists()
+
+
+def test_what_is_begun_and_no_file_is_removed_without_waiting(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    os.mkfifo(folder / f"{INCOMPLETE}pipe")
+    (folder / f"{INCOMPLETE}link").symlink_to(mine)
+    remove_incomplete(folder)
+    assert list(folder.iterdir()) == [] and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "\u00e9" * 125 + "x.png", "x" * 255])
+def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with written_whole(path) as temporary:
+        str(temporary).encode()  # no half of a character, which other libraries could not open
+        assert temporary.suffix == path.suffix
+        temporary.write_text("whole")
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+    assert path.read_text() == "whole"
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("before")
+    said = r"No space left on device: '.*/a\.safetensors'$"
+    with pytest.raises(OSError, match=said), written_whole(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fault = RuntimeError("I/O error")  # of a library that does not say which
+    with pytest.raises(RuntimeError), written_whole(path):
+        raise fault
+    full = namedtuple("Usage", "free")(4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(OSError, match=said), written_whole(path):
+        raise fault
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_file_is_whole_whenever_it_is_read(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "poor.yaml", "train: {epochs: 1}\nmodel: {name: a}\nattack: {}")
     assert sorted(f.removeprefix(f"{path}: ") for f in faults(path)) == sorted(
         [
-            "recipe: data: missing: this section is required",
-            "recipe: optimizer: missing: this section is required",
+            "data: missing: this section is required",
+            "optimizer: missing: this section is required",
             "train.batch_size: missing: this key is required",
             f"attack.name: missing; allowed: {', '.join(ATTACKS)}, or package.module:Class",
         ]

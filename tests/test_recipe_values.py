@@ -148,6 +148,12 @@ def test_paths_are_those_that_a_file_can_have(small: Path, key: str) -> None:
         assert fault.startswith(f"command line: {key}: '") and said in fault
 
 
+def test_the_longest_folder_is_a_model_by_its_name(small: Path) -> None:
+    name = f"local-dir:{'x' * 255}"
+    assert load_recipe(small, [f"model.name={name}"]).model.name == name
+    assert "at most 255 bytes, not 256" in fault(small, f"model.name={name}x")
+
+
 def test_options_of_models_are_finite(small: Path) -> None:
     for value in (".inf", ".nan", "[1, .inf]", "{a: .nan}"):
         said = fault(small, f"model.options={{drop_rate: {value}}}")

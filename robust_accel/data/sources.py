@@ -15,7 +15,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from filelock import FileLock
 from PIL import Image
 
-from robust_accel.data.addresses import check_address
+from robust_accel.data.addresses import AddressError, check_address, check_card, check_found
 from robust_accel.data.classes import tell
 from robust_accel.data.decoding import SKIP
 from robust_accel.data.tar_files import check_tar
@@ -52,9 +52,13 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
         return datasets.load_dataset_builder(loader, data_files=path)
 
     with _explained(path):
+        if os.path.isdir(path):
+            check_card(path)
         found: dict[str, list[str]] = builder().config.data_files or {}
     for name in (name for names in found.values() for name in names):
         check_address(name)
+        if loader is None:
+            check_found(path, name)
     files = {str(split): [n for n in names if os.path.isfile(n)] for split, names in found.items()}
     every = [name for names in files.values() for name in names]
     for name in every:
@@ -116,6 +120,8 @@ def _explained(path: str) -> Iterator[None]:
         handler.addFilter(keep)
     try:
         yield
+    except AddressError:
+        raise
     except Exception as error:  # its readers raise anything
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and (

@@ -5,6 +5,7 @@ from robust_accel.models.classifier import PixelClassifier, logits_of, normalize
 from robust_accel.models.creation import (
     ModelSettings,
     check_fits,
+    check_name,
     create_classifier,
     timm_name,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "PixelClassifier",
     "beyond_timm",
     "check_fits",
+    "check_name",
     "create_classifier",
     "logits_of",
     "model_folder",

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from robust_accel.data import ImageSet
+from robust_accel.files import check_path
 from robust_accel.models.checkpoint_files import few, find_weights
 from robust_accel.models.classifier import PixelClassifier, normalized
 from robust_accel.models.timm_folder import (
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 _HUB = ("hf-hub:", "hf_hub:")
 _LOCAL = "local-dir:"
+
+
+def check_name(name: str) -> str:
+    """A model's name, if a file can have it; raises ValueError else."""
+    check_path(name.removeprefix(_LOCAL))
+    return name
 
 
 def _finite(options: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +69,7 @@ class ModelSettings(Settings):
         options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
     """
 
-    name: PathText
+    name: Annotated[str, AfterValidator(check_name)]
     num_classes: Annotated[Whole, Ge(2)] | None = None
     in_chans: Annotated[Whole, Ge(1)] | None = None
     pretrained: Flag = False

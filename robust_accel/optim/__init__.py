@@ -139,7 +139,8 @@ def _options(settings: OptimizerSettings) -> dict[str, Any]:
                 f"{close_to(key, known, 3)}; allowed: {', '.join(sorted(known))}"
             )
         try:
-            options[key] = _of_kind(value, known[key])
+            is_flag = key in _HOW_NOT_WHAT and value is not None
+            options[key] = _of_kind(value, False if is_flag else known[key])
         except ValueError as error:
             raise ValueError(f"optimizer.{key}: {shown(value)} is not allowed: {error}") from None
     return options
@@ -173,14 +174,18 @@ def _keywords(cls: Any) -> dict[str, Any]:
 
 
 def _of_kind(value: Any, default: Any) -> Any:
-    """An option as its default is: a flag or a number; YAML reads 9/10 as text, within lists too.
+    """An option as its default is: a flag, a number, or several; YAML reads 9/10 as text.
 
     Raises:
         ValueError: It is no such, or a number that fp32 cannot hold.
     """
     if isinstance(value, list | tuple):
+        if isinstance(default, bool | int | float):
+            raise ValueError("one value is wanted, no list")
         parts = default if isinstance(default, tuple) else [None]
         return [_of_kind(item, parts[min(i, len(parts) - 1)]) for i, item in enumerate(value)]
+    if isinstance(default, tuple) and value is not None:
+        raise ValueError(f"a list is wanted, like {list(default)}")
     if isinstance(default, bool):
         return parse_flag(value)
     if isinstance(default, int | float):

@@ -34,8 +34,8 @@ def write_report(folder: RunFolder, *, everything: bool = False) -> str:
     with refused_by_name(folder):
         html, text = page([run]), _markdown(run)  # the pictures, which take their time, last
         card = None if config is None else model_card(run, config)
+    write_text(folder.path / "report.html", html)  # by far the largest: on a full disk all stays
     write_text(folder.path / "report.md", text)
-    write_text(folder.path / "report.html", html)
     if card is not None:
         write_text(folder.model / "README.md", card)
     return text

@@ -11,8 +11,10 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from robust_accel.messages import shown
 from robust_accel.run_folder import RunFolder
 
+_LONGEST_PATH, _INSIDE = 4096, 512  # bytes that Linux has room for, and of the names in it
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -24,9 +26,15 @@ def check_writable(path: Path) -> None:
     """Refuse an output folder that cannot be made or written, before anything is spent.
 
     Raises:
-        ValueError: ``output: ...``: it is a link to nothing, lies under a file, is read-only, or
-            the disk is full.
+        ValueError: ``output: ...``: it is a link to nothing, lies under a file, is read-only, has
+            too long a path for the files in it, or the disk is full.
     """
+    longest, length = _LONGEST_PATH - _INSIDE, len(os.fsencode(path))
+    if length > longest:
+        raise ValueError(
+            f"output: {shown(str(path))} is too long a path for what a run writes into it: "
+            f"{length:,} bytes, allowed are {longest:,}"
+        )
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise ValueError(

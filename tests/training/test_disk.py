@@ -1,13 +1,12 @@
 """Room on the disk: asked for before training; when it is used up, nothing is lost."""
 
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disks import fill
 
 from robust_accel.__main__ import main
 from robust_accel.exit_codes import UNWRITABLE, USAGE
@@ -26,23 +25,6 @@ RUN = (
     "evaluate.pgd=null",
 )
 CHECKPOINT = 1_000_000  # bytes, about
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Makes a disk of so many bytes."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-
-    def make(size: int, *options: str) -> Path:
-        how = ",".join((f"size={size}", *options))
-        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(mounted)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only root may mount a small disk here")
-        return mounted
-
-    yield make
-    subprocess.run(["umount", "--lazy", str(mounted)], capture_output=True)
 
 
 def train(folder: Path, *more: str) -> int:
@@ -78,16 +60,7 @@ def test_a_disk_that_fills_up_loses_nothing(
 ) -> None:
     folder = RunFolder(disk(8 * CHECKPOINT) / "run")
     filler = folder.path.parent / "filler"
-
-    def fill() -> None:
-        with filler.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                pass
-
-    once(folder.steps, fill)
+    once(folder.steps, lambda: fill(filler))
     assert train(folder.path) == UNWRITABLE
     error = capsys.readouterr().err
     (said,) = [line for line in error.splitlines() if line.startswith("robust-accel: ")]
@@ -128,3 +101,13 @@ def test_an_output_that_cannot_be_written_is_refused_first(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("robust-accel: output: ") and said in line
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_path_without_room_for_names_in_it_is_refused_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = "/".join(["y" * 250] * 15)
+    assert train(Path(folder), "data.path=no/such/data") == USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("robust-accel: output: 'yyy")
+    assert line.endswith("what a run writes into it: 3,764 bytes, allowed are 3,584")

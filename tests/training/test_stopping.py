@@ -104,6 +104,48 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     goes_on_to_the_same_end(folder.path, finished)
 
 
+# the last arguments: at which call of which method one of the processes gets a signal
+AT = """
+import os, signal, sys
+from robust_accel.__main__ import main
+from robust_accel.training.loop import Loop
+from robust_accel.training.stopping import Stop
+*arguments, name, call = sys.argv[1:]
+owner = {"after_step": Stop, "save": Loop}[name]
+real, calls = getattr(owner, name), []
+def met(self):
+    calls.append(name)
+    if len(calls) == int(call) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self)
+setattr(owner, name, met)
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "step"),
+    [
+        ("after_step", 16, 16),
+        pytest.param("after_step", 32, 32, marks=pytest.mark.long),  # the run's last, too
+        pytest.param("save", 1, 16, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_at_an_epochs_last_step_stops_both(
+    tmp_path: Path, finished: Path, name: str, call: int, step: int
+) -> None:
+    """Where no step follows in which the others would hear of it, and while the epoch is kept."""
+    folder, script = RunFolder(tmp_path / "run"), tmp_path / "at.py"
+    script.write_text(AT)
+    process = start(f"output={folder.path}", name, call, script=script)
+    _, output = process.wait()
+    assert [each.exitcode for each in process.processes] == [STOPPED, STOPPED], output
+    assert output.count("stopped (") == 1 and "Traceback" not in output
+    assert "robust-accel: " not in output  # nor is any other sentence said
+    assert folder.steps()[-1].name == f"step-{step:08}"
+    goes_on_to_the_same_end(folder.path, finished)
+
+
 @pytest.mark.long
 def test_a_validation_is_stopped_in_the_middle_and_done_again(
     tmp_path: Path, finished: Path
