@@ -4,6 +4,7 @@ timm's test network stands for the ResNet-50 in all but one of those that have i
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,16 @@ def test_table_1_and_section_4_1_are_in_the_recipes() -> None:
     assert load_recipe("imagenet/at").train.batch_size == 512
     assert load_recipe("cifar10/dat_pgd").attack.num_steps == 10
     assert load_recipe("cifar10/dat_pgd").train.epochs == 100
+
+
+def test_the_papers_map_names_recipes_and_studies_that_are_there() -> None:
+    text = (RECIPES / "paper/README.md").read_text()
+    named = set(re.findall(r"`(paper/[\w/]+)`", text))
+    assert len(named) > 25
+    for name in named:
+        path = RECIPES / name
+        assert path.with_suffix(".yaml").exists() or (path / "study.yaml").exists(), name
+    there = {p.relative_to(RECIPES).with_suffix("") for p in (RECIPES / "paper").rglob("*.yaml")}
+    rows = {str(name) for name in there if name.name[0] != "_" and name.name != "study"}
+    short = text.replace("..._sigma025", "smooth_at_sigma025` `smooth_dat_sigma025")
+    assert {Path(row).name for row in rows} <= set(re.findall(r"`(?:paper/\w+/)?(\w+)`", short))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from robust_accel.commands import say
+from robust_accel.exit_codes import Stopped
 from robust_accel.files import read_json
 from robust_accel.locks import locked
 from robust_accel.studies.execution import Done, Runner, stale
@@ -18,10 +19,9 @@ from robust_accel.studies.study_file import FILE, find_study, read_study
 def run(options: argparse.Namespace) -> int:
     paths = _studies(find_study(options.study), options.scale)
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
-    root = plans[0].root
     broken: list[str] = []
-    with locked(root, say):
-        for path, plan in zip(paths, plans, strict=True):
+    for path, plan in zip(paths, plans, strict=True):
+        with locked(plan.root, say):
             broken += _run(path, plan, options)
     for text in broken:
         say(f"failed: {text}", file=sys.stderr)
@@ -68,6 +68,9 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
         runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher, say=say)
         try:
             runner.run(results.chosen)
+        except Stopped as stopped:
+            say(f"stopped ({stopped.reason}): the same command goes on")
+            raise
         finally:
             write_page(results, plan.root, name, _command(options))
         broken = list(runner.broken.values())

@@ -1,6 +1,5 @@
 """Runs what a study lacks: processes of this package's own commands, some at a time."""
 
-import json
 import os
 import shlex
 import signal
@@ -19,11 +18,10 @@ import torch
 
 from robust_accel.exit_codes import NOT_FINITE
 from robust_accel.files import append_line, read_lines
-from robust_accel.studies.plan import Chosen, Plan, Trial
+from robust_accel.studies.plan import Chosen, Command, Plan, Trial
 from robust_accel.training.stopping import OVERSEER
 
 _PAUSE = 0.2
-Command = tuple[str, ...]
 
 
 class Done:
@@ -40,14 +38,12 @@ class Done:
 
     def left(self, trial: Trial) -> list[Command]:
         """Commands that a training lacks, in their order; none after one that cannot be done."""
-        commands: list[Command] = [("train",), ("evaluate", trial.measured), *trial.then]
         if self.failed(trial):
             return []
         if not (trial.folder / "report.json").exists():
-            return [("train",), *trial.then]
-        return [
-            command for command in commands if (trial.digest, _text(command)) not in self._lines
-        ]
+            return [command for command in trial.commands if command[0] != "evaluate"]
+        done = self._lines
+        return [c for c in trial.commands if (trial.digest, _text(c)) not in done]
 
     def failed(self, trial: Trial) -> bool:
         """Whether its training met numbers that are not finite: it would again."""
@@ -57,7 +53,7 @@ class Done:
     def add(self, trial: Trial, command: Command, outcome: str, seconds: float) -> None:
         commands = [command]
         if command == ("train",):  # measures as well
-            commands.append(("evaluate", trial.measured))
+            commands.append(trial.commands[1])
         for one in commands:
             line = {
                 "digest": trial.digest,
@@ -190,9 +186,6 @@ class Runner:
             recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
             trial.recipe.save(recipe)
             return ["train", str(recipe), f"output={trial.folder}", "--resume", "--quiet"]
-        if name == "evaluate" and words == [trial.measured]:
-            measured = json.loads(trial.measured)
-            words = [f"evaluate.{key}={_setting(value)}" for key, value in measured.items()]
         words = [word.replace("{run}", str(trial.folder)) for word in words]
         return [name, str(trial.folder), *words]
 
@@ -238,10 +231,6 @@ class Runner:
             job.process.send_signal(number)
         for job in self._running:
             job.process.wait()
-
-
-def _setting(value: Any) -> str:
-    return "null" if value is None else json.dumps(value)
 
 
 def _says(log: Path, word: str) -> bool:

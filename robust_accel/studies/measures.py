@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.views import Row, Run, pick
 from robust_accel.settings import listed, parse_number
@@ -131,13 +132,12 @@ def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
         key: ``eps``, ``num_steps`` or ``radius``.
     """
     if key == "radius":
-        certify = recipe.certify
-        rows = [
+        asked_for, number = as_json(recipe.certify.about), recipe.certify.images
+        row = pick(
             row
             for row in run.of("certificate")
-            if (row["attack"]["n"], row["attack"]["sigma"]) == (certify.n, certify.sigma)
-        ]
-        row = pick(rows)
+            if row["attack"] == asked_for and (number is None or _on(row, number))
+        )
         points = [] if row is None else row["radii"]
         return [(point["radius"], 100 * point["accuracy"]) for point in points]
     settings = recipe.evaluate

@@ -32,6 +32,8 @@ MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoatt
 """Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
 
 
+Command = tuple[str, ...]
+"""A command of this package and its words, without the run's folder."""
 _ENDS = {"first": 0, "last": -1}
 
 
@@ -56,7 +58,7 @@ class Trial:
         recipe: All of its settings.
         digest: Of the settings that the weights depend on.
         folder: Of its run.
-        then: Commands after it.
+        then: Commands after it, as the study has them.
         needs: Folders of the trainings that it starts from.
     """
 
@@ -67,14 +69,22 @@ class Trial:
     digest: str
     folder: Path
     processes: int
-    then: tuple[tuple[str, ...], ...]
+    then: tuple[Command, ...]
     needs: tuple[Path, ...]
 
     @property
-    def measured(self) -> str:
-        """What of the recipe is measured after the training, as text."""
+    def measured(self) -> Values:
+        """What of the recipe is measured after the training."""
         evaluate = self.recipe.settings["evaluate"]
-        return json.dumps({key: evaluate[key] for key in MEASURED if key in evaluate})
+        return {key: evaluate[key] for key in MEASURED if key in evaluate}
+
+    @property
+    def commands(self) -> list[Command]:
+        """What is to be done, in its order, each with all that its result depends on."""
+        certify = self.recipe.settings["certify"]
+        settings = tuple(_words("certify", certify))
+        then = [(c[0], *settings, *c[1:]) if c[0] == "certify" else c for c in self.then]
+        return [("train",), ("evaluate", *_words("evaluate", self.measured)), *then]
 
     @property
     def name(self) -> str:
@@ -295,6 +305,12 @@ def beside(path: Path, source: str) -> Path:
         return find_recipe(source)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def _words(section: str, settings: Values) -> Iterator[str]:
+    """Settings as the command line has them."""
+    for key, value in settings.items():
+        yield f"{section}.{key}={'null' if value is None else json.dumps(value)}"
 
 
 def _tree(where: str, values: Values, folders: Mapping[str, str]) -> Values:

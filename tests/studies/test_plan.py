@@ -114,3 +114,15 @@ def test_rounding_has_the_runs_seed(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("runs: {a: {recipe: quickstart, settings: {communication.name: qsgd}}}")
     for trial in trials(plan).values():
         assert trial.recipe.settings["communication"]["seed"] == trial.seed
+
+
+def test_a_certificate_by_other_settings_is_another_command(plan_of: Callable[..., Plan]) -> None:
+    text = "runs: {a: {recipe: quickstart, then: [[certify]]}}"
+    sigma = "certify.sigma=0.25"
+    one, other = (
+        trials(plan_of(text, overrides=[sigma, f"certify.n={n}"]))["a, seed 0"] for n in (200, 300)
+    )
+    assert one.digest == other.digest
+    assert one.commands[:2] == other.commands[:2]
+    assert one.commands[2] != other.commands[2]
+    assert other.commands[2][0] == "certify" and "certify.n=300" in other.commands[2]

@@ -109,8 +109,8 @@ def test_only_the_measurement_asked_for_counts(plan_of: Callable[..., Plan]) -> 
     for override in ("evaluate.images=39", "evaluate.pgd.num_steps=2"):
         other = Results(plan_of(runs, overrides=[override]), results.done)
         trial = other.plan.known(other.chosen)[0]
-        assert other.done.left(trial) == [("evaluate", trial.measured)]  # not trained again
-        results.done.add(trial, ("evaluate", trial.measured), "done", 1.0)
+        assert other.done.left(trial) == [trial.commands[1]]  # not trained again
+        results.done.add(trial, trial.commands[1], "done", 1.0)
         found = Results(other.plan, results.done)
         assert 0 not in found.values(found.plan.cells[0], "PGD (%)")
 
