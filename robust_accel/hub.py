@@ -21,7 +21,7 @@ def asked_in_vain_once() -> Iterator[None]:
     what they have in their caches is used. A hub that is slow is asked as ever.
 
     Raises:
-        ConnectionError: It cannot be reached, why, and what was wanted is in no cache.
+        ConnectionError: It was needed and cannot be reached, why, and what failed without it.
     """
     client: Any = get_session()
     fault = _fault(client) if hasattr(client, "event_hooks") else None  # not before 1.0
@@ -30,7 +30,10 @@ def asked_in_vain_once() -> Iterator[None]:
         return
     text = f"{HfApi().endpoint} cannot be reached ({fault})"
 
-    def refuse(_: Any) -> None:
+    asked = []
+
+    def refuse(request: Any) -> None:
+        asked.append(request)
         raise OfflineModeIsEnabled(text)
 
     before = client.event_hooks
@@ -38,9 +41,11 @@ def asked_in_vain_once() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(isinstance(cause, ConnectionError) for cause in _causes(error)):
-            raise ConnectionError(f"{text}, and what was wanted is in no cache") from error
-        raise
+        if not asked:
+            raise
+        is_nowhere = any(isinstance(cause, ConnectionError) for cause in _causes(error))
+        rest = "what was wanted is in no cache" if is_nowhere else f"without it: {error}"
+        raise ConnectionError(f"{text}, and {rest}") from error
     finally:
         client.event_hooks = before
 

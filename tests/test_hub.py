@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from robust_accel.data.sources import load_splits
@@ -96,6 +98,20 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
         found = huggingface_hub.hf_hub_download("a/b", "config.json")
     assert Path(found) == file
     assert get_session().event_hooks == hooks
+
+
+def test_what_fails_without_the_hub_is_said_with_it() -> None:
+    @asked_in_vain_once()
+    def fails(*, asks: bool) -> None:
+        with suppress(OfflineModeIsEnabled):
+            if asks:
+                get_session().head(NOWHERE)
+        raise ValueError("no config x")
+
+    with pytest.raises(ConnectionError, match=rf"^{NOWHERE} cannot .*, and without it: no config"):
+        fails(asks=True)
+    with pytest.raises(ValueError, match=r"^no config x$"):
+        fails(asks=False)
 
 
 def test_a_hub_that_answers_is_asked(
