@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "robust_accel"
 # From the ground up: a file imports its own floor's room and what lies below, nothing above.
 FLOORS = (
-    {"files", "messages", "locks", "exit_codes"},
+    {"files", "messages", "locks", "exit_codes", "hub"},
     {"plain_yaml"},
     {
         "settings",

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from robust_accel.commands import folder_for, is_main, say
+from robust_accel.data import identity_of
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import certify_images, write_table
 from robust_accel.evaluation.identity import facts_of
@@ -16,7 +17,7 @@ from robust_accel.processes import owned
 from robust_accel.reporting.report import certified_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_subject, recipe_of
-from robust_accel.training.peers import together
+from robust_accel.training.peers import check_same_images, together
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,6 +54,7 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
     index = torch.arange(0, len(images), settings.skip)[: settings.images]
     folder = folder_for(model, recipe, subject, overrides, "certify")
     accelerator = Accelerator()
+    recipe.checked("data", lambda: check_same_images(lambda: identity_of(test=images), accelerator))
     with owned(folder, accelerator, say):
         classifier.to(accelerator.device)
         bench = Bench(

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from robust_accel.commands import folder_for, is_main, say
-from robust_accel.data import load_data
+from robust_accel.data import identity_of, load_data
 from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
@@ -17,7 +17,7 @@ from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import comparison_table, write_report
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, load_subject, recipe_of
-from robust_accel.training.peers import together
+from robust_accel.training.peers import check_same_images, together
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,6 +73,10 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
     for text in (*subject.notes, *recipe.doubts):
         say(text)
     accelerator = Accelerator()
+    recipe.checked(
+        "data",
+        lambda: check_same_images(lambda: identity_of(test=images, train=train), accelerator),
+    )
     with owned(folder, accelerator, say):
         if other is not None:
             other.to(accelerator.device).eval()

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from datasets.table import embed_table_storage
 
 from robust_accel.commands import say
-from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, load_to_label
+from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, identity_of, load_to_label
 from robust_accel.evaluation import predictions
 from robust_accel.files import check_path, written_whole
 from robust_accel.messages import shown
 from robust_accel.trained_model import load_classifier, recipe_of
-from robust_accel.training.peers import together
+from robust_accel.training.peers import check_same_images, together
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,6 +65,9 @@ def pseudo_label(
     rows, images = recipe.checked("data", lambda: load_to_label(recipe.data))
     classifier = load_classifier(recipe, model, images, 2)
     accelerator = Accelerator()
+    recipe.checked(
+        "data", lambda: check_same_images(lambda: identity_of(unlabeled=images), accelerator)
+    )
     classifier.to(accelerator.device).eval()
     classes, confidence = predictions(classifier, images, recipe.evaluate.batch_size, accelerator)
     if accelerator.is_main_process:

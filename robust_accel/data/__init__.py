@@ -19,7 +19,9 @@ from robust_accel.data.images import (
 )
 from robust_accel.data.loading import (
     Data,
+    DataIdentity,
     EvaluationImages,
+    identity_of,
     load_data,
     load_test,
     load_to_label,
@@ -35,6 +37,7 @@ __all__ = [
     "Batch",
     "ClassNames",
     "Data",
+    "DataIdentity",
     "DataSettings",
     "EvaluationImages",
     "FileImages",
@@ -46,6 +49,7 @@ __all__ = [
     "UnlabeledSettings",
     "compared_by_number",
     "crop_flip",
+    "identity_of",
     "load_data",
     "load_test",
     "load_to_label",

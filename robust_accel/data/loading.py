@@ -17,6 +17,9 @@ from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 from robust_accel.data.unlabeled import NONE_LEFT_OUT, load_unlabeled, rows_to_label
 
+DataIdentity = dict[str, dict[str, int | str]]
+"""Of each set that is not empty, how many ``images`` it has and their ``digest``."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -45,14 +48,9 @@ class Data:
         sets = [images for images in (self.train, self.unlabeled) if images is not None]
         return not any(bool((images.labels == NO_LABEL).any()) for images in sets)
 
-    def identity(self) -> dict[str, dict[str, int | str]]:
-        """What training sees: of each set that is not empty, ``images`` and their ``digest``."""
-        sets = {"train": self.train, "validation": self.validation, "unlabeled": self.unlabeled}
-        return {
-            name: {"images": len(images), "digest": images.digest()}
-            for name, images in sets.items()
-            if isinstance(images, MemoryImages | FileImages) and len(images) > 0
-        }
+    def identity(self) -> DataIdentity:
+        """Of what training sees."""
+        return identity_of(train=self.train, validation=self.validation, unlabeled=self.unlabeled)
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,15 @@ class EvaluationImages:
     class_names: tuple[str, ...] | None
     selection: str
     left_out: LeftOut | None = None
+
+
+def identity_of(**sets: ImageSet | None) -> DataIdentity:
+    """What tells sets, by their names, from others: their images, labels and order."""
+    return {
+        name: {"images": len(images), "digest": images.digest()}
+        for name, images in sets.items()
+        if isinstance(images, MemoryImages | FileImages) and len(images) > 0
+    }
 
 
 def load_data(

@@ -17,6 +17,7 @@ from torch import nn
 
 from robust_accel.data import ImageSet
 from robust_accel.files import check_path
+from robust_accel.hub import asked_in_vain_once
 from robust_accel.models.checkpoint_files import few, find_weights
 from robust_accel.models.classifier import PixelClassifier, normalized
 from robust_accel.models.timm_folder import (
@@ -140,6 +141,9 @@ def _source(name: str, pretrained: bool) -> Iterator[str]:
     if name.startswith(_LOCAL):
         with checked_copy(Path(name.removeprefix(_LOCAL)), weights=pretrained) as copied:
             yield f"{_LOCAL}{copied}"
+    elif pretrained or name.startswith(_HUB):
+        with asked_in_vain_once():
+            yield name
     else:
         yield name
 

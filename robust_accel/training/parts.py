@@ -21,7 +21,7 @@ def checked_data(
         "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
     )
     identity = data.identity()
-    recipe.checked("data", lambda: check_same_data(start, identity, len(data.test), accelerator))
+    recipe.checked("data", lambda: check_same_data(start, identity, data.test, accelerator))
     recipe.checked("train", lambda: batches(recipe, data, 0, accelerator.num_processes))
     recipe.checked("data", lambda: check_labels(recipe, data))
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training

@@ -2,12 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from accelerate import Accelerator
 
 from robust_accel.comm.heartbeat import Heartbeat, Unavailable, is_collective_failure
+from robust_accel.data import DataIdentity
+from robust_accel.evaluation.ledger import told_to_all
 from robust_accel.exit_codes import UNAVAILABLE
 from robust_accel.recipe import TrainSettings
 from robust_accel.training.stopping import Stop, Stopped
@@ -75,6 +77,35 @@ def together() -> Iterator[None]:
     with Stop() as stop, watched(timeout, stop) as heartbeat:
         heartbeat.at("evaluation", 0)
         yield
+
+
+def check_same_images(identity: Callable[[], DataIdentity], accelerator: Accelerator) -> None:
+    """Refuse images that are not the same on all processes: one may have left out a bad one.
+
+    Args:
+        identity: Of this process; only asked for where there are others, for it takes its time.
+            Every process must call this.
+
+    Raises:
+        ValueError: ``path: ...``, on all processes: which one has more, fewer or others.
+    """
+    if accelerator.num_processes == 1:
+        return
+    everywhere = told_to_all([identity()], accelerator)
+    for rank, sets in enumerate(everywhere):
+        for name in everywhere[0] | sets:
+            found, first = (images_in_words(of.get(name)) for of in (sets, everywhere[0]))
+            if found != first:
+                raise ValueError(
+                    f"path: process {rank} does not have the images of process 0: {name} "
+                    f"{found}, not {first}"
+                )
+
+
+def images_in_words(about: dict[str, int | str] | None) -> str:
+    if about is None:
+        return "no images"
+    return f"{about['images']} images (digest {str(about['digest'])[:12]})"
 
 
 def _cause(error: Exception) -> str:

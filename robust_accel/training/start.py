@@ -6,15 +6,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from robust_accel.evaluation.ledger import told_to_all
+from robust_accel.data import DataIdentity, ImageSet, identity_of
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
 from robust_accel.run_folder import RunFolder, differences
 from robust_accel.training.manifest import Manifest, read_whole, restore_replaced
-
-DataIdentity = dict[str, dict[str, int | str]]
-"""Of each set that training sees, how many images it has and their digest: ``Data.identity``."""
+from robust_accel.training.peers import check_same_images, images_in_words
 
 # what a run may change on the way: where it lies, how it is measured, kept and ended
 _FREE = (
@@ -103,29 +101,21 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
 
 
 def check_same_data(
-    start: Start, data: DataIdentity, num_test: int, accelerator: Accelerator
+    start: Start, data: DataIdentity, test: ImageSet, accelerator: Accelerator
 ) -> None:
     """Refuse other data than the run's, or than another process's.
 
     Args:
         data: From ``Data.identity``, of this process.
-        num_test: Test images that it has.
+        test: Its test images, which may change while a run goes on.
 
     Raises:
         ValueError: ``path: ...``: images are more, fewer or others, or have other labels.
     """
-    own = {name: _images_in_words(about) for name, about in data.items()}
-    everywhere = told_to_all([own | {"test": f"{num_test} images"}], accelerator)
-    for rank, sets in enumerate(everywhere):
-        for name, about in everywhere[0].items():
-            if sets.get(name) != about:  # of an image that one fails to read, say
-                raise ValueError(
-                    f"path: process {rank} does not have the images of process 0: {name} "
-                    f"{sets.get(name)}, not {about}"
-                )
+    check_same_images(lambda: data | identity_of(test=test), accelerator)
     known: DataIdentity = start.about.get("data", data)
     for name in sorted(known.keys() | data.keys()):
-        was, found = (_images_in_words(of.get(name)) for of in (known, data))
+        was, found = (images_in_words(of.get(name)) for of in (known, data))
         if was != found:
             raise ValueError(
                 f"path: the run has trained on {was} as {name}, and now there are {found}: it goes "
@@ -176,9 +166,3 @@ def _both(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str | Non
 def _in_words(engine: dict[str, Any]) -> str:
     stage = "" if engine["zero_stage"] is None else f", ZeRO stage {engine['zero_stage']},"
     return f"{engine['engine']}{stage} on {engine['num_processes']} processes"
-
-
-def _images_in_words(about: dict[str, int | str] | None) -> str:
-    if about is None:
-        return "no images"
-    return f"{about['images']} images (digest {str(about['digest'])[:12]})"

@@ -57,23 +57,43 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def follow(paths: set[Path], umask: int) -> None:
+    assert sum(path.is_file() for path in paths) > 15
+    for path in paths:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
 def test_the_umask_says_who_reads_each_file(finished: Path) -> None:
-    made_before = {finished, finished / "figures", finished / "recipe.yaml"}
-    files = [path for path in finished.rglob("*") if path.is_file()]
-    assert len(files) > 15
-    modes = {path: path.stat().st_mode & 0o777 for path in {*finished.rglob("*")} - made_before}
-    for path, mode in modes.items():
-        assert mode == (0o777 if path.is_dir() else 0o666) & ~UMASK, path
+    made_before = {finished / "figures", finished / "recipe.yaml"}
+    follow({*finished.rglob("*")} - made_before, UMASK)
+
+
+OTHERS = [pytest.param(umask, marks=pytest.mark.long) for umask in (0o022, 0o000)]
+
+
+@pytest.mark.parametrize("umask", [0o077, *OTHERS], ids=oct)
+def test_a_whole_run_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    old = os.umask(umask)
+    try:
+        run(folder)
+        COMMANDS["certify"](folder)  # which writes the report, too
+    finally:
+        os.umask(old)
+    follow({folder.parent, folder, *folder.rglob("*")}, umask)
+    assert (folder / "certify").is_dir()
 
 
 def test_what_a_killed_process_had_begun_is_gone(finished: Path) -> None:
     assert not list(finished.rglob(f"{INCOMPLETE}*"))
 
 
+CERTIFY = ("certify.sigma=0.1", "certify.images=1", "certify.n0=10", "certify.n=100")
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "train": lambda folder: run(folder, resume=True),
     "evaluate": lambda folder: evaluate_model(str(folder)),
-    "certify": lambda folder: certify_model(str(folder), ["certify.sigma=0.1", "certify.images=1"]),
+    "certify": lambda folder: certify_model(str(folder), CERTIFY),
     "report": lambda folder: write_report(RunFolder(folder)),
 }
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from robust_accel.__main__ import main
 from robust_accel.exit_codes import UNAVAILABLE, USAGE
+from robust_accel.models import ModelSettings, create_classifier, save_model
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.run import train
@@ -112,17 +113,46 @@ sys.exit(main([*sys.argv[1:-1], f"data.path={sys.argv[-1]}/{os.environ['RANK']}"
 """
 
 
+def each_its_own(data: Path, tmp_path: Path, bad: str) -> Path:
+    """A script whose processes see a copy of the images each; the second cannot read one."""
+    for rank in range(2):
+        shutil.copytree(data, tmp_path / "own" / str(rank))
+    (tmp_path / "own" / "1" / bad).write_bytes(b"")
+    script = tmp_path / "each_its_own.py"
+    script.write_text(EACH_ITS_OWN)
+    return script
+
+
 @pytest.mark.launch
 def test_processes_that_see_other_images_are_refused(data: Path, tmp_path: Path) -> None:
     """As where one of them could not read what another could."""
-    for rank in range(2):
-        shutil.copytree(data, tmp_path / "own" / str(rank))
-    (tmp_path / "own" / "1" / "train" / "dark" / "3.png").write_bytes(b"")
-    script = tmp_path / "each_its_own.py"
-    script.write_text(EACH_ITS_OWN)
+    script = each_its_own(data, tmp_path, "train/dark/3.png")
     own = ("data.on_bad=skip", f"output={tmp_path / 'run'}", tmp_path / "own")
     code, output = Forked("train", "quickstart", *SMALL, *own, script=script).wait()
     assert code == 2
     said = "data.path: process 1 does not have the images of process 0: train 15 images"
     assert output.count(said) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+COMMANDS = {
+    "evaluate": ("evaluate.eps=0.1", "evaluate.autoattack=null", "evaluate.pgd.num_steps=1"),
+    "certify": ("certify.sigma=0.1", "certify.n0=2", "certify.n=2"),
+}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", COMMANDS)
+def test_processes_that_measure_other_images_are_refused(
+    data: Path, tmp_path: Path, command: str
+) -> None:
+    """Nothing is written: whose images it would be of is unclear."""
+    script = each_its_own(data, tmp_path, "test/dark/1.png")
+    model = create_classifier(ModelSettings(name="wide_resnet10_1"), num_classes=2, in_chans=1)
+    save_model(model, tmp_path / "model")
+    own = (*COMMANDS[command], "data.on_bad=skip", f"output={tmp_path / 'out'}", tmp_path / "own")
+    code, output = Forked(command, tmp_path / "model", *own, script=script).wait()
+    assert code == USAGE, output
+    (line,) = [line for line in output.splitlines() if line.startswith("robust-accel: ")]
+    assert "data.path: process 1 does not have the images of process 0: test 3 images" in line
+    assert not (tmp_path / "out").exists()
