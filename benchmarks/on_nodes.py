@@ -1,8 +1,8 @@
 """What does a whole training cost on a slow network? A launcher of nodes that are namespaces here.
 
 Each of N nodes is one process with one thread, behind one switch, and every link is held to a rate.
-All share this machine's cores. Needs Linux, root, `ip` and `tc`; no packet leaves the namespaces, and
-they are removed at the end.
+All share this machine's cores. Needs Linux, root, `ip` and `tc`; no packet leaves the namespaces,
+which are removed at the end.
 
 python benchmarks/on_nodes.py --nodes 4 --rate 1gbit -m robust_accel train quickstart
 robust-accel study paper/table4_network --jobs 1 \\
