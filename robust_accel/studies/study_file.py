@@ -23,6 +23,7 @@ from robust_accel.settings import (
 from robust_accel.studies.measures import check_measure
 
 FILE = "study.yaml"
+_AFTER = ("certify", "evaluate", "pseudo-label")
 Values = dict[str, Any]
 """Settings of a recipe, as a tree or by dotted keys."""
 
@@ -33,7 +34,14 @@ def _name(text: str) -> str:
     return text
 
 
+def _command(words: tuple[str, ...]) -> tuple[str, ...]:
+    if words[0] not in _AFTER:
+        raise ValueError(f"after a training there are {listed(_AFTER)}")
+    return words
+
+
 Name = Annotated[str, AfterValidator(_name)]
+After = Annotated[tuple[str, ...], Len(1), AfterValidator(_command)]
 Measure = Annotated[str, AfterValidator(check_measure)]
 
 
@@ -63,7 +71,7 @@ class RunSettings(Settings):
     settings: Values = Field(default_factory=dict)
     tune: dict[str, Annotated[tuple[Any, ...], Len(1)]] = Field(default_factory=dict)
     grid: tuple[str, ...] | None = None
-    then: tuple[Annotated[tuple[str, ...], Len(1)], ...] = ()
+    then: tuple[After, ...] = ()
     about: dict[str, str] = Field(default_factory=dict)
     published: dict[str, Number] = Field(default_factory=dict)
     processes: Annotated[Whole, Ge(1)] = 1

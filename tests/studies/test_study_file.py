@@ -41,6 +41,10 @@ def test_the_paper_is_all_of_its_tables_and_figures_at_the_scale_of_a_cpu() -> N
         ),
         ("runs: {a: {}}", "runs.a.recipe: missing"),
         ("runs: {'a b': {recipe: quickstart}}", "runs"),
+        (
+            "runs: {a: {recipe: quickstart, then: [[wrap, x.py]]}}",
+            "after a training there are certify",
+        ),
         ("about: none", "either runs of its own or other studies"),
         (
             "runs: {a: {recipe: quickstart}}\ncolumns: {x: speed}",
