@@ -6,7 +6,7 @@ python examples/theorem1.py --write docs/   # minutes: docs/theorem1.png and .sv
 (4) bounds the mean of E||grad Psi(theta_t)||^2 over T steps of LAMB at rates ~ 1/sqrt(T) by
 O(1/sqrt(T) + sigma/sqrt(MB) + min{d/4^b, sqrt(d)/2^b} + epsilon). Each term is measured alone: the
 others are switched off (all data, no quantiser, a maximiser that is exact), or so small a step is
-taken that they are smaller. A slope is that of a line through the logarithms. (4) bounds from above:
+taken that they are smaller. A slope is that of a line through the logarithms. (4) is an upper one:
 a slope that falls faster does not contradict it. docs/theorem1.md says what is seen, and where our
 reading of the proof (A25) has another power than (4).
 """
