@@ -59,3 +59,39 @@ def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe = load_recipe("quickstart", settings)
     assert recipe.objective.margin == 2.0
     assert train(recipe, quiet=True)["clean_accuracy"]["accuracy"] > 0.5
+
+
+def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    curves = load("theorem1").main(["--quick"])
+    between = {  # of the slopes: (4) and (A25) have these
+        "T": (-0.7, -0.3),  # -1/2
+        "MB": (-1.2, -0.1),  # -1/2
+        "b": (-2.2, -0.2),  # -1 and -2, or half of them
+        "epsilon": (1.0, 2.5),  # 1, an upper bound
+    }
+    assert {curve.term for curve in curves} == set(between)
+    for curve in curves:
+        low, high = between[curve.term]
+        assert low < curve.slope().mean < high, curve
+
+    page = tmp_path / "theorem1.md"
+    figure = load("theorem1_figure")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"theorem1\.md must hold"):
+        figure.write(curves, tmp_path)
+    page.write_text(f"above\n{figure.BEGIN}\nold\n{figure.END}\nbelow\n")
+    figure.write(curves, tmp_path)
+    assert page.read_text().count("\n| ") == 1 + len(curves)
+    assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
+    assert "old" not in page.read_text()
+    assert (tmp_path / "theorem1.png").exists() and (tmp_path / "theorem1.svg").exists()
+
+
+def test_theorem1_quick_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit):
+        load("theorem1").main(["--quick", "--write", "docs"])
+    assert "--quick is too small to be written" in capsys.readouterr().err
