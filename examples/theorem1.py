@@ -11,9 +11,10 @@ O(1/sqrt(T) + sigma/sqrt(MB) + min{d/4^b, sqrt(d)/2^b} + epsilon). Here the prob
                               + ridge sum_j theta_j^2 / (1 + theta_j^2)
     Psi(theta)              = mean over (x, y) of max over delta of phi
 
-It is smooth and not convex in theta (A1), and strongly concave in delta (A2) where gamma is larger
-than ||theta||^2 / 4. Each term is measured alone, the others switched off: all data instead of
-batches, no quantiser, a maximiser that is all but exact. See docs/theorem1.md.
+It is smooth and not convex in theta (assumption A1), and strongly concave in delta (assumption A2)
+where gamma is larger than ||theta||^2 / 4, which is checked. Each term is measured alone, the
+others switched off: all data instead of batches, no quantiser, a maximiser that is all but exact.
+What is seen: docs/theorem1.md.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def train(problem: Problem, theta: Tensor, run: Run, every: int) -> Tensor:
     optimizer = LAMB(layers, run.lr, (0.0, 0.99), weight_norm_clamp=CLAMP, foreach=True)  # (A4)
     for t in range(run.steps):
         if t % every == 0:
-            assert theta.square().sum(dim=-1).max() < 4 * GAMMA  # (A2)
+            assert theta.square().sum(dim=-1).max() < 4 * GAMMA  # assumption A2
             found.append(problem.true_gradient(theta)[0].square().sum(dim=-1))
         if run.batch is not None:
             chosen = (problem.uniform(*y_all.shape[:2], run.batch) * y_all.shape[2]).long()

@@ -55,33 +55,35 @@ def write(curves: Sequence["Curve"], folder: Path) -> None:
 
 
 def _draw(axis: Any, curves: Sequence["Curve"]) -> None:
-    """Means with the replicas' range; under the first curve of each prediction, its lines."""
-    drawn: set[float] = set()
+    """Means with the replicas' range, and lines that fall from each prediction's highest mean."""
+    from matplotlib.ticker import LogLocator
+
+    term, drawn = curves[0].term, set()
     for curve, color in zip(curves, COLORS, strict=False):
         x, y = np.array(curve.x, dtype=float), curve.y.numpy()
         axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, linewidth=0)
         middle = np.exp(np.log(y).mean(axis=0))
         label = f"{curve.name}: {curve.slope().mean:+.2f}"
         axis.plot(x, middle, "o-", color=color, markersize=4, linewidth=1.5, label=label)
-        for power, style, source in ((curve.paper, "--", "(4)"), (curve.proof, ":", "(A25)")):
-            if power in drawn:
-                continue
-            drawn.add(power)
-            both = "(4), (A25)" if curve.paper == curve.proof else source
-            line = 2 ** (power * (x - x[0])) if curve.term == "b" else (x / x[0]) ** power
-            axis.plot(
-                x,
-                2 * middle[0] * line,
-                style,
-                color=color,
-                linewidth=1,
-                label=f"{both}: {power:+g}",
-            )
+        predicted = {"(4)": curve.paper, "(A25)": curve.proof}
+        if curve.paper == curve.proof:
+            predicted = {"(4), (A25)": curve.paper}
+        for (source, power), style in zip(predicted.items(), ("--", ":"), strict=False):
+            if (source, power) not in drawn:
+                drawn.add((source, power))
+                first = x[middle.argmax()]
+                line = 2 ** (power * (x - first)) if term == "b" else (x / first) ** power
+                label = f"{source}: {power:+g}"
+                axis.plot(x, 1.5 * middle.max() * line, style, color=color, label=label)
     axis.set_yscale("log")
-    if curves[0].term != "b":
-        axis.set_xscale("log", base=2 if curves[0].term in ("T", "MB") else 10)
+    if term != "b":
+        axis.set_xscale("log", base=10 if term == "epsilon" else 2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if term == "epsilon":
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 2)
     tidy(axis)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left" if term == "epsilon" else "lower left")

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from launching import ZERO2, Forked
 
 from robust_accel.recipe import load_recipe
@@ -86,6 +87,23 @@ def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
     assert "old" not in page.read_text()
     assert (tmp_path / "theorem1.png").exists() and (tmp_path / "theorem1.svg").exists()
+
+
+def test_theorem1_gradients_are_those_of_phi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = load("theorem1")
+    problem = example.Problem(2, seed=3)
+    theta = problem.normal(2, example.D).div(4).requires_grad_()
+    delta = example.maximise(theta.detach(), problem.x, problem.y, 1e-3, 0.25).requires_grad_()
+    margin = problem.y * example.forward(theta, problem.x + delta)
+    ridge = example.RIDGE * (theta.square() / (1 + theta.square())).sum()
+    price = example.GAMMA / 2 * delta.square().sum()
+    loss = torch.nn.functional.softplus(-margin).sum()
+    (inner,) = torch.autograd.grad(loss - price, delta, retain_graph=True)
+    assert 5e-4 < inner.norm(dim=-1).max() <= 1e-3  # just under the tolerance
+    (outer,) = torch.autograd.grad(loss / example.N + ridge, theta)
+    found = example.gradient(theta.detach(), problem.x + delta.detach(), problem.y)
+    torch.testing.assert_close(found, outer)
 
 
 def test_theorem1_quick_is_not_written(
