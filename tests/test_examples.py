@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from launching import ZERO2, Forked
 
 from robust_accel.recipe import load_recipe
@@ -59,3 +60,56 @@ def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe = load_recipe("quickstart", settings)
     assert recipe.objective.margin == 2.0
     assert train(recipe, quiet=True)["clean_accuracy"]["accuracy"] > 0.5
+
+
+def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    curves = load("theorem1").main(["--quick"])
+    between = {  # of the slopes: (4) and (A25) have these
+        "T": (-0.7, -0.3),  # -1/2
+        "MB": (-1.2, -0.1),  # -1/2
+        "b": (-2.2, -0.2),  # -1 and -2, or half of them
+        "epsilon": (1.0, 2.5),  # 1, an upper bound
+    }
+    assert {curve.term for curve in curves} == set(between)
+    for curve in curves:
+        low, high = between[curve.term]
+        assert low < curve.slope().mean < high, curve
+
+    page = tmp_path / "theorem1.md"
+    figure = load("theorem1_figure")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"theorem1\.md must hold"):
+        figure.write(curves, tmp_path)
+    page.write_text(f"above\n{figure.BEGIN}\nold\n{figure.END}\nbelow\n")
+    figure.write(curves, tmp_path)
+    assert page.read_text().count("\n| ") == 1 + len(curves)
+    assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
+    assert "old" not in page.read_text()
+    assert (tmp_path / "theorem1.png").exists() and (tmp_path / "theorem1.svg").exists()
+
+
+def test_theorem1_gradients_are_those_of_phi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = load("theorem1")
+    problem = example.Problem(2, seed=3)
+    theta = problem.normal(2, example.D).div(4).requires_grad_()
+    delta = example.maximise(theta.detach(), problem.x, problem.y, 1e-3, 0.25).requires_grad_()
+    margin = problem.y * example.forward(theta, problem.x + delta)
+    ridge = example.RIDGE * (theta.square() / (1 + theta.square())).sum()
+    price = example.GAMMA / 2 * delta.square().sum()
+    loss = torch.nn.functional.softplus(-margin).sum()
+    (inner,) = torch.autograd.grad(loss - price, delta, retain_graph=True)
+    assert 5e-4 < inner.norm(dim=-1).max() <= 1e-3  # just under the tolerance
+    (outer,) = torch.autograd.grad(loss / example.N + ridge, theta)
+    found = example.gradient(theta.detach(), problem.x + delta.detach(), problem.y)
+    torch.testing.assert_close(found, outer)
+
+
+def test_theorem1_quick_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit):
+        load("theorem1").main(["--quick", "--write", "docs"])
+    assert "--quick is too small to be written" in capsys.readouterr().err

@@ -45,7 +45,9 @@ def draw(chart: Chart, folder: Path) -> Path:
 
 
 @contextmanager
-def _figure(path: Path, title: str, width: float, height: float, **options: Any) -> Iterator[Any]:
+def saved_figure(
+    path: Path, title: str, width: float, height: float, **options: Any
+) -> Iterator[Any]:
     """Axes to draw into, then saved under the title, broken to the figure's width."""
     import matplotlib
 
@@ -71,13 +73,13 @@ def _figure(path: Path, title: str, width: float, height: float, **options: Any)
             pyplot.close(figure)
 
 
-def _tidy(axis: Any) -> None:
+def tidy(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3, linewidth=0.6)
 
 
 def _draw_lines(chart: Lines, path: Path) -> None:
-    with _figure(path, chart.title, 6.4, 4.2) as axes:
+    with saved_figure(path, chart.title, 6.4, 4.2) as axes:
         axis = axes[0, 0]
         for line in chart.lines:
             color = COLORS[line.color % len(COLORS)]
@@ -110,13 +112,13 @@ def _draw_lines(chart: Lines, path: Path) -> None:
                 fontsize=8,
                 frameon=False,
             )
-        _tidy(axis)
+        tidy(axis)
 
 
 def _draw_waterfall(chart: Waterfall, path: Path) -> None:
     values = np.asarray(chart.values)
     broken = np.concatenate([[0], values[:-1] - values[1:]])
-    with _figure(path, chart.title, max(4.8, 1.1 * len(values) + 1.2), 3.8) as axes:
+    with saved_figure(path, chart.title, max(4.8, 1.1 * len(values) + 1.2), 3.8) as axes:
         axis = axes[0, 0]
         bars = axis.bar(range(len(values)), values, color=COLORS[0], label="still right")
         axis.bar(
@@ -127,7 +129,7 @@ def _draw_waterfall(chart: Waterfall, path: Path) -> None:
         axis.set_xticks(range(len(values)), chart.labels)
         axis.set_xlabel("after the attack")
         axis.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-        _tidy(axis)
+        tidy(axis)
         axis.grid(axis="x", visible=False)
 
 
@@ -140,7 +142,7 @@ def shares(chart: Matrix) -> np.ndarray:
 def _draw_matrix(chart: Matrix, path: Path) -> None:
     number, found = len(chart.classes), shares(chart)
     size = min(max(4.6, 0.42 * number + 2.2), 12)
-    with _figure(path, chart.title, size, 0.88 * size) as axes:
+    with saved_figure(path, chart.title, size, 0.88 * size) as axes:
         axis = axes[0, 0]
         image = axis.imshow(100 * found, cmap="Blues", vmin=0, vmax=100)
         axis.figure.colorbar(image, ax=axis, shrink=0.75, label="of the label's images (%)")
@@ -162,7 +164,7 @@ def _draw_matrix(chart: Matrix, path: Path) -> None:
 def _draw_surface(chart: Surface, path: Path) -> None:
     along, aside = np.meshgrid(chart.axis, chart.axis, indexing="ij")
     options = {"subplot_kw": {"projection": "3d"}}
-    with _figure(path, chart.title, 6.0, 5.0, **options) as axes:
+    with saved_figure(path, chart.title, 6.0, 5.0, **options) as axes:
         axis = axes[0, 0]
         axis.plot_surface(along, aside, np.asarray(chart.loss), cmap="viridis", linewidth=0)
         axis.set(
@@ -182,7 +184,7 @@ def _draw_examples(chart: Examples, path: Path) -> None:
         (f"perturbation\nx {chart.magnification}", chart.perturbation, None),
     ]
     number = len(chart.labels)
-    with _figure(
+    with saved_figure(
         path, chart.title, max(4.0, 1.5 * number + 0.6), 5.6, nrows=3, ncols=number
     ) as axes:
         for line, (name, images, predictions) in zip(axes, rows, strict=True):
