@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import config
 from huggingface_hub import DatasetCard
+
+from robust_accel.plain_yaml import read_plain
 
 _AWAY = ("hf", "http", "https", "s3", "gs", "gcs", "az", "abfs")
 
@@ -48,7 +49,7 @@ def check_card(folder: str) -> None:
             raise AddressError(f"path: {path} is no file")
     found = [DatasetCard.load(own).data.to_dict()] if own.exists() else []
     if more.exists():
-        found.append(yaml.safe_load(more.read_text(encoding="utf-8")))
+        found.append(read_plain(more))
     for name in _named(found, False):
         if "://" in name or "::" in name or os.path.isabs(name) or ".." in Path(name).parts:
             raise AddressError(
