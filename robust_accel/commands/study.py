@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from robust_accel.commands import say
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
     broken: list[str] = []
     for path, plan in zip(paths, plans, strict=True):
-        with locked(plan.root, say):
+        with nullcontext() if options.table else locked(plan.root, say):
             broken += _run(path, plan, options)
     for text in broken:
         say(f"failed: {text}", file=sys.stderr)
@@ -29,16 +30,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _studies(path: Path, scale: str | None) -> list[Path]:
-    """The study itself, or those that it names."""
-    study, _ = read_study(path, scale if _has_scale(path, scale) else None)
-    return [found for name in study.studies for found in _studies(_inner(path, name), scale)] or [
-        path
-    ]
-
-
-def _has_scale(path: Path, scale: str | None) -> bool:
+    """The study itself; or those that it names, as far as they have the scale."""
     study, _ = read_study(path, None)
-    return not study.studies or scale in study.scales
+    if not study.studies:
+        return [path]
+    inner = [_inner(path, name) for name in study.studies]
+    known = [
+        found for found in inner if scale is None or scale in read_study(found, None)[0].scales
+    ]
+    if not known:
+        read_study(inner[0], scale)  # says which scales there are
+    for found in inner:
+        if found not in known:
+            say(f"{_name(found)}: left out, for it has no scale {scale}")
+    return [more for found in known for more in _studies(found, scale)]
 
 
 def _inner(path: Path, name: str) -> Path:
@@ -50,7 +55,15 @@ def _plan(path: Path, options: argparse.Namespace) -> Plan:
     study, scale = read_study(path, options.scale)
     number = options.seeds or scale.seeds
     root = options.output / (options.scale or next(iter(study.scales)))
-    return Plan(path, study, scale, root, overrides=options.settings, seeds=range(number))
+    return Plan(
+        path,
+        study,
+        scale,
+        root,
+        overrides=options.settings,
+        seeds=range(number),
+        launcher=options.launcher,
+    )
 
 
 def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
@@ -83,7 +96,7 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
 
 
 def _name(path: Path) -> str:
-    return path.parent.name if path.name == FILE else path.stem
+    return path.resolve().parent.name if path.name == FILE else path.stem
 
 
 def _command(options: argparse.Namespace) -> str:

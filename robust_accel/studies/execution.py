@@ -19,7 +19,7 @@ import torch
 from robust_accel.exit_codes import NOT_FINITE
 from robust_accel.files import append_line, read_lines
 from robust_accel.studies.plan import Chosen, Command, Plan, Trial
-from robust_accel.training.stopping import OVERSEER
+from robust_accel.training.stopping import OVERSEER, process_mark
 
 _PAUSE = 0.2
 
@@ -33,8 +33,15 @@ class Done:
 
     def __init__(self, root: Path) -> None:
         self._file = root / "done.jsonl"
-        lines = read_lines(self._file) if self._file.exists() else []
-        self._lines = {(line.get("digest"), line.get("command")): line for line in lines}
+        self._lines: dict[tuple[str, str], dict[str, Any]] = {}
+        for line in read_lines(self._file) if self._file.exists() else []:
+            self._keep(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        digest, command = str(line.get("digest")), str(line.get("command"))
+        if command == "train":  # anew: what was done of an earlier one is gone
+            self._lines = {key: old for key, old in self._lines.items() if key[0] != digest}
+        self._lines[digest, command] = line
 
     def left(self, trial: Trial) -> list[Command]:
         """Commands that a training lacks, in their order; none after one that cannot be done."""
@@ -64,7 +71,7 @@ class Done:
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
             append_line(self._file, line)
-            self._lines[(trial.digest, _text(one))] = line
+            self._keep(line)
             seconds = 0.0
 
     def seconds(self, trials: Iterable[Trial]) -> dict[str, float]:
@@ -87,6 +94,7 @@ class _Job:
     command: Command
     process: subprocess.Popen[bytes]
     log: Path
+    said: int  # bytes of the log that earlier ones have written
     began: float = field(default_factory=time.monotonic)
 
 
@@ -140,11 +148,12 @@ class Runner:
         busy = {job.trial.folder for job in self._running}
         trials = self.plan.known(chosen)
         unfinished = {trial.folder for trial in trials if self.done.left(trial)}
+        lost = {trial.folder for trial in trials if self.done.failed(trial)}
         found = []
         for trial in trials:
             is_free = trial.folder not in busy and trial.folder not in self.broken
             if trial.folder in unfinished and is_free and not unfinished.intersection(trial.needs):
-                if any(need in self.broken for need in trial.needs):
+                if any(need in self.broken or need in lost for need in trial.needs):
                     continue
                 found.append((trial, self.done.left(trial)[0]))
         return found
@@ -154,10 +163,13 @@ class Runner:
         log = trial.folder.with_name(f"{trial.folder.name}.log")
         threads = max(1, (os.cpu_count() or 1) // (self.jobs * trial.processes))
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        environment[OVERSEER] = str(os.getpid())
+        environment[OVERSEER] = process_mark(os.getpid())
         if trial.processes > 1 and not torch.cuda.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"
+        if "--out" in command:  # of one that ended before it was written down
+            Path(self._words(trial, command)[-1]).unlink(missing_ok=True)
         with log.open("ab") as file:
+            said = file.tell()
             process = subprocess.Popen(
                 [*self._launch(trial), *self._words(trial, command)],
                 env=environment,
@@ -166,7 +178,7 @@ class Runner:
                 stderr=file,
                 start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
             )
-        self._running.append(_Job(trial, command, process, log))
+        self._running.append(_Job(trial, command, process, log, said))
 
     def _launch(self, trial: Trial) -> list[str]:
         if self.launcher is not None:
@@ -193,7 +205,7 @@ class Runner:
         code, seconds = job.process.returncode, time.monotonic() - job.began
         if code == 0:
             self.done.add(job.trial, job.command, "done", seconds)
-        elif code == NOT_FINITE and _says(job.log, "finite"):
+        elif code == NOT_FINITE and job.command[0] == "train" and _was_not_finite(job):
             self.done.add(job.trial, job.command, "not finite", seconds)
         else:
             self.broken[job.trial.folder] = f"{job.trial.name}: exit code {code}, see {job.log}"
@@ -230,11 +242,16 @@ class Runner:
         for job in self._running:
             job.process.send_signal(number)
         for job in self._running:
-            job.process.wait()
+            if job.process.wait() == 0:
+                self.done.add(job.trial, job.command, "done", time.monotonic() - job.began)
 
 
-def _says(log: Path, word: str) -> bool:
-    return word in log.read_text(errors="replace")[-4000:]
+def _was_not_finite(job: _Job) -> bool:
+    """Whether the command has said so itself."""
+    with job.log.open("rb") as file:
+        file.seek(job.said)
+        said = file.read().decode(errors="replace")
+    return any(line.startswith("robust-accel: ") and "finite" in line for line in said.splitlines())
 
 
 def _span(seconds: float) -> str:

@@ -6,9 +6,9 @@ taken only from the one that the recipe of the study asks for; else there is non
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.settings import PGDSettings
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.views import Row, Run, pick
@@ -18,48 +18,46 @@ Measured = Callable[[Run, Recipe], float | None]
 
 
 def _clean(run: Run, recipe: Recipe) -> float | None:
-    return _percent(run, "none", recipe.evaluate, recipe.evaluate.images)
+    return _percent(run, recipe, {"name": "none"}, recipe.evaluate.images)
 
 
 def _pgd(run: Run, recipe: Recipe) -> float | None:
-    pgd = recipe.evaluate.pgd
+    settings, pgd = recipe.evaluate, recipe.evaluate.pgd
     if pgd is None:
         return None
-    about = {"num_steps": pgd.num_steps}
-    return _percent(run, "pgd", recipe.evaluate, recipe.evaluate.images, **about)
+    attack = settings.make_pgd(pgd.num_steps, pgd.step_size)
+    return _percent(run, recipe, under_attack(attack, pgd.restarts).about, settings.images)
 
 
 def _autoattack(run: Run, recipe: Recipe) -> float | None:
     settings = recipe.evaluate
-    images = settings.autoattack_images or settings.images
-    return _percent(run, "autoattack", settings, images, version=settings.autoattack)
+    attack = {"name": "autoattack", "version": settings.autoattack, "search": settings.search}
+    return _percent(run, recipe, attack, settings.autoattack_images or settings.images)
 
 
-def _percent(
-    run: Run, attack: str, settings: EvaluateSettings, images: int | None, **about: Any
-) -> float | None:
-    """Accuracy in percent, of the row with these facts."""
-    rows = [
+def _percent(run: Run, recipe: Recipe, attack: Row, images: int | None) -> float | None:
+    """Accuracy in percent, of the row with this attack."""
+    threat = {"norm": recipe.evaluate.norm, "eps": recipe.evaluate.eps}
+    row = pick(
         row
-        for row in run.of("accuracy", attack)
-        if all(row["attack"].get(key) == value for key, value in about.items())
-        and _is_of(row, attack, settings, images)
-    ]
-    row = pick(rows)
+        for row in run.of("accuracy", attack["name"])
+        if _is_of(row, recipe, attack, images)
+        and (attack["name"] == "none" or row["threat_model"] == threat)
+    )
     return None if row is None or row["accuracy"] is None else 100 * row["accuracy"]
 
 
-def _is_of(row: Row, attack: str, settings: EvaluateSettings, images: int | None) -> bool:
-    """Whether a row is of the threat model and the number of images that are asked for."""
-    threat = row.get("threat_model")
-    same = attack == "none" or threat == {"norm": settings.norm, "eps": settings.eps}
-    return same and _on(row, images)
+def _is_of(row: Row, recipe: Recipe, attack: Row, images: int | None) -> bool:
+    """Whether a row is of an attack with all its settings, by the seed and images asked for."""
+    by_attack = as_json(attack).items() <= row["attack"].items()
+    same_source = row["images"].get("source") == as_json(recipe.data.source())
+    return by_attack and same_source and row["seed"] == recipe.evaluate.seed and _on(row, images)
 
 
 def _on(row: Row, images: int | None) -> bool:
     """Whether a row is of so many images, or of all where there are no more."""
-    number = row["images"]["n"]
-    is_all = row["images"].get("selection") == "all"
+    number, about = row["images"]["n"], row["images"]
+    is_all = about.get("selection") == about.get("kind", "all")
     return number == images or (is_all and (images is None or images > number))
 
 
@@ -76,6 +74,12 @@ def held_out(run: Run, recipe: Recipe) -> float | None:
     assert recipe.train is not None
     kept = run.report.get("best_against_last", {}).get(recipe.train.select)
     return None if kept is None else 100 * kept
+
+
+def _certified(row: Row, skip: int, images: int | None) -> bool:
+    """Whether a certificate is of every so many-th image."""
+    selection = str(row["images"].get("selection"))
+    return selection.startswith(f"one in {skip},") if skip > 1 else _on(row, images)
 
 
 MEASURES: dict[str, Measured] = {
@@ -136,15 +140,27 @@ def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
         row = pick(
             row
             for row in run.of("certificate")
-            if row["attack"] == asked_for and (number is None or _on(row, number))
+            if row["attack"] == asked_for
+            and row["images"].get("source") == as_json(recipe.data.source())
+            and _certified(row, recipe.certify.skip, number)
         )
         points = [] if row is None else row["radii"]
         return [(point["radius"], 100 * point["accuracy"]) for point in points]
-    settings = recipe.evaluate
-    asked = () if settings.sweep is None else getattr(settings.sweep, key)
+    settings, pgd = recipe.evaluate, recipe.evaluate.pgd or PGDSettings()
     found: dict[float, float] = {}
-    for row in run.of("sweep"):
-        at = row["point"]
-        if at["key"] == key and list(at["of"]) == sorted(asked) and _on(row, settings.images):
-            found[at["value"]] = 100 * row["accuracy"]
+    for value in () if settings.sweep is None else getattr(settings.sweep, key):
+        steps = int(value) if key == "num_steps" else pgd.num_steps
+        length = pgd.step_size if key == "num_steps" else None
+        eps = value if key == "eps" else settings.eps
+        attack = under_attack(settings.make_pgd(steps, length, eps), pgd.restarts).about
+        row = pick(
+            row
+            for row in run.of("sweep", "pgd")
+            if row["point"]["key"] == key
+            and row["point"]["value"] == value
+            and row["threat_model"] == {"norm": settings.norm, "eps": eps}
+            and _is_of(row, recipe, attack, settings.images)
+        )
+        if row is not None:
+            found[value] = 100 * row["accuracy"]
     return sorted(found.items())

@@ -54,7 +54,8 @@ def table(results: Results) -> Table:
         line += [run.about.get(key, "") for key in about]
         line += [f"{best[key]}" if key in best else "" for key in keys]
         for column in study.columns:
-            line.append(number_text(list(results.values(cell, column).values())))
+            text = number_text(list(results.values(cell, column).values()))
+            line.append(f"{text} ({lost})" if text and (lost := results.lost(cell)) else text)
             if column in published:
                 value = run.published.get(column)
                 line.append("" if value is None else f"{value:g}")

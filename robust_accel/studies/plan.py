@@ -15,7 +15,7 @@ from typing import Any
 
 from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.messages import cut
-from robust_accel.plain_yaml import RecipeError
+from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.recipe_file import find_recipe
 from robust_accel.settings import close_to, listed
@@ -34,6 +34,12 @@ MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoatt
 
 Command = tuple[str, ...]
 """A command of this package and its words, without the run's folder."""
+_FREE = {
+    "evaluate": MEASURED,
+    "train": ("checkpoint_every", "keep", "max_time", "timeout", "log_every", "log_with"),
+    "data": ("num_workers",),
+}
+"""What the weights do not depend on."""
 _ENDS = {"first": 0, "last": -1}
 
 
@@ -104,6 +110,7 @@ class Plan:
         root: The folder of all runs.
         overrides: ``key.subkey=value`` for every run.
         seeds: The numbers; the first is also the one that settings are tuned by.
+        launcher: What starts the trainings, see ``Runner``.
 
     Raises:
         RecipeError: One of the recipes cannot run: all faults.
@@ -118,9 +125,10 @@ class Plan:
         *,
         overrides: Sequence[str] = (),
         seeds: Sequence[int] = (0, 1, 2),
+        launcher: str | None = None,
     ) -> None:
         self.path, self.study, self.scale, self.root = path, study, scale, root
-        self.overrides, self.seeds = tuple(overrides), tuple(seeds)
+        self.overrides, self.seeds, self.launcher = tuple(overrides), tuple(seeds), launcher
         runs = {name: run_at_scale(study, name, scale, str(path)) for name in study.runs}
         self.runs = {name: run for name, run in runs.items() if not run.skip}
         self.axes = {name: scale.grid.get(name, axis.values) for name, axis in study.grid.items()}
@@ -229,22 +237,18 @@ class Plan:
         if "seed" in recipe.settings["communication"]:  # other rounding with each seed
             seeded = [*self.overrides, f"communication.seed={seed}"]
             recipe = load_recipe(beside(self.path, run.recipe), seeded, layers=trees)
-        digest = _digest(recipe.settings, run.processes, needed)
-        parts = [cell.run, *(label for _, label in cell.labels)]
-        parts += [f"{key.split('.')[-1]}{value}" for key, value in tried] + [f"seed{seed}"]
-        slug = re.sub(r"[^A-Za-z0-9_.+-]+", "", "-".join(parts))[:100]
+        digest = _digest(recipe.settings, run.processes, self.launcher, needed)
         then = tuple(
             tuple(_filled(word, folders | {"run": None}) for word in command)
             for command in run.then
         )
         needs = tuple(trial.folder for trial in needed.values())
-        known = sorted(self.root.glob(f"*-{digest}"))  # another study's, or under an older name
-        folder = known[0] if known else self.root / f"{slug}-{digest}"
+        folder = self.root / f"{_slug(recipe)}-{digest}"
         return Trial(cell, tried, seed, recipe, digest, folder, run.processes, then, needs)
 
     def _references(self, run: RunSettings, cell: Cell) -> list[str]:
         axes = [self.axes[axis][label] for axis, label in cell.labels]
-        texts = json.dumps([run.settings, self.scale.settings, axes, run.then])
+        texts = json.dumps([run.settings, self.scale.settings, axes, run.then], ensure_ascii=False)
         names = dict.fromkeys(re.findall(r"\{(\w[\w.+-]*)\}", texts))
         return [name for name in names if name != "run"]
 
@@ -260,6 +264,25 @@ class Plan:
             if all(labels.get(axis) == label for axis, label in source.labels):
                 return source
         raise RecipeError(f"{self.path}: runs.{cell.run}: {name} has no cell like {cell.name}")
+
+    def _contradictions(self) -> Iterator[str]:
+        """What would make rows or seeds equal that are told apart."""
+        varied = {"train.seed", "communication.seed"}
+        for run in self.runs.values():
+            varied |= set(run.tune)
+        for values in self.axes.values():
+            for settings in values.values():
+                varied |= set(_flat(_tree("", settings, {})))
+        for override in self.overrides:
+            key = override.partition("=")[0]
+            for name in sorted(varied):
+                if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."):
+                    yield f"command line: {cut(key)}: the study itself varies {name}"
+        for figure in self.study.figures:
+            for label in self.axes.get(figure.x, ()):
+                if number(label) is None:
+                    where = f"{self.path}: figures.{figure.name}"
+                    yield f"{where}: {label!r} of {figure.x} is no number"
 
     def _check(self) -> None:
         """Build every recipe, as far as it can be known before anything has run."""
@@ -278,11 +301,14 @@ class Plan:
                 where = f"{self.path}: runs.{cell.run}.tune: settings are tuned on a split held out"
                 if len(tries) > 1 and data.validation_size == 0:
                     faults[f"{where} of train, but data.validation_size is 0"] = None
+                elif len(tries) > 1 and train.max_steps is not None:
+                    faults[f"{where}, but train.max_steps ends before the last epoch is"] = None
                 elif len(tries) > 1 and train.epochs % train.validate_every:
                     faults[
                         f"{where}, but the last of {train.epochs} epochs is not measured there "
                         f"(train.validate_every: {train.validate_every})"
                     ] = None
+        faults |= dict.fromkeys(self._contradictions())
         for claim in self.study.claims:
             for side in (claim.run, claim.than):
                 if run_of(side) in self.runs:
@@ -313,6 +339,14 @@ def _words(section: str, settings: Values) -> Iterator[str]:
         yield f"{section}.{key}={'null' if value is None else json.dumps(value)}"
 
 
+def _flat(tree: Values, above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
 def _tree(where: str, values: Values, folders: Mapping[str, str]) -> Values:
     """Settings with dotted keys as a tree, and with the folders that they name."""
     tree: Values = {}
@@ -341,12 +375,23 @@ def _filled(value: Any, folders: Mapping[str, str | None]) -> Any:
     return value
 
 
-def _digest(settings: Values, processes: int, needed: Mapping[str, Trial]) -> str:
+def _slug(recipe: Recipe) -> str:
+    """What a folder's name tells of a training; the same for the same training."""
+    settings, train = recipe.settings, recipe.train
+    assert train is not None
+    names = [settings[key]["name"] for key in ("model", "attack", "optimizer")]
+    words = [*names, f"lr{settings['optimizer']['lr']:g}", f"batch{train.batch_size}"]
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "", "-".join([*words, f"seed{train.seed}"]))[:150]
+
+
+def _digest(
+    settings: Values, processes: int, launcher: str | None, needed: Mapping[str, Trial]
+) -> str:
     """Of what the weights depend on; what a training starts from counts by its own digest."""
     kept = {key: value for key, value in settings.items() if key not in ("output", "certify")}
-    evaluate = kept["evaluate"]
-    kept["evaluate"] = {key: evaluate[key] for key in evaluate if key not in MEASURED}
-    text = json.dumps(kept, sort_keys=True)
+    for section, free in _FREE.items():
+        kept[section] = {key: kept[section][key] for key in kept[section] if key not in free}
+    text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
     for trial in needed.values():
         text = text.replace(str(trial.folder), f"{trial.digest} {trial.then}")
-    return digest_of_json([text, processes])[:12]
+    return digest_of_json([text, processes, launcher])[:12]

@@ -114,6 +114,12 @@ class Results:
                 found[trial.seed] = value
         return found
 
+    def lost(self, cell: Cell) -> str:
+        """``1 of 3 not finite``, where trainings were not; nothing where all were."""
+        trials = self.trials(cell)
+        failed = sum(self.done.failed(trial) for trial in trials)
+        return f"{failed} of {len(trials)} not finite" if failed else ""
+
     def curve(self, cell: Cell, key: str) -> dict[float, list[float]]:
         """Points of a sweep -> accuracies in percent, one a seed."""
         found: dict[float, list[float]] = {}
@@ -130,12 +136,12 @@ class Results:
 
     def missing(self) -> list[str]:
         """Names of rows that lack a seed, or the tuning."""
-        return [
-            cell.name
-            for cell in self.plan.cells
-            if sum(self.run(trial) is not None for trial in self.trials(cell))
-            < len(self.plan.seeds)
-        ]
+        return [cell.name for cell in self.plan.cells if not self._is_complete(cell)]
+
+    def _is_complete(self, cell: Cell) -> bool:
+        trials = self.trials(cell)
+        ended = [self.run(t) is not None or self.done.failed(t) for t in trials]
+        return sum(ended) == len(self.plan.seeds)
 
     def verdicts(self) -> list[Verdict]:
         return [
@@ -155,6 +161,8 @@ class Results:
         spread = stdev([a - b for a, b in pairs])
         effect = difference.mean / spread if spread else None
         outcome = _outcome(claim, difference)
+        if outcome == "holds" and self.lost(self._cell(claim.run)):
+            outcome = "open"  # what is left of it is the better part
         return Verdict(claim, column, len(seeds), difference, effect, outcome)
 
     def _cell(self, text: str) -> Cell:

@@ -85,7 +85,7 @@ class ScaleSettings(Settings):
     Args:
         about: A sentence on what is scaled down.
         base: A recipe file that is laid over each run's recipe.
-        settings: Laid over that.
+        settings: Laid over that; what the grid and the run itself set lies over these.
         runs: Run -> fields of ``RunSettings`` that are others at this scale; ``settings`` and
             ``tune`` are added to the run's.
         grid: Axis -> its values at this scale.

@@ -17,7 +17,8 @@ from robust_accel.exit_codes import Stopped
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
 GRACE = 5.0
 OVERSEER = "ROBUST_ACCEL_OVERSEER"
-"""Environment: the process that has started the launcher, and without which a run ends, too."""
+"""Environment: the process that has started the launcher, and without which a run ends, too, as
+``process_mark`` has it."""
 _writing = threading.RLock()
 _now = time.monotonic
 
@@ -164,7 +165,9 @@ def end_without_launcher(code: int, say: Callable[[str], None] | None = None) ->
         code: The exit code then.
         say: Where the sentence goes; standard error when not given.
     """
-    overseer = int(os.environ.get(OVERSEER, "0"))
+    overseer = os.environ.get(OVERSEER, "")
+    if overseer and not _is_there(overseer):  # on another machine, say
+        overseer = ""
     if not is_launched() and not overseer:
         return
     tell = say or (lambda text: print(text, file=sys.stderr, flush=True))
@@ -182,15 +185,19 @@ def end_without_launcher(code: int, say: Callable[[str], None] | None = None) ->
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def _is_there(process: int) -> bool:
-    """Whether a process lives; 0 stands for none that is asked for."""
+def process_mark(process: int) -> str:
+    """What tells a process from all others that have had or will have its number; Linux only."""
     try:
-        os.kill(process, 0) if process else None
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{process}:{fields[19]}:{boot}"
+
+
+def _is_there(mark: str) -> bool:
+    """Whether the process of a mark lives; nothing stands for none that is asked for."""
+    return not mark or process_mark(int(mark.partition(":")[0])) == mark
 
 
 def _is_orphan() -> bool:

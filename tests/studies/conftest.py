@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.ledger import Record
 from robust_accel.studies.execution import Done
 from robust_accel.studies.plan import Plan, Trial
@@ -53,15 +54,22 @@ def plan_of(study_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pl
 def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 0.5) -> None:
     """Make a finished run folder with these shares."""
     evaluate = trial.recipe.evaluate
-    pgd_about = {"name": "pgd", "num_steps": evaluate.pgd.num_steps, "restarts": 1}
+    attack = evaluate.make_pgd(evaluate.pgd.num_steps, evaluate.pgd.step_size)
+    pgd_about = under_attack(attack, evaluate.pgd.restarts).about
     threat = {"norm": evaluate.norm, "eps": evaluate.eps}
     rows: list[Record] = [
         {"attack": {"name": "none"}, "threat_model": None, "accuracy": clean},
         {"attack": pgd_about, "threat_model": threat, "accuracy": pgd},
     ]
-    images = {"n": evaluate.images, "selection": f"first {evaluate.images}"}
+    drawn = f"{trial.recipe.data.test_size} drawn"
+    images = {"n": evaluate.images, "selection": f"first {evaluate.images}", "kind": drawn}
+    if evaluate.images is None:
+        images |= {"n": trial.recipe.data.test_size, "selection": drawn}
+    images["source"] = trial.recipe.data.source()
     report = {
-        "measurements": [{"purpose": "accuracy", "images": images, **row} for row in rows],
+        "measurements": [
+            {"purpose": "accuracy", "images": images, "seed": evaluate.seed, **row} for row in rows
+        ],
         "best_against_last": {"best": held_out, "last": held_out},
         "train_seconds_per_epoch": 2.0,
         "bytes_sent_per_step": 4e6,

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from robust_accel.plain_yaml import RecipeError
 from robust_accel.studies.plan import Plan
 
 TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
@@ -76,9 +79,23 @@ def test_what_weights_do_not_depend_on_changes_no_digest(plan_of: Callable[..., 
 
 def test_equal_trainings_of_two_studies_are_one(plan_of: Callable[..., Plan]) -> None:
     own = trials(plan_of(TWO))["a, seed 0"]
-    own.folder.mkdir(parents=True)
     other = trials(plan_of("runs: {elsewhere: {recipe: quickstart}}"))["elsewhere, seed 0"]
     assert other.folder == own.folder
+    clock = ["train.max_time=3h", "train.log_every=7", "data.num_workers=2"]
+    assert trials(plan_of(TWO, overrides=clock))["a, seed 0"].folder == own.folder
+    assert trials(plan_of(TWO, launcher="srun"))["a, seed 0"].folder != own.folder
+
+
+@pytest.mark.parametrize(
+    "override", ["train.seed=1", "optimizer.lr=1", "optimizer={name: sgd}", "data.train_size=9"]
+)
+def test_what_a_study_varies_is_not_set_for_all(
+    override: str, plan_of: Callable[..., Plan]
+) -> None:
+    text = "runs: {a: {recipe: quickstart, tune: {optimizer.lr: [0.1, 0.2]}}}\n"
+    text += "grid: {size: {label: size, values: {80: {data: {train_size: 80}}, 160: {}}}}"
+    with pytest.raises(RecipeError, match=r"command line: .*: the study itself varies"):
+        plan_of(text, overrides=[override])
 
 
 def test_a_run_starts_from_another_of_its_seed_and_cell(plan_of: Callable[..., Plan]) -> None:

@@ -1,6 +1,7 @@
 """Numbers are those of the training that was asked for; the test images choose nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,9 +81,7 @@ def test_the_edge_of_a_grid_is_told(plan_of: Callable[..., Plan]) -> None:
 def test_a_claim_is_decided_by_differences_within_seeds(
     difference: tuple[float, float], line: str, outcome: str, plan_of: Callable[..., Plan]
 ) -> None:
-    runs = (
-        "runs: {a: {recipe: quickstart, settings: {train.log_every: 2}}, b: {recipe: quickstart}}"
-    )
+    runs = "runs: {a: {recipe: quickstart, settings: {train.epochs: 2}}, b: {recipe: quickstart}}"
     plan = plan_of(runs + claims(line.strip("{}")))
 
     def number(trial: Trial) -> tuple[float, ...]:  # seeds differ by far more than the runs do
@@ -106,7 +105,12 @@ def test_only_the_measurement_asked_for_counts(plan_of: Callable[..., Plan]) -> 
     runs = "runs: {b: {recipe: quickstart}}"
     results = filled(plan_of(runs), lambda t: (0.5, 0.4))
     assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}
-    for override in ("evaluate.images=39", "evaluate.pgd.num_steps=2"):
+    for override in (
+        "evaluate.images=39",
+        "evaluate.pgd.num_steps=2",
+        "evaluate.pgd.restarts=2",
+        "evaluate.pgd.step_size=0.25",
+    ):
         other = Results(plan_of(runs, overrides=[override]), results.done)
         trial = other.plan.known(other.chosen)[0]
         assert other.done.left(trial) == [trial.commands[1]]  # not trained again
@@ -151,3 +155,45 @@ def test_the_page_has_table_figures_claims_and_how(
         assert (tmp_path / "out" / name).stat().st_size > 500
     row = json.loads((tmp_path / "out/s.json").read_text())["rows"][0]
     assert row["values"]["clean (%)"] == {"0": 50.0, "1": 60.0}
+
+
+def test_drawn_test_images_are_all_that_there_are(plan_of: Callable[..., Plan]) -> None:
+    runs = "runs: {b: {recipe: quickstart}}"
+    drawn = ["data.test_size=50", "evaluate.images=null"]
+    results = filled(plan_of(runs, overrides=drawn), lambda t: (0.5, 0.4))
+    assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}
+
+
+def test_a_folder_that_was_deleted_is_made_anew_with_all_that_follows(
+    plan_of: Callable[..., Plan],
+) -> None:
+    runs = "runs: {b: {recipe: quickstart, then: [[pseudo-label, --out, '{run}/p.parquet']]}}"
+    plan = plan_of(runs)
+    plan.root.mkdir()
+    done = Done(plan.root)
+    trial = plan.known(lambda cell: None)[0]
+    leave(trial, done, 0.5, 0.4)
+    done.add(trial, trial.commands[2], "done", 1.0)
+    assert done.left(trial) == []
+    shutil.rmtree(trial.folder)
+    assert [c[0] for c in done.left(trial)] == ["train", "pseudo-label"]
+    leave(trial, done, 0.5, 0.4)
+    assert [c[0] for c in Done(plan.root).left(trial)] == ["pseudo-label"]
+
+
+def test_seeds_that_were_not_finite_are_counted_and_decide_no_claim(
+    plan_of: Callable[..., Plan],
+) -> None:
+    runs = "runs: {a: {recipe: quickstart, settings: {train.epochs: 2}}, b: {recipe: quickstart}}"
+    plan = plan_of(runs + claims("holds_if: greater"), seeds=range(3))
+    plan.root.mkdir()
+    done = Done(plan.root)
+    for trial in plan.known(lambda cell: None):
+        if trial.cell.run == "a" and trial.seed == 2:
+            done.add(trial, ("train",), "not finite", 1.0)
+        else:
+            leave(trial, done, 0.9 if trial.cell.run == "a" else 0.5, 0.4)
+    results = Results(plan, done)
+    assert results.verdicts()[0].outcome == "open"
+    assert "(1 of 3 not finite)" in table(results).markdown()
+    assert results.missing() == []
