@@ -166,8 +166,9 @@ class Runner:
         environment[OVERSEER] = process_mark(os.getpid())
         if trial.processes > 1 and not torch.cuda.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"
-        if "--out" in command:  # of one that ended before it was written down
-            Path(self._words(trial, command)[-1]).unlink(missing_ok=True)
+        rest = left_behind(trial, command)
+        if rest is not None:  # of one that ended before it was written down
+            rest.unlink(missing_ok=True)
         with log.open("ab") as file:
             said = file.tell()
             process = subprocess.Popen(
@@ -244,6 +245,14 @@ class Runner:
         for job in self._running:
             if job.process.wait() == 0:
                 self.done.add(job.trial, job.command, "done", time.monotonic() - job.began)
+
+
+def left_behind(trial: Trial, command: Command) -> Path | None:
+    """What a command writes into its run's own folder, where an earlier one may have left it."""
+    if "--out" not in command[:-1]:
+        return None
+    target = command[command.index("--out") + 1]
+    return trial.folder / target[len("{run}/") :] if target.startswith("{run}/") else None
 
 
 def _was_not_finite(job: _Job) -> bool:

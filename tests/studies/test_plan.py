@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from robust_accel.plain_yaml import RecipeError
+from robust_accel.studies.execution import left_behind
 from robust_accel.studies.plan import Plan
 
 TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
@@ -143,3 +144,22 @@ def test_a_certificate_by_other_settings_is_another_command(plan_of: Callable[..
     assert one.commands[:2] == other.commands[:2]
     assert one.commands[2] != other.commands[2]
     assert other.commands[2][0] == "certify" and "certify.n=300" in other.commands[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        ("--out, '{run}/p.parquet'", "p.parquet"),
+        ("--out, '{run}/p.parquet', --data, images.parquet", "p.parquet"),
+        ("--out, elsewhere.parquet", None),
+        ("--data, '{run}/p.parquet'", None),
+    ],
+)
+def test_only_what_a_command_writes_into_its_run_is_made_anew(
+    words: str, target: str | None, plan_of: Callable[..., Plan]
+) -> None:
+    plan = plan_of(f"runs: {{a: {{recipe: quickstart, then: [[pseudo-label, {words}]]}}}}")
+    trial = trials(plan)["a, seed 0"]
+    assert left_behind(trial, trial.commands[0]) is None
+    expected = None if target is None else trial.folder / target
+    assert left_behind(trial, trial.commands[2]) == expected
