@@ -56,7 +56,8 @@ def parse_whole(value: object) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, bool) or not (isinstance(value, Real) and float(value).is_integer()):
+    # a text is told from a number fast: there may be thousands of them
+    if isinstance(value, bool | str) or not (isinstance(value, Real) and float(value).is_integer()):
         raise ValueError("a whole number is wanted")
     return int(float(value))
 

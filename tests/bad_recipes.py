@@ -21,7 +21,7 @@ train: {epochs: 2, batch_size: 64}
 
 
 @contextmanager
-def at_once(seconds: float = 5) -> Iterator[None]:
+def at_once(seconds: float = 1) -> Iterator[None]:
     """Ends what hangs, and holds what is computed to so many seconds."""
 
     def stop(*_: object) -> None:

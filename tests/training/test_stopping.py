@@ -169,7 +169,7 @@ def test_a_run_stops_by_itself_before_its_time_is_up(tmp_path: Path) -> None:
     created = psutil.Process(process.processes[0].pid).create_time()
     code, output = process.wait()
     assert code == STOPPED, output
-    assert 10 < time.time() - created < 30  # a busy machine is late, and 500 epochs take longer
+    assert 10 < time.time() - created < 16
     assert "stopped (train.max_time is nearly up)" in output
     (last,) = folder.steps()[-1:]
     assert int(last.name.removeprefix("step-")) == folder.read_metrics()[-1]["step"]
