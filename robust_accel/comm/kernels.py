@@ -355,7 +355,9 @@ def _fuse(
     fresh = FunctionType(
         function.__code__.replace(), function.__globals__, closure=function.__closure__
     )
-    torch.compile(fresh, backend=keep, dynamic=False, fullgraph=True)([*fixed, *examples])
+    # by this process: inductor's own pool of processes takes longer to start than all of this
+    with torch._inductor.config.patch(compile_threads=1):
+        torch.compile(fresh, backend=keep, dynamic=False, fullgraph=True)([*fixed, *examples])
     return kernels[0]
 
 
