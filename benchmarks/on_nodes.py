@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from _network import INTERFACE, SUBNET, inside, network
 
 PORT = 29541
+GRACE = 60  # seconds until those that wait for a failed one are killed
 
 
 def run(nodes: int, rate: str, command: Sequence[str]) -> int:
@@ -46,13 +47,17 @@ def run(nodes: int, rate: str, command: Sequence[str]) -> int:
             for process in processes:
                 process.send_signal(number)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, hand_on)
+        failed = 0.0
         while any(process.poll() is None for process in processes):
             if any(process.poll() for process in processes):  # the others wait for it
-                hand_on(signal.SIGTERM, None)
+                failed = failed or time.monotonic()
+                late = time.monotonic() > failed + GRACE
+                hand_on(signal.SIGKILL if late else signal.SIGTERM, None)
             time.sleep(0.2)
-        return next((p.returncode for p in processes if p.returncode), 0)
+        code = next((p.returncode for p in processes if p.returncode), 0)
+        return code if code >= 0 else 128 - code  # as shells have it, for a signal
 
 
 def main() -> None:

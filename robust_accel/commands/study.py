@@ -54,7 +54,7 @@ def _inner(path: Path, name: str) -> Path:
 def _plan(path: Path, options: argparse.Namespace) -> Plan:
     study, scale = read_study(path, options.scale)
     number = options.seeds or scale.seeds
-    root = options.output / (options.scale or next(iter(study.scales)))
+    root = options.output.resolve() / (options.scale or next(iter(study.scales)))
     return Plan(
         path,
         study,
@@ -76,23 +76,21 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
         known = read_json(summary).get("trainings", [])
         for changed in stale(plan.known(results.chosen), known):
             say(f"{changed}: its recipe has changed since the last table: it is trained anew")
-    broken: list[str] = []
-    if not options.table:
-        runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher, say=say)
-        try:
+    runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher, say=say)
+    try:
+        if not options.table:
             runner.run(results.chosen)
-        except Stopped as stopped:
-            say(f"stopped ({stopped.reason}): the same command goes on")
-            raise
-        finally:
-            write_page(results, plan.root, name, _command(options))
-        broken = list(runner.broken.values())
-    for folder in dict.fromkeys((plan.root, options.write)):
-        if folder is not None:
+    except Stopped as stopped:
+        say(f"stopped ({stopped.reason}): the same command goes on")
+        raise
+    finally:
+        for folder in filter(None, dict.fromkeys((plan.root, options.write))):
             page = write_page(results, folder, name, _command(options))
     print(table(results).markdown())
     say(f"{page}")
-    return broken
+    if runner.broken:
+        say(f"not finished: {'; '.join(results.missing())}")
+    return list(runner.broken.values())
 
 
 def _name(path: Path) -> str:

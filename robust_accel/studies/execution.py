@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from robust_accel.exit_codes import NOT_FINITE
+from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED
 from robust_accel.files import append_line, read_lines
 from robust_accel.studies.plan import Chosen, Command, Plan, Trial
 from robust_accel.training.stopping import OVERSEER, process_mark
 
 _PAUSE = 0.2
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Done:
@@ -95,6 +96,7 @@ class _Job:
     process: subprocess.Popen[bytes]
     log: Path
     said: int  # bytes of the log that earlier ones have written
+    devices: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
 
@@ -102,7 +104,7 @@ class Runner:
     """Runs commands until nothing is left.
 
     Args:
-        jobs: How many at a time.
+        jobs: How many at a time, spread over the GPUs that are visible.
         launcher: What starts a training instead of ``python -m robust_accel``, with ``{processes}``
             where their number belongs: a cluster's ``accelerate launch ...``.
         say: Told how it goes.
@@ -166,6 +168,9 @@ class Runner:
         environment[OVERSEER] = process_mark(os.getpid())
         if trial.processes > 1 and not torch.cuda.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"
+        devices = self._devices(trial)
+        if devices:
+            environment[_VISIBLE] = ",".join(devices)
         rest = left_behind(trial, command)
         if rest is not None:  # of one that ended before it was written down
             rest.unlink(missing_ok=True)
@@ -179,7 +184,16 @@ class Runner:
                 stderr=file,
                 start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
             )
-        self._running.append(_Job(trial, command, process, log, said))
+        self._running.append(_Job(trial, command, process, log, said, devices))
+
+    def _devices(self, trial: Trial) -> list[str]:
+        """The GPUs that fewest trainings use, one a process; none where there is no choice."""
+        if self.jobs == 1 or self.launcher is not None:
+            return []
+        named = os.environ.get(_VISIBLE, "").split(",")
+        devices = [*map(str, range(torch.cuda.device_count()))] if named == [""] else named
+        used = [device for job in self._running for device in job.devices]
+        return sorted(devices, key=used.count)[: trial.processes] if len(devices) > 1 else []
 
     def _launch(self, trial: Trial) -> list[str]:
         if self.launcher is not None:
@@ -204,21 +218,19 @@ class Runner:
 
     def _ended(self, job: _Job, chosen: Chosen) -> None:
         code, seconds = job.process.returncode, time.monotonic() - job.began
+        name = f"{job.trial.name}: {job.command[0]}"
         if code == 0:
             self.done.add(job.trial, job.command, "done", seconds)
         elif code == NOT_FINITE and job.command[0] == "train" and _was_not_finite(job):
             self.done.add(job.trial, job.command, "not finite", seconds)
         else:
-            self.broken[job.trial.folder] = f"{job.trial.name}: exit code {code}, see {job.log}"
-        how = {0: "done"}.get(code, "met numbers that are not finite")
-        how = (
-            f"failed with exit code {code}, see {job.log}"
-            if job.trial.folder in self.broken
-            else how
-        )
-        self.say(
-            f"{job.trial.name}: {job.command[0]} {how} in {_span(seconds)}; {self._outlook(chosen)}"
-        )
+            why = f"failed with exit code {code}"
+            if code in (STOPPED, INTERRUPTED):
+                why = "was stopped; the same command goes on"
+            self.broken[job.trial.folder] = f"{name} {why}, see {job.log}"
+        ended = "done" if code == 0 else "met numbers that are not finite"
+        how = self.broken.get(job.trial.folder, f"{name} {ended}")
+        self.say(f"{how}, {_span(seconds)}; {self._outlook(chosen)}")
 
     def _outlook(self, chosen: Chosen) -> str:
         """How many trainings are done, and the time that is left, by what such trainings took."""

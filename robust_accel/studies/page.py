@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import date
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def number_text(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean, half = mean_and_half(values)
-    digits = 2 if abs(mean) < 1000 else 0
+    size = floor(log10(abs(mean))) if mean else 0
+    digits = 0 if size >= 3 else max(2, 1 - size)
     text = f"{mean:.{digits}f}"
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
@@ -95,7 +97,8 @@ def _parts(results: Results, drawn: Iterable[tuple[Lines, Path]], command: str) 
         yield (
             "The difference is paired: of runs that share a seed; in brackets its 95% t-interval, "
             "then its size in standard deviations (Cohen's d_z). A claim holds where the whole "
-            "interval is on its side, and is open where the interval has both."
+            f"interval is on its side, and is open where the interval has both. Of {len(verdicts)} "
+            "comparisons at 95%, one in twenty comes out by chance."
         )
     tuned = [found for cell in plan.cells if len(plan.tries(cell)) > 1
              and (found := results.tuned(cell)) is not None]  # fmt: skip
@@ -149,13 +152,16 @@ def _how(results: Results) -> str:
     hardware = dict.fromkeys(
         row["hardware"] for run in runs for row in run.rows if "hardware" in row
     )
-    versions = runs[0].report.get("versions", {}) if runs else {}
+    versions = dict.fromkeys(
+        f"{name} {version}"
+        for run in runs
+        for name, version in run.report.get("versions", {}).items()
+    )
     seconds = sum(results.done.seconds(results.plan.known(results.chosen)).values())
-    words = [f"{name} {version}" for name, version in versions.items()]
     return (
         f"{len(results.plan.known(results.chosen))} trainings, {seconds / 3600:.1f} hours of "
         f"processes in all, on {'; '.join(map(str, hardware)) or 'unknown hardware'}; "
-        f"{', '.join(words)}; {date.today().isoformat()}."
+        f"{', '.join(versions)}; {date.today().isoformat()}."
     )
 
 

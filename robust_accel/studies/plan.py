@@ -20,6 +20,7 @@ from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.recipe_file import find_recipe
 from robust_accel.settings import close_to, listed
 from robust_accel.studies.study_file import (
+    PROCESSES,
     RunSettings,
     ScaleSettings,
     StudySettings,
@@ -222,10 +223,13 @@ class Plan:
         self, cell: Cell, tried: tuple[tuple[str, Any], ...], seed: int, needed: dict[str, Trial]
     ) -> Trial:
         run, where = self.runs[cell.run], f"{self.path}: runs.{cell.run}"
+        axes = {f"{axis}.{label}": dict(self.axes[axis][label]) for axis, label in cell.labels}
+        processes = [axis.pop(PROCESSES) for axis in axes.values() if PROCESSES in axis]
+        (processes,) = processes[-1:] or [run.processes]
         folders = {name: str(trial.folder) for name, trial in needed.items()}
         settings: list[tuple[str, Values]] = [
             (f"{self.path}: scales", self.scale.settings),
-            *((f"{self.path}: grid.{a}.{label}", self.axes[a][label]) for a, label in cell.labels),
+            *((f"{self.path}: grid.{axis}", values) for axis, values in axes.items()),
             (where, run.settings),
             (f"{where}.tune", dict(tried)),
             ("the study's seed", {"train.seed": seed}),
@@ -237,14 +241,14 @@ class Plan:
         if "seed" in recipe.settings["communication"]:  # other rounding with each seed
             seeded = [*self.overrides, f"communication.seed={seed}"]
             recipe = load_recipe(beside(self.path, run.recipe), seeded, layers=trees)
-        digest = _digest(recipe.settings, run.processes, self.launcher, needed)
+        digest = _digest(recipe.settings, processes, self.launcher, needed)
         then = tuple(
             tuple(_filled(word, folders | {"run": None}) for word in command)
             for command in run.then
         )
         needs = tuple(trial.folder for trial in needed.values())
         folder = self.root / f"{_slug(recipe)}-{digest}"
-        return Trial(cell, tried, seed, recipe, digest, folder, run.processes, then, needs)
+        return Trial(cell, tried, seed, recipe, digest, folder, processes, then, needs)
 
     def _references(self, run: RunSettings, cell: Cell) -> list[str]:
         axes = [self.axes[axis][label] for axis, label in cell.labels]

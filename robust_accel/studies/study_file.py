@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Len
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from robust_accel.messages import cut
 from robust_accel.plain_yaml import RecipeError, read_recipe
@@ -23,6 +23,7 @@ from robust_accel.settings import (
 from robust_accel.studies.measures import check_measure
 
 FILE = "study.yaml"
+PROCESSES = "processes"
 _AFTER = ("certify", "evaluate", "pseudo-label")
 Values = dict[str, Any]
 """Settings of a recipe, as a tree or by dotted keys."""
@@ -40,7 +41,17 @@ def _command(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
+Processes = Annotated[Whole, Ge(1)]
+
+
+def _with_processes(values: Values) -> Values:
+    if PROCESSES not in values:
+        return values
+    return values | {PROCESSES: TypeAdapter(Processes).validate_python(values[PROCESSES])}
+
+
 Name = Annotated[str, AfterValidator(_name)]
+CellValues = Annotated[Values, AfterValidator(_with_processes)]
 After = Annotated[tuple[str, ...], Len(1), AfterValidator(_command)]
 Measure = Annotated[str, AfterValidator(check_measure)]
 
@@ -74,7 +85,7 @@ class RunSettings(Settings):
     then: tuple[After, ...] = ()
     about: dict[str, str] = Field(default_factory=dict)
     published: dict[str, Number] = Field(default_factory=dict)
-    processes: Annotated[Whole, Ge(1)] = 1
+    processes: Processes = 1
     hidden: Flag = False
     skip: Flag = False
 
@@ -96,7 +107,7 @@ class ScaleSettings(Settings):
     base: PathText | None = None
     settings: Values = Field(default_factory=dict)
     runs: dict[str, Values] = Field(default_factory=dict)
-    grid: dict[str, dict[str, Values]] = Field(default_factory=dict)
+    grid: dict[str, dict[str, CellValues]] = Field(default_factory=dict)
     seeds: Annotated[Whole, Ge(1)] = 3
 
 
@@ -105,11 +116,12 @@ class AxisSettings(Settings):
 
     Args:
         label: Its name in tables and figures.
-        values: Label -> settings that are laid over the recipe.
+        values: Label -> settings that are laid over the recipe; ``processes`` among them is how
+            many are started.
     """
 
     label: str
-    values: dict[str, Values]
+    values: dict[str, CellValues]
 
 
 class FigureSettings(Settings):

@@ -78,6 +78,18 @@ def test_what_weights_do_not_depend_on_changes_no_digest(plan_of: Callable[..., 
     assert set(before) & {t.digest for t in trials(two).values()} == set(before[1::2])
 
 
+def test_an_axis_may_set_the_number_of_processes(plan_of: Callable[..., Plan]) -> None:
+    grid = "grid: {n: {label: n, values: {1: {}, 2: {data.train_size: 80, processes: 2}}}}"
+    plan = plan_of(f"runs: {{a: {{recipe: quickstart}}}}\n{grid}")
+    assert {n: t.processes for n, t in trials(plan).items()} == {
+        f"a, {n}, seed {seed}": n for n in (1, 2) for seed in (0, 1)
+    }
+    with pytest.raises(RecipeError, match=r"grid\.n\.values\.2: .*0"):
+        plan_of(
+            f"runs: {{a: {{recipe: quickstart}}}}\n{grid.replace('processes: 2', 'processes: 0')}"
+        )
+
+
 def test_equal_trainings_of_two_studies_are_one(plan_of: Callable[..., Plan]) -> None:
     own = trials(plan_of(TWO))["a, seed 0"]
     other = trials(plan_of("runs: {elsewhere: {recipe: quickstart}}"))["elsewhere, seed 0"]

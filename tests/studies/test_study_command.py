@@ -110,7 +110,8 @@ def test_one_that_fails_is_named_and_the_others_are_done(
     )
     assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 1
     said = capsys.readouterr()
-    assert "failed: bad, seed 0: exit code 2, see " in said.err
+    assert "failed: bad, seed 0: train failed with exit code 2, see " in said.err
+    assert "not finished: bad; b" in said.out
     log = Path(said.err.rsplit("see ", 1)[1].strip())
     assert "no/such/folder" in log.read_text()
     assert "| good |" in said.out.replace("  ", " ")
@@ -154,5 +155,5 @@ def test_several_processes_are_started_by_the_launcher(
         "runs: {a: {recipe: quickstart, processes: 2, settings: {communication.name: qsgd}}}"
     )
     assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 0
-    report = json.loads(next((tmp_path / "out/tiny").glob("a-*/report.json")).read_text())
+    report = json.loads(next((tmp_path / "out/tiny").glob("*/report.json")).read_text())
     assert report["num_processes"] == 2 and report["bytes_sent_per_step"] > 0

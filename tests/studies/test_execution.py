@@ -1,0 +1,61 @@
+"""What a study starts, and with what."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from robust_accel.exit_codes import STOPPED
+from robust_accel.studies import execution
+from robust_accel.studies.execution import Done, Runner
+from robust_accel.studies.plan import Plan
+
+RUNS = (f"r{n}: {{recipe: quickstart, settings: {{attack.num_steps: {n + 1}}}}}" for n in range(4))
+FOUR = f"runs: {{{', '.join(RUNS)}}}"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The environments of what is started; each ends as if by SIGTERM once all four have been."""
+    environments: list[dict[str, str]] = []
+
+    def start(_: object, env: dict[str, str], **__: Any) -> SimpleNamespace:
+        environments.append(env)
+        return SimpleNamespace(
+            poll=lambda: STOPPED if len(environments) == 4 else None, returncode=STOPPED
+        )
+
+    monkeypatch.setattr(execution.subprocess, "Popen", start)
+    return environments
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0", "1", "2", "0"]), ("5,7", ["5", "7", "5", "7"]), ("3", ["3"] * 4)],
+)
+def test_trainings_are_spread_over_gpus(
+    visible: str | None,
+    expected: list[str],
+    started: list[dict[str, str]],
+    plan_of: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(execution.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    plan = plan_of(FOUR, seeds=range(1))
+    Runner(plan, Done(plan.root), jobs=4, launcher=None, say=print).run(lambda cell: ())
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in started] == expected
+
+
+def test_a_training_that_was_stopped_is_not_called_failed(
+    started: list[dict[str, str]], plan_of: Callable[..., Plan]
+) -> None:
+    said: list[str] = []
+    plan = plan_of(FOUR, seeds=range(1))
+    runner = Runner(plan, Done(plan.root), jobs=4, launcher=None, say=said.append)
+    runner.run(lambda cell: ())
+    assert len(started) == 4 and len(runner.broken) == 4
+    assert all("was stopped; the same command goes on" in text for text in said)
