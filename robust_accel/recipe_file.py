@@ -36,6 +36,20 @@ def find_recipe(source: str | Path) -> Path:
     raise RecipeError(f"{cut(str(source))}: no such file, nor a packaged recipe ({names})")
 
 
+def beside(path: Path, source: str, key: str) -> Path:
+    """Path of a recipe that a file names: beside that file, or a packaged one's name.
+
+    Raises:
+        RecipeError: There is none; it names the file and the key.
+    """
+    for folder in (path.parent, RECIPES):
+        for candidate in (folder / source, folder / f"{source}.yaml"):
+            if os.path.exists(candidate) and not candidate.is_dir():
+                return candidate
+    where = cut(str(path.parent / source))
+    raise RecipeError(f"{path}: {key}: no such file: {where}, nor a packaged recipe")
+
+
 def packaged_recipes() -> list[str]:
     """Names of the packaged recipes that can be trained."""
     names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
@@ -76,9 +90,7 @@ class RecipeValues:
         if base is not None:
             if not isinstance(base, str):
                 raise RecipeError(f"{path}: base: must be one file, got {shown(plain(base))}")
-            if not os.path.exists(path.parent / base) or os.path.isdir(path.parent / base):
-                raise RecipeError(f"{path}: base: no such file: {cut(str(path.parent / base))}")
-            self.read(path.parent / base, (*seen, path.resolve()))
+            self.read(beside(path, base, "base"), (*seen, path.resolve()))
         self.merge(values, str(path))
         self.origins[""] = str(path)
 

@@ -78,6 +78,18 @@ def test_packaged_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> 
     assert recipe.output == Path("runs") / Path(name).name
 
 
+@pytest.mark.parametrize("name", ["cifar10/dat_pgd.yaml", "cifar10/dat_pgd"])
+def test_a_base_may_be_a_packaged_recipe(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "dat_pgd.yaml"
+    path.write_text(f"base: {name}\ntrain: {{log_every: 3}}\n")
+    own, packaged = load_recipe(path), load_recipe("cifar10/dat_pgd", ["train.log_every=3"])
+    assert own.settings == packaged.settings
+    (tmp_path / "cifar10").mkdir()  # what lies beside the file comes first
+    (tmp_path / "cifar10/dat_pgd.yaml").write_text("train: {log_every: 7}\nbase: ../q.yaml\n")
+    (tmp_path / "q.yaml").write_text("base: quickstart\n")
+    assert load_recipe(path).settings["model"] == load_recipe("quickstart").settings["model"]
+
+
 def test_there_are_packaged_recipes() -> None:
     assert {"quickstart", "cifar10/dat_pgd", "imagenet/dat_fgsm"} <= set(PACKAGED)
 

@@ -17,7 +17,7 @@ from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.messages import cut
 from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import Recipe, load_recipe
-from robust_accel.recipe_file import find_recipe
+from robust_accel.recipe_file import beside
 from robust_accel.settings import close_to, listed
 from robust_accel.studies.study_file import (
     PROCESSES,
@@ -236,11 +236,12 @@ class Plan:
         ]
         trees: list[Any] = [(origin, _tree(origin, tree, folders)) for origin, tree in settings]
         if self.scale.base is not None:
-            trees.insert(0, beside(self.path, self.scale.base))
-        recipe = load_recipe(beside(self.path, run.recipe), self.overrides, layers=trees)
+            trees.insert(0, beside(self.path, self.scale.base, "base"))
+        source = beside(self.path, run.recipe, f"runs.{cell.run}.recipe")
+        recipe = load_recipe(source, self.overrides, layers=trees)
         if "seed" in recipe.settings["communication"]:  # other rounding with each seed
             seeded = [*self.overrides, f"communication.seed={seed}"]
-            recipe = load_recipe(beside(self.path, run.recipe), seeded, layers=trees)
+            recipe = load_recipe(source, seeded, layers=trees)
         digest = _digest(recipe.settings, processes, self.launcher, needed)
         then = tuple(
             tuple(_filled(word, folders | {"run": None}) for word in command)
@@ -324,17 +325,6 @@ class Plan:
 def run_of(text: str) -> str:
     """The run in what a claim names."""
     return text.split(",")[0].strip()
-
-
-def beside(path: Path, source: str) -> Path:
-    """A recipe that a study names: beside its file, or as any recipe is found."""
-    for candidate in (path.parent / source, path.parent / f"{source}.yaml"):
-        if candidate.is_file():
-            return candidate
-    try:
-        return find_recipe(source)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
 
 
 def _words(section: str, settings: Values) -> Iterator[str]:

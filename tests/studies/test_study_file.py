@@ -86,7 +86,7 @@ def test_a_fault_names_file_and_key(text: str, said: str, study_of: Callable[...
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("runs: {a: {recipe: no_such}}", "no_such: no such file"),
+        ("runs: {a: {recipe: no_such}}", "runs.a.recipe: no such file: "),
         ("runs: {a: {recipe: quickstart, settings: {train.epoks: 3}}}", "train.epoks: unknown key"),
         ("runs: {a: {recipe: quickstart, settings: {train: 3, train.seed: 1}}}", "train is set to"),
         ("runs: {a: {recipe: quickstart, tune: {optimizer.lr: [0.1, fast]}}}", "optimizer.lr"),
