@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from robust_accel.comm.heartbeat import Heartbeat
-from robust_accel.evaluation import records
 from robust_accel.evaluation.identity import digest_of_json, same_answers
-from robust_accel.evaluation.records import Function, Unit, check
+from robust_accel.evaluation.records import FunctionLine, RecordLine, UnitLine, check
 from robust_accel.files import append_line, as_json, read_lines
 from robust_accel.run_folder import RunFolder
 
@@ -69,7 +68,7 @@ class Ledger:
             if self._work is not None and self._accelerator.is_main_process:
                 for path in sorted(self._work.glob("process-*.jsonl")):
                     found = read_lines(path)
-                    check(Unit, found, str(path))
+                    check(UnitLine, found, str(path))
                     lines += found
             told = told_to_all(lines, self._accelerator)
             self._units = {line.pop("key"): _Outcome(line) for line in told}
@@ -85,7 +84,7 @@ class Ledger:
         if self._work is not None and self._accelerator.is_main_process:
             path = self._work / "functions.jsonl"
             known = read_lines(path) if path.exists() else []
-            check(Function, known, str(path))
+            check(FunctionLine, known, str(path))
             alike = [line for line in known if line["digest"] == digest]
             found = [line["function"] for line in alike if same_answers(line["answers"], answers)]
             if not found:
@@ -169,7 +168,7 @@ def read_records(folder: Path) -> list[Record]:
     """
     path = folder / "measurements.jsonl"
     found = read_lines(path) if path.exists() else []
-    check(records.Record, found, str(path))
+    check(RecordLine, found, str(path))
     return found
 
 

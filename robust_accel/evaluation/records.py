@@ -34,7 +34,7 @@ class _Images(_Part):
     source: dict[str, Any] = {}
 
 
-class Row(_Part):
+class ReportRow(_Part):
     """A measurement as reports show it."""
 
     purpose: str
@@ -49,7 +49,7 @@ class _ImagesOfRecord(_Part):
     image: list[str]
 
 
-class Record(Row):
+class RecordLine(ReportRow):
     """A measurement as the ledger keeps it."""
 
     key: str
@@ -58,7 +58,7 @@ class Record(Row):
     outcomes: _ImagesOfRecord
 
 
-class Unit(_Part):
+class UnitLine(_Part):
     """The outcome of a unit of images: of an attack, of a certificate, or of checks."""
 
     key: str
@@ -74,13 +74,13 @@ class Unit(_Part):
     said: list[str] = []
 
     @model_validator(mode="after")
-    def _of_the_same_images(self) -> "Unit":
+    def _of_the_same_images(self) -> "UnitLine":
         if len({len(column) for column in (self.prediction, self.share, self.chosen)}) > 1:
             raise ValueError("prediction, share and chosen are not of one number of images")
         return self
 
 
-class Function(_Part):
+class FunctionLine(_Part):
     """What a function of some digest answered."""
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -99,7 +99,7 @@ class Report(_Part):
     """``report.json``."""
 
     model: _Model | None = None
-    measurements: list[Row] = []
+    measurements: list[ReportRow] = []
     recipe: dict[str, Any] = {}
     doubts: list[str] = []
 
