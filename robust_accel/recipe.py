@@ -25,7 +25,7 @@ from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
 from robust_accel.optim import SCHEDULES, OptimizerSettings
 from robust_accel.plain_yaml import RecipeError, dump
-from robust_accel.recipe_builder import Builder, SectionSpec
+from robust_accel.recipe_builder import Builder, SectionSpec, chosen
 from robust_accel.recipe_file import RecipeValues, find_recipe, origin_of
 from robust_accel.settings import (
     Duration,
@@ -188,6 +188,14 @@ class Recipe:
             key, _, _ = str(error).partition(":")
             origin = origin_of(self.origins, f"{section}.{key}")
             raise RecipeError(f"{origin}: {section}.{error}") from error
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Of the settings those that are not at their defaults."""
+        return {
+            section: chosen(getattr(self, section), values)
+            for section, values in self.settings.items()
+        }
 
     @property
     def doubts(self) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from robust_accel.components import NotImported, find_component, is_custom
 from robust_accel.exit_codes import Stopped
-from robust_accel.files import check_path
+from robust_accel.files import as_json, check_path
 from robust_accel.messages import cut, shown, told
 from robust_accel.optim import OptimizerSettings, with_defaults
 from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
@@ -242,6 +242,39 @@ def built(spec: Any, tree: dict[str, Any]) -> Any:
     if not isinstance(component, spec):  # a user's own ``__new__``
         raise ValueError(f"calling {shown(spec)} gives {shown(component)}, no instance of it")
     return with_defaults(component) if isinstance(component, OptimizerSettings) else component
+
+
+def chosen(component: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a component's settings those that are not at their defaults.
+
+    A later version, with settings that this one does not know, finds the same for the same recipe.
+
+    Args:
+        values: All settings as plain values; a user's own class has no defaults that are known.
+    """
+    if isinstance(component, BaseModel):
+        defaults = {
+            key: field.get_default(call_default_factory=True, validated_data={})
+            for key, field in type(component).model_fields.items()
+            if not field.is_required()
+        }
+    elif dataclasses.is_dataclass(component):
+        defaults = {
+            field.name: field.default
+            for field in dataclasses.fields(component)
+            if field.default is not dataclasses.MISSING
+        }
+    else:
+        return values
+    kept = {}
+    for key, value in values.items():
+        default = defaults.get(key, dataclasses.MISSING)
+        if isinstance(default, BaseModel):
+            default = default.model_dump(mode="json")
+        if default is dataclasses.MISSING or as_json(default) != as_json(value):
+            nested = isinstance(value, dict) and hasattr(component, key)
+            kept[key] = chosen(getattr(component, key), value) if nested else value
+    return kept
 
 
 def _settings_of(component: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,23 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(as_json(line)) + "\n" for line in kept))
 
 
+def with_new_defaults(old: Any, new: Any, chosen: Any) -> Any:
+    """An earlier version's settings, with those that it did not know, if they are at defaults.
+
+    Args:
+        new: All settings of today.
+        chosen: Of these those that are not at their defaults.
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old
+    chosen = chosen if isinstance(chosen, dict) else {}
+    return old | {
+        key: with_new_defaults(old[key], value, chosen.get(key)) if key in old else value
+        for key, value in new.items()
+        if key in old or key not in chosen
+    }
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
     """Dotted keys whose values differ, with both values in words."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -7,7 +7,7 @@ import pytest
 
 from robust_accel.files import append_line
 from robust_accel.locks import OWNER
-from robust_accel.run_folder import RunFolder, differences
+from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
@@ -44,6 +44,14 @@ def test_differences_name_keys_and_values() -> None:
         "train.seed: 0, now 7",
     ]
     assert list(differences(old, new)) == ["attack", "train.seed"]
+
+
+def test_settings_that_an_earlier_version_did_not_know_are_at_their_defaults() -> None:
+    old = {"train": {"epochs": 1, "awp": None}, "output": "a"}
+    new = {"train": {"epochs": 1, "awp": {"gamma": 0.1, "q": 2}, "new": 3, "other": 4}, "data": {}}
+    filled = with_new_defaults(old, new, {"train": {"epochs": 1, "awp": {}, "other": 4}})
+    assert filled == {"train": {"epochs": 1, "awp": None, "new": 3}, "output": "a", "data": {}}
+    assert differences(filled, new).keys() == {"output", "train.awp", "train.other"}
 
 
 def test_only_named_steps_are_checkpoints_and_the_newest_is_last(tmp_path: Path) -> None:

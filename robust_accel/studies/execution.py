@@ -18,7 +18,8 @@ import torch
 
 from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED
 from robust_accel.files import append_line, read_lines
-from robust_accel.studies.plan import Chosen, Command, Plan, Trial
+from robust_accel.studies.plan import Chosen, Plan
+from robust_accel.studies.trial import Command, Trial
 from robust_accel.training.stopping import OVERSEER, process_mark
 
 _PAUSE = 0.2
@@ -35,6 +36,7 @@ class Done:
     def __init__(self, root: Path) -> None:
         self._file = root / "done.jsonl"
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
+        self._checked: set[Path] = set()
         for line in read_lines(self._file) if self._file.exists() else []:
             self._keep(line)
 
@@ -45,11 +47,18 @@ class Done:
         self._lines[digest, command] = line
 
     def left(self, trial: Trial) -> list[Command]:
-        """Commands that a training lacks, in their order; none after one that cannot be done."""
+        """Commands that a training lacks, in their order; none after one that cannot be done.
+
+        Raises:
+            RecipeError: What is there was trained with other defaults.
+        """
         if self.failed(trial):
             return []
         if not (trial.folder / "report.json").exists():
             return [command for command in trial.commands if command[0] != "evaluate"]
+        if trial.folder not in self._checked:
+            trial.check()
+            self._checked.add(trial.folder)
         done = self._lines
         return [c for c in trial.commands if (trial.digest, _text(c)) not in done]
 
@@ -208,7 +217,7 @@ class Runner:
         return [*python, "robust_accel"]
 
     def _words(self, trial: Trial, command: Command) -> list[str]:
-        name, *words = command
+        name, *words = trial.arguments(command)
         if name == "train":
             recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
             trial.recipe.save(recipe)

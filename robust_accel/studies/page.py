@@ -10,9 +10,9 @@ from robust_accel.files import write_json, write_text
 from robust_accel.reporting.charts import Line, Lines
 from robust_accel.reporting.figures import draw
 from robust_accel.reporting.tables import Table, escaped
-from robust_accel.studies.plan import Cell
 from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.study_file import FigureSettings
+from robust_accel.studies.trial import Cell
 
 _X_LABELS = {"eps": "eps (1/255)", "num_steps": "steps of PGD", "radius": "L2 radius"}
 

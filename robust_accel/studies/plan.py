@@ -9,14 +9,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.messages import cut
 from robust_accel.plain_yaml import RecipeError, number
-from robust_accel.recipe import Recipe, load_recipe
+from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import beside
 from robust_accel.settings import close_to, listed
 from robust_accel.studies.study_file import (
@@ -27,76 +25,9 @@ from robust_accel.studies.study_file import (
     Values,
     run_at_scale,
 )
+from robust_accel.studies.trial import Cell, Trial, digest_of, flat, slug
 
-MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoattack_images",
-             "train_images", "ids", "draws")  # fmt: skip
-"""Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
-
-
-Command = tuple[str, ...]
-"""A command of this package and its words, without the run's folder."""
-_FREE = {
-    "evaluate": MEASURED,
-    "train": ("checkpoint_every", "keep", "max_time", "timeout", "log_every", "log_with"),
-    "data": ("num_workers",),
-}
-"""What the weights do not depend on."""
 _ENDS = {"first": 0, "last": -1}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row of the table: a run, and a label of each axis that multiplies it."""
-
-    run: str
-    labels: tuple[tuple[str, str], ...] = ()  # axis -> label
-
-    @property
-    def name(self) -> str:
-        return ", ".join([self.run, *(label for _, label in self.labels)])
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """One training, and what is measured of it.
-
-    Args:
-        tried: The tuned settings.
-        recipe: All of its settings.
-        digest: Of the settings that the weights depend on.
-        folder: Of its run.
-        then: Commands after it, as the study has them.
-        needs: Folders of the trainings that it starts from.
-    """
-
-    cell: Cell
-    tried: tuple[tuple[str, Any], ...]
-    seed: int
-    recipe: Recipe
-    digest: str
-    folder: Path
-    processes: int
-    then: tuple[Command, ...]
-    needs: tuple[Path, ...]
-
-    @property
-    def measured(self) -> Values:
-        """What of the recipe is measured after the training."""
-        evaluate = self.recipe.settings["evaluate"]
-        return {key: evaluate[key] for key in MEASURED if key in evaluate}
-
-    @property
-    def commands(self) -> list[Command]:
-        """What is to be done, in its order, each with all that its result depends on."""
-        certify = self.recipe.settings["certify"]
-        settings = tuple(_words("certify", certify))
-        then = [(c[0], *settings, *c[1:]) if c[0] == "certify" else c for c in self.then]
-        return [("train",), ("evaluate", *_words("evaluate", self.measured)), *then]
-
-    @property
-    def name(self) -> str:
-        tried = [f"{key.split('.')[-1]}={value}" for key, value in self.tried]
-        return ", ".join([self.cell.name, *tried, f"seed {self.seed}"])
 
 
 Chosen = Callable[[Cell], tuple[tuple[str, Any], ...] | None]
@@ -242,13 +173,13 @@ class Plan:
         if "seed" in recipe.settings["communication"]:  # other rounding with each seed
             seeded = [*self.overrides, f"communication.seed={seed}"]
             recipe = load_recipe(source, seeded, layers=trees)
-        digest = _digest(recipe.settings, processes, self.launcher, needed)
+        digest = digest_of(recipe.chosen, processes, self.launcher, needed)
         then = tuple(
             tuple(_filled(word, folders | {"run": None}) for word in command)
             for command in run.then
         )
         needs = tuple(trial.folder for trial in needed.values())
-        folder = self.root / f"{_slug(recipe)}-{digest}"
+        folder = self.root / f"{slug(recipe)}-{digest}"
         return Trial(cell, tried, seed, recipe, digest, folder, processes, then, needs)
 
     def _references(self, run: RunSettings, cell: Cell) -> list[str]:
@@ -277,7 +208,7 @@ class Plan:
             varied |= set(run.tune)
         for values in self.axes.values():
             for settings in values.values():
-                varied |= set(_flat(_tree("", settings, {})))
+                varied |= set(flat(_tree("", settings, {})))
         for override in self.overrides:
             key = override.partition("=")[0]
             for name in sorted(varied):
@@ -327,20 +258,6 @@ def run_of(text: str) -> str:
     return text.split(",")[0].strip()
 
 
-def _words(section: str, settings: Values) -> Iterator[str]:
-    """Settings as the command line has them."""
-    for key, value in settings.items():
-        yield f"{section}.{key}={'null' if value is None else json.dumps(value)}"
-
-
-def _flat(tree: Values, above: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}"
-
-
 def _tree(where: str, values: Values, folders: Mapping[str, str]) -> Values:
     """Settings with dotted keys as a tree, and with the folders that they name."""
     tree: Values = {}
@@ -367,25 +284,3 @@ def _filled(value: Any, folders: Mapping[str, str | None]) -> Any:
         for name, folder in folders.items():
             value = value if folder is None else value.replace(f"{{{name}}}", folder)
     return value
-
-
-def _slug(recipe: Recipe) -> str:
-    """What a folder's name tells of a training; the same for the same training."""
-    settings, train = recipe.settings, recipe.train
-    assert train is not None
-    names = [settings[key]["name"] for key in ("model", "attack", "optimizer")]
-    words = [*names, f"lr{settings['optimizer']['lr']:g}", f"batch{train.batch_size}"]
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "", "-".join([*words, f"seed{train.seed}"]))[:150]
-
-
-def _digest(
-    settings: Values, processes: int, launcher: str | None, needed: Mapping[str, Trial]
-) -> str:
-    """Of what the weights depend on; what a training starts from counts by its own digest."""
-    kept = {key: value for key, value in settings.items() if key not in ("output", "certify")}
-    for section, free in _FREE.items():
-        kept[section] = {key: kept[section][key] for key in kept[section] if key not in free}
-    text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
-    for trial in needed.values():
-        text = text.replace(str(trial.folder), f"{trial.digest} {trial.then}")
-    return digest_of_json([text, processes, launcher])[:12]

@@ -9,8 +9,9 @@ from robust_accel.reporting.views import Run, read_runs
 from robust_accel.statistics import Interval, paired_difference, t_interval
 from robust_accel.studies.execution import Done
 from robust_accel.studies.measures import curve, held_out, measure
-from robust_accel.studies.plan import Cell, Plan, Trial, run_of
+from robust_accel.studies.plan import Plan, run_of
 from robust_accel.studies.study_file import ClaimSettings
+from robust_accel.studies.trial import Cell, Trial
 
 Tried = tuple[tuple[str, object], ...]
 

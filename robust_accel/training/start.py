@@ -10,7 +10,7 @@ from robust_accel.data import DataIdentity, ImageSet, identity_of
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
-from robust_accel.run_folder import RunFolder, differences
+from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 from robust_accel.training.manifest import Manifest, read_whole, restore_replaced
 from robust_accel.training.peers import check_same_images, images_in_words
 
@@ -65,7 +65,8 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     checkpoint, manifest, notes = _newest_whole(folder)
     about = manifest["about"] if manifest else {"settings": read_plain(folder.recipe)}
     now = plain(parse(dump(recipe.settings), "recipe"))  # as it was saved: a tuple became a list
-    changed = differences(_with_threat_model(about["settings"]), _with_threat_model(now))
+    was = with_new_defaults(about["settings"], now, recipe.chosen)
+    changed = differences(_with_threat_model(was), _with_threat_model(now))
     chooses = recipe.train is not None and (
         recipe.train.select == "best" or recipe.train.early_stopping is not None
     )
@@ -76,21 +77,21 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
         )
     if checkpoint is None:
         return Start(notes=tuple(notes))
-    was = about["engine"]
+    ran = about["engine"]
     fixed = ["engine", "zero_stage"]
     if engine["zero_stage"]:  # each process has a shard
         fixed.append("num_processes")
-    if any(was[key] != engine[key] for key in fixed):
+    if any(ran[key] != engine[key] for key in fixed):
         raise ValueError(
-            f"output: {folder.path} was trained by {_in_words(was)}, and {_in_words(engine)} "
+            f"output: {folder.path} was trained by {_in_words(ran)}, and {_in_words(engine)} "
             "cannot read its checkpoints: launch it as before, or start another run"
         )
-    if was["num_processes"] != engine["num_processes"]:
+    if ran["num_processes"] != engine["num_processes"]:
         notes.append(
-            f"the checkpoint is from {was['num_processes']} processes, not "
+            f"the checkpoint is from {ran['num_processes']} processes, not "
             f"{engine['num_processes']}: the run goes on, but not bit for bit"
         )
-    others = {"device": (was["device"], engine["device"]), **_both(about["versions"], versions())}
+    others = {"device": (ran["device"], engine["device"]), **_both(about["versions"], versions())}
     moved = [f"{name} {old}, now {new}" for name, (old, new) in others.items() if old != new]
     if moved:
         notes.append(f"the run goes on, perhaps not bit for bit: {'; '.join(moved)}")

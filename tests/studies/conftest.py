@@ -10,9 +10,10 @@ import pytest
 from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.ledger import Record
 from robust_accel.studies.execution import Done
-from robust_accel.studies.plan import Plan, Trial
+from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.study_file import read_study
+from robust_accel.studies.trial import Trial
 
 TINY = """
 scales:

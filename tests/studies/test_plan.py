@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from studies.conftest import leave
 
 from robust_accel.plain_yaml import RecipeError
-from robust_accel.studies.execution import left_behind
+from robust_accel.recipe import SECTIONS, TrainSettings
+from robust_accel.studies.execution import Done, left_behind
 from robust_accel.studies.plan import Plan
 
 TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
@@ -88,6 +90,38 @@ def test_an_axis_may_set_the_number_of_processes(plan_of: Callable[..., Plan]) -
         plan_of(
             f"runs: {{a: {{recipe: quickstart}}}}\n{grid.replace('processes: 2', 'processes: 0')}"
         )
+
+
+def test_new_settings_at_their_defaults_change_no_digest(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {t.digest for t in trials(plan_of(TWO)).values()}
+    explicit = TWO.replace("quickstart}", "quickstart, settings: {train.attack_mode: eval}}")
+    assert {t.digest for t in trials(plan_of(explicit)).values()} == before
+
+    class Later(TrainSettings):
+        invented: int = 3
+
+    monkeypatch.setitem(SECTIONS, "train", Later)
+    assert {t.digest for t in trials(plan_of(TWO)).values()} == before
+    with_it = TWO.replace("quickstart}", "quickstart, settings: {train.invented: 4}}")
+    assert not {t.digest for t in list(trials(plan_of(with_it)).values())[::2]} & before
+
+
+def test_what_another_default_trained_is_not_taken(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(TWO)
+    done = Done(plan.root)
+    for trial in plan.known(first(plan)):
+        leave(trial, done, 0.9, 0.5)
+        trial.recipe.save(trial.folder / "recipe.yaml")
+        assert Done(plan.root).left(trial) == []
+    stored = trial.folder / "recipe.yaml"
+    text = stored.read_text()
+    stored.write_text(text.replace("attack_mode: eval", "attack_mode: train"))
+    with pytest.raises(RecipeError, match=r"recipe.yaml: train.attack_mode: 'train', now 'eval'"):
+        Done(plan.root).left(trial)
+    stored.write_text(text.replace("  attack_mode: eval\n", ""))  # an earlier version
+    assert Done(plan.root).left(trial) == []
 
 
 def test_equal_trainings_of_two_studies_are_one(plan_of: Callable[..., Plan]) -> None:

@@ -10,8 +10,9 @@ from studies.conftest import filled, leave
 
 from robust_accel.studies.execution import Done, stale
 from robust_accel.studies.page import table, write_page
-from robust_accel.studies.plan import Plan, Trial
+from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
+from robust_accel.studies.trial import Trial
 
 TUNED = """
 runs:

@@ -189,6 +189,16 @@ def test_before_the_first_checkpoint_other_settings_are_refused_too(copied: RunF
         start_of(copied, "optimizer.lr=0.5")
 
 
+def test_a_run_of_an_earlier_version_goes_on(copied: RunFolder) -> None:
+    shutil.rmtree(copied.checkpoints)
+    text = copied.recipe.read_text()
+    assert "  attack_mode: eval\n" in text
+    copied.recipe.write_text(text.replace("  attack_mode: eval\n", ""))
+    assert start_of(copied) == Start()
+    with pytest.raises(ValueError, match=r"train\.attack_mode: None, now 'train'"):
+        start_of(copied, "train.attack_mode=train")
+
+
 @pytest.mark.parametrize(
     ("was", "now", "words"),
     [
