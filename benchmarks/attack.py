@@ -17,7 +17,7 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
-import robust_accel  # noqa: F401  (registers the CIFAR models with timm)
+import robust_accel.models  # noqa: F401  (registers the CIFAR models with timm)
 from robust_accel import PGD, RobustModel
 from robust_accel.attack_context import attack_context
 

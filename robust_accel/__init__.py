@@ -1,16 +1,37 @@
-"""Distributed adversarial training on Accelerate, timm, datasets and AutoAttack."""
+"""Distributed adversarial training on Accelerate, timm, datasets and AutoAttack.
 
-from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD, Attack
-from robust_accel.comm import QSGD, AllReduce, compress_gradients
-from robust_accel.evaluation.measure import measure
-from robust_accel.integrations.in_place import make_robust
-from robust_accel.models import PixelClassifier
-from robust_accel.objectives import AWP, Adversarial, Mart, Objective, Smoothing, Trades
-from robust_accel.optim import LAMB
-from robust_accel.robust_model import RobustModel
-from robust_accel.trained_model import load_model
+What is public is imported when it is used: the command line answers before torch is there. The
+networks that timm does not have are registered with it by ``import robust_accel.models``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD, Attack
+    from robust_accel.comm import QSGD, AllReduce, compress_gradients
+    from robust_accel.evaluation.measure import measure
+    from robust_accel.integrations.in_place import make_robust
+    from robust_accel.models import PixelClassifier
+    from robust_accel.objectives import AWP, Adversarial, Mart, Objective, Smoothing, Trades
+    from robust_accel.optim import LAMB
+    from robust_accel.robust_model import RobustModel
+    from robust_accel.trained_model import load_model
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "attacks": ("DDN", "FGSMRS", "NFGSM", "PGD", "Attack"),
+    "comm": ("QSGD", "AllReduce", "compress_gradients"),
+    "evaluation.measure": ("measure",),
+    "integrations.in_place": ("make_robust",),
+    "models": ("PixelClassifier",),
+    "objectives": ("AWP", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
+    "optim": ("LAMB",),
+    "robust_model": ("RobustModel",),
+    "trained_model": ("load_model",),
+}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "AWP",
@@ -34,3 +55,13 @@ __all__ = [
     "make_robust",
     "measure",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,4 +1,4 @@
-"""Command line: train, wrap, evaluate, certify, pseudo-label, report, study."""
+"""Robust image models by adversarial training: recipes, training, evaluation, certificates."""
 
 import argparse
 import importlib
@@ -8,13 +8,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from robust_accel.comm.heartbeat import Unavailable
+from robust_accel import __version__
 from robust_accel.commands import is_setting, say
-from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED, UNAVAILABLE, UNWRITABLE, USAGE
-from robust_accel.training.disk import OF_THE_DISK, Unwritable
+from robust_accel.exit_codes import (
+    INTERRUPTED,
+    NOT_FINITE,
+    OF_THE_DISK,
+    STOPPED,
+    UNAVAILABLE,
+    UNWRITABLE,
+    USAGE,
+    Stopped,
+    Unavailable,
+    Unwritable,
+)
 from robust_accel.training.stopping import (
     Stop,
-    Stopped,
     end_without_launcher,
     is_launched,
     leave,
@@ -44,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with nullcontext() if options.command.endswith(".wrap") else Stop():
             try:
                 # late: a command imports what only it needs
-                return importlib.import_module(options.command).run(options)
+                module, _, name = options.command.partition(":")
+                return getattr(importlib.import_module(module), name or "run")(options)
             except Stopped as stopped:
                 if is_launched():
                     leave(stopped.code)  # while further signals are still caught
@@ -86,6 +96,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings_help = "settings that replace the recipe's, as section.key=value"
     trust_help = (
@@ -165,6 +176,35 @@ def _parser() -> argparse.ArgumentParser:
         help='what starts a training, say "accelerate launch --num_processes {processes}"',
     )
     study.set_defaults(command="robust_accel.commands.study")
+
+    recipes = commands.add_parser("recipes", help="list the packaged recipes")
+    recipes.add_argument("word", nargs="?", help="only those with it in their name or sentence")
+    recipes.set_defaults(command="robust_accel.commands.recipes")
+
+    recipe = commands.add_parser("recipe", help="show one, or copy it to begin with")
+    verbs = recipe.add_subparsers(required=True, metavar="VERB")
+    show = verbs.add_parser("show", help="all its settings, and where each was set")
+    copy = verbs.add_parser("copy", help="a file of your own, without its bases")
+    for verb, name in ((show, "show"), (copy, "copy")):
+        verb.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
+        if name == "copy":
+            verb.add_argument("file", type=Path, help="where to")
+        verb.add_argument("settings", nargs="*", help=settings_help)
+        verb.set_defaults(command=f"robust_accel.commands.recipes:{name}")
+
+    explain = commands.add_parser("explain", help="what a recipe's key or section means")
+    explain.add_argument("key", help="attack.eps, eps, attack, or pgd")
+    explain.set_defaults(command="robust_accel.commands.explain")
+
+    check = commands.add_parser("check", help="all that is wrong with a recipe, its data and model")
+    check.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
+    check.add_argument("settings", nargs="*", help=settings_help)
+    check.set_defaults(command="robust_accel.commands.check")
+
+    env = commands.add_parser("env", help="versions and devices, for reports of faults")
+    env.set_defaults(command="robust_accel.commands.env")
+    schema = commands.add_parser("schema", help="the JSON schema of recipes, for editors")
+    schema.set_defaults(command="robust_accel.commands.explain:print_schema")
     return parser
 
 

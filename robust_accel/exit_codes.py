@@ -1,5 +1,6 @@
 """With what the command line ends, as ``sysexits.h`` has it where it has a word; 0 is success."""
 
+import errno
 import signal
 
 NOT_FINITE = 1
@@ -14,6 +15,16 @@ STOPPED = 75
 """Ended as asked (SIGTERM, SIGUSR1, SIGHUP, ``train.max_time``): ``--resume`` goes on."""
 INTERRUPTED = 130
 """The same after SIGINT."""
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""Errors by which a system says that nothing can be written."""
+
+
+class Unavailable(ConnectionError):
+    """A process of the run does not answer or is gone, or the network."""
+
+
+class Unwritable(OSError):
+    """The disk is full, or the run folder is gone or cannot be written: a sentence says which."""
 
 
 class Stopped(SystemExit):

@@ -26,7 +26,7 @@ FLOORS = (
     {"components", "recipe_file"},
     {"recipe_builder"},
     {"integrations", "recipe"},
-    {"trained_model", "reporting"},
+    {"trained_model", "reporting", "reference"},
     {"training"},
     {"studies"},
     {"commands"},

@@ -23,7 +23,7 @@ class DDN(Settings):
 
     Args:
         eps: Largest L2 norm in pixel units, > 0.
-        num_steps: >= 1.
+        num_steps: Number of steps, >= 1.
         gamma: Change of the norm a step, relative, in (0, 1).
         init_norm: Norm to begin with, in pixel units, at most eps; eps when not given, as Salman et
             al. train with (1 in the paper).

@@ -31,7 +31,11 @@ _SLICE = 1 << 21  # elements exchanged at a time: one slice is computed while an
 
 
 class AllReduce(Settings):
-    """The uncompressed baseline (the 32-bit rows of Table 4), or a cast to half precision."""
+    """The uncompressed baseline (the 32-bit rows of Table 4), or a cast to half precision.
+
+    Args:
+        dtype: In which gradients are sent and added up.
+    """
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 

@@ -19,11 +19,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from robust_accel.comm.restarts import launchers_store
-
-
-class Unavailable(ConnectionError):
-    """A process of the run does not answer or is gone, or the network."""
-
+from robust_accel.exit_codes import Unavailable
 
 INTERVAL = 1.0
 SILENT = 4.0  # seconds without a new beat; they come every second

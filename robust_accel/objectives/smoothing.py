@@ -28,7 +28,7 @@ class Smoothing(Settings):
         consistency: lambda of Jeong and Shin, >= 0: adds lambda * KL(mean prediction || prediction)
             of each copy, and ``entropy`` times the entropy of the mean prediction.
         entropy: eta of Jeong and Shin, >= 0; without effect at ``consistency: 0``.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1); of the outer loss only.
         copies_at_a_time: Send only so many copies through the model at once, forward and
             backward: the same gradient from less memory and one more forward. (BatchNorm in train
             mode then normalises over these copies alone.)

@@ -26,7 +26,7 @@ class Trades(Settings):
     this is robust self-training.
 
     Args:
-        beta: >= 0.
+        beta: Weight of robustness against clean accuracy, >= 0.
         label_smoothing: in [0, 1); of the first term.
         batchnorm: How x and x_adv go through BatchNorm: ``apart``, one forward each, or
             ``together`` as one batch of 2B. The authors' code forwards x, x_adv and x again, for

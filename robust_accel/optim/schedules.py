@@ -21,7 +21,7 @@ class Schedule(Settings):
     learning rate, constant within the epoch (section 4.1 of DAT). These epochs belong to the run.
 
     Args:
-        warmup_epochs: Whole epochs, >= 0.
+        warmup_epochs: Whole epochs at a rate that grows to the base rate, >= 0.
     """
 
     warmup_epochs: Annotated[Whole, Ge(0)] = 0
@@ -74,8 +74,7 @@ class Piecewise(Schedule):
     Args:
         milestones: Epochs > 0 from the start of the run, increasing, fractions allowed. The rate
             falls at the first step at which that many epochs are done.
-        gamma: In (0, 1].
-        warmup_epochs: See ``Schedule``.
+        gamma: What the rate is multiplied by, in (0, 1].
 
     Source: section 4.1 of DAT.
     """
@@ -109,7 +108,7 @@ class Cyclic(Schedule):
         peak: Where the base learning rate is reached, a fraction in (0, 1) of the epochs after the
             warm-up. Fast AT's code for CIFAR-10 has it at 1/2; Rice et al. (arXiv 2002.11569) at
             2/5.
-        warmup_epochs: See ``Schedule``; the triangle itself begins at 0 and rarely needs one.
+        warmup_epochs: Of ``Schedule``, >= 0; the triangle itself begins at 0 and rarely needs one.
 
     Source: Wong et al. 2020 (arXiv 2001.03994). DAT's section 4.2 finds it poor at large batches.
     """
@@ -128,7 +127,6 @@ class Cosine(Schedule):
 
     Args:
         final_factor: In [0, 1], reached when the last epoch is done.
-        warmup_epochs: See ``Schedule``.
 
     Source: Loshchilov and Hutter 2017 (arXiv 1608.03983), without restarts.
     """
@@ -148,10 +146,10 @@ class OneCycle(Schedule):
 
     Args:
         pct_start: Where the peak is, a fraction in (0, 1) of the epochs after the warm-up.
-        div_factor: >= 1.
-        final_div_factor: >= 1.
+        div_factor: The rate begins at this part of the peak, >= 1.
+        final_div_factor: It ends at this part of where it began, >= 1.
         anneal: ``cosine`` or ``linear``.
-        warmup_epochs: See ``Schedule``; the rise is a warm-up already, and rarely needs another.
+        warmup_epochs: Of ``Schedule``, >= 0; the rise is one already, and rarely needs another.
 
     Source: Smith and Topin 2018 (arXiv 1708.07120).
     """

@@ -221,7 +221,9 @@ def _use(run: Run, config: dict[str, Any]) -> list[str]:
     for sentence in beyond:
         lines += [escaped(sentence), ""]
     lines += ["```python", "import timm"]
-    lines += ["import robust_accel  # registers the architecture"] * _is_own(config["architecture"])
+    lines += ["import robust_accel.models  # registers the architecture"] * _is_own(
+        config["architecture"]
+    )
     lines += [
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:NAME"',
         "```",

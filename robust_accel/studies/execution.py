@@ -140,16 +140,17 @@ class Runner:
             Stopped: By a signal, after the trainings have kept what they have done.
         """
         try:
-            while True:
-                waiting = self._waiting(chosen)
+            waiting = self._waiting(chosen)
+            while waiting or self._running:
                 while waiting and len(self._running) < self.jobs:
                     self._start(*waiting.pop(0))
-                if not self._running:
-                    return
                 time.sleep(_PAUSE)
-                for job in [job for job in self._running if job.process.poll() is not None]:
+                ended = [job for job in self._running if job.process.poll() is not None]
+                for job in ended:
                     self._running.remove(job)
                     self._ended(job, chosen)
+                if ended:
+                    waiting = self._waiting(chosen)
         except BaseException as error:  # what runs keeps what it has done
             self._end(getattr(error, "request", signal.SIGTERM))
             raise

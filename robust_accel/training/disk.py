@@ -1,6 +1,5 @@
 """Room for checkpoints: asked for before training, and said in one sentence when it is used up."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -11,15 +10,11 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from robust_accel.exit_codes import OF_THE_DISK, Unwritable
 from robust_accel.messages import shown
 from robust_accel.run_folder import RunFolder
 
 _LONGEST_PATH, _INSIDE = 4096, 512  # bytes that Linux has room for, and of the names in it
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-
-
-class Unwritable(OSError):
-    """The disk is full, or the run folder is gone or cannot be written: a sentence says which."""
 
 
 def check_writable(path: Path) -> None:

@@ -7,10 +7,10 @@ from contextlib import contextmanager, suppress
 
 from accelerate import Accelerator
 
-from robust_accel.comm.heartbeat import Heartbeat, Unavailable, is_collective_failure
+from robust_accel.comm.heartbeat import Heartbeat, is_collective_failure
 from robust_accel.data import DataIdentity
 from robust_accel.evaluation.ledger import told_to_all
-from robust_accel.exit_codes import UNAVAILABLE
+from robust_accel.exit_codes import UNAVAILABLE, Unavailable
 from robust_accel.recipe import TrainSettings
 from robust_accel.training.stopping import Stop, Stopped
 

@@ -91,7 +91,7 @@ def test_what_timm_alone_cannot_do_is_said(tmp_path: Path) -> None:
     assert found.data.library_name == "robust-accel"
     assert "resizes inside to 64x64 (bilinear, antialiased): timm alone does not" in found.text
     own = card(tmp_path / "own", [clean()])
-    assert own.data.library_name == "robust-accel" and "import robust_accel" in own.text
+    assert own.data.library_name == "robust-accel" and "import robust_accel.models" in own.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""The recipes and recipe commands: which there are, what is in one, and a copy to begin with."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robust_accel import __version__
+from robust_accel.commands import say
+from robust_accel.files import write_text
+from robust_accel.recipe_file import RECIPES, find_recipe, origin_of, packaged_recipes
+
+_ABOUT = ("Cost", "Reached")
+"""Comments at a recipe's head: ``# Cost: ...`` and ``# Reached: ...`` (what, by whom, where)."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """List the packaged recipes, one a line: those with a word in their name or their sentence."""
+    found = {name: _head(RECIPES / f"{name}.yaml") for name in packaged_recipes()}
+    word = (options.word or "").lower()
+    found = {
+        name: head
+        for name, head in found.items()
+        if word in f"{name} {' '.join(head.values())}".lower()
+    }
+    if not found:
+        raise ValueError(f"recipes: none has {options.word!r} in its name or its sentence")
+    width = max(map(len, found)) + 2
+    for name, head in found.items():
+        say(f"{name:{width}}{head['']}")
+        for key in _ABOUT:
+            if head[key]:
+                say(f"{'':{width}}{key}: {head[key]}")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print all settings of a recipe, and where each was set."""
+    from robust_accel.recipe import load_recipe  # imports torch
+
+    recipe = load_recipe(options.recipe, options.settings)
+    lines = [*_lines(recipe.settings, recipe.origins)]
+    width = min(60, max(len(text) for text, _ in lines) + 2)
+    for text, origin in lines:
+        say(f"{text:{width}}{origin and f'# {origin}'}".rstrip())
+    return 0
+
+
+def copy(options: argparse.Namespace) -> int:
+    """Write a recipe as one file of its own: what it and its bases set, without the defaults."""
+    from robust_accel.recipe import load_recipe
+
+    target: Path = options.file
+    if target.exists():
+        raise ValueError(f"{target}: is there already: choose another file")
+    recipe = load_recipe(options.recipe, options.settings)
+    source = find_recipe(options.recipe)
+    head = [f"# {_head(source)['']}", f"# From {options.recipe} of robust-accel {__version__}."]
+    write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
+    say(f"{target}: robust-accel train {target}")
+    return 0
+
+
+def _head(path: Path) -> dict[str, str]:
+    """What the comments at a recipe's head say: the sentence, its cost, what was reached."""
+    found = dict.fromkeys(("", *_ABOUT), "")
+    for number, line in enumerate(path.read_text().splitlines()):
+        entry = re.match(rf"# (?:({'|'.join(_ABOUT)}): )?(.*)", line)
+        if entry is None:
+            break
+        if number == 0 or entry[1]:
+            found[entry[1] or ""] = entry[2]
+    return found
+
+
+def _lines(tree: dict[str, Any], origins: dict[str, str], above: str = "") -> Any:
+    """Lines of YAML, each with where it was set."""
+    indent = "  " * above.count(".")
+    for key, value in tree.items():
+        dotted = f"{above}{key}"
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:", ""
+            yield from _lines(value, origins, f"{dotted}.")
+            continue
+        origin = origin_of(origins, dotted) if _is_set(dotted, origins) else "default"
+        if Path(origin).is_relative_to(RECIPES):
+            origin = str(Path(origin).relative_to(RECIPES))
+        text = yaml.safe_dump(_readable(value), default_flow_style=True, width=10_000).split("\n")[
+            0
+        ]
+        yield f"{indent}{key}: {text}", origin
+
+
+def _set(tree: dict[str, Any], origins: dict[str, str], above: str = "") -> dict[str, Any]:
+    """What of the settings was set, and not left at its default."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not _is_set(f"{above}{key}", origins):
+            continue
+        nested = isinstance(value, dict) and value
+        found[key] = _set(value, origins, f"{above}{key}.") if nested else _readable(value)
+    return found
+
+
+def _readable(value: Any) -> Any:
+    """Fractions of 255 as everybody writes them."""
+    from robust_accel.settings import eps_text
+
+    return eps_text(value) if isinstance(value, float) and "/" in eps_text(value) else value
+
+
+def _is_set(dotted: str, origins: dict[str, str]) -> bool:
+    return any(name == dotted or name.startswith(f"{dotted}.") for name in origins)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, default_flow_style=None, sort_keys=False, width=100)

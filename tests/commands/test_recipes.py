@@ -1,0 +1,69 @@
+"""Recipes are listed, shown with where each setting is from, and copied into files of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robust_accel.__main__ import main
+from robust_accel.recipe import load_recipe
+from robust_accel.recipe_file import packaged_recipes
+
+
+def test_every_recipe_is_listed_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines] == packaged_recipes()
+    assert all(len(line.split()) > 2 for line in lines), "a recipe without a sentence at its head"
+
+
+def test_a_word_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "N-fgsm"]) == 0
+    assert "cifar10/cpu " in (said := capsys.readouterr().out) and "dat_pgd " not in said
+    assert main(["recipes", "no such word"]) == 2
+    assert "'no such word'" in capsys.readouterr().err
+
+
+def test_what_is_shown_names_where_each_setting_is_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("base: cifar10/dat_pgd\ntrain: {batch_size: 64}\n")
+    assert main(["recipe", "show", str(own), "train.seed=5"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["batch_size:", "64", "#", str(own)] in lines
+    assert ["seed:", "5", "#", "command", "line"] in lines
+    assert ["augment:", "crop_flip", "#", "cifar10/_cifar10.yaml"] in lines
+    assert ["eps:", "8/255", "#", "cifar10/dat_pgd.yaml"] in lines
+    assert ["keep:", "2", "#", "default"] in lines
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    copy = tmp_path / f"{Path(name).name}.yaml"
+    assert main(["recipe", "copy", name, str(copy)]) == 0
+    assert load_recipe(copy).settings == load_recipe(name).settings
+
+
+def test_a_copy_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "own.yaml"
+    copy.write_text("mine")
+    assert main(["recipe", "copy", "quickstart", str(copy)]) == 2
+    assert f"{copy}: is there already" in capsys.readouterr().err
+    assert copy.read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["recipes"], ["trian"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from robust_accel.__main__ import main\n"
+        f"sys.argv = ['robust-accel', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'timm', 'datasets', 'accelerate', 'numpy', 'pydantic')\n"
+        "print('imported:', [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
