@@ -211,7 +211,7 @@ def flipped(lab: Lab, _: int) -> Row:
     """One bit of each file of the newest checkpoint, and of best.safetensors."""
     row, cut = Row(f"bit flipped, {lab.engine}"), lab.folder()
     process = lab.start(cut)
-    until(lambda: len(cut.steps()) > 1 and cut.best.exists(), process)
+    assert until(lambda: len(cut.steps()) > 1 and cut.best.exists(), process, limit=600)
     process.kill()
     names = [p.relative_to(cut.path) for p in cut.steps()[-1].rglob("*") if p.is_file()]
     for name in [*names, cut.best.relative_to(cut.path)]:
