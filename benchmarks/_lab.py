@@ -30,9 +30,9 @@ from robust_accel.run_folder import RunFolder  # noqa: E402
 RUN = shlex.split("""
     train quickstart communication.name=qsgd communication.bits=8 data.train_size=320
     data.validation_size=64 train.batch_size=32 train.epochs=2 train.checkpoint_every=3
-    train.log_every=1 train.select=best train.validation_steps=2 train.ema_decay=0.9
-    train.timeout=2m attack.num_steps=2 attack.step_size=0.1 evaluate.autoattack=null
-    evaluate.images=80 evaluate.batch_size=20 evaluate.pgd.num_steps=3
+    train.log_every=1 train.validate_every=1 train.select=best train.validation_steps=2
+    train.ema_decay=0.9 train.timeout=2m attack.num_steps=2 attack.step_size=0.1
+    evaluate.autoattack=null evaluate.images=80 evaluate.batch_size=20 evaluate.pgd.num_steps=3
 """)
 ENGINES: dict[str, tuple[int, dict[str, str]]] = {
     "one process": (1, {}),

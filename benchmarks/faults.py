@@ -278,7 +278,9 @@ def disk_full(lab: Lab, times: int) -> Row:
     return row
 
 
-def rows(only: list[str], times: int, root: Path, draws: random.Random) -> Iterator[Row]:
+def rows(
+    only: list[str], engines: list[str], times: int, root: Path, draws: random.Random
+) -> Iterator[Row]:
     one, ddp = ("one process", "DDP")
     plan: list[tuple[str, str, Callable[[Lab], Row]]] = [
         *(("killed", engine, lambda lab: killed(lab, times)) for engine in ENGINES),
@@ -295,7 +297,7 @@ def rows(only: list[str], times: int, root: Path, draws: random.Random) -> Itera
     ]
     labs: dict[str, Lab] = {}
     for name, engine, fault in plan:
-        if not only or name in only:
+        if (not only or name in only) and (not engines or engine in engines):
             if engine not in labs:
                 labs[engine] = Lab(root, engine, draws)
             yield fault(labs[engine])
@@ -306,13 +308,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", default=[], help="killed, signal, hung, lost, ...")
+    parser.add_argument(
+        "--engines", nargs="+", default=[], metavar="ENGINE", help=", ".join(ENGINES)
+    )
     parser.add_argument("--times", type=int, default=12, help="kills an engine; others less")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("| fault | times | lost | seconds to recover: median (most) | |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
         draws = random.Random(options.seed)
-        for row in rows(options.only, options.times, Path(root), draws):
+        for row in rows(options.only, options.engines, options.times, Path(root), draws):
             print(row, flush=True)
 
 

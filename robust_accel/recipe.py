@@ -75,7 +75,8 @@ class TrainSettings(Settings):
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
         select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
             train (``data.validation_size``), or ``last``.
-        validate_every: Epochs between measurements on the held-out split.
+        validate_every: Epochs between measurements on the held-out split; the last one is at the
+            end of the training in any case.
         validation_steps: Steps of the PGD that measures robust accuracy there.
         early_stopping: Stop after so many measurements in a row without a better one.
         checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.

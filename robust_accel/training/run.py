@@ -252,10 +252,11 @@ class _Run:
                 last_step = min(total, (epoch + 1) * steps_per_epoch)
                 with self.stop.held():
                     request = self.loop.epoch(epoch, last_step)
-                    is_over = progress.step == last_step
-                    every = self.settings.validate_every
+                    is_due = (epoch + 1) % self.settings.validate_every == 0
                     progress.to_validate = (
-                        is_over and (epoch + 1) % every == 0 and len(self.data.validation) > 0
+                        progress.step == last_step
+                        and (is_due or last_step == total)
+                        and len(self.data.validation) > 0
                     )
                     self.loop.save()  # a validation may be stopped at any moment
                     if request:

@@ -101,11 +101,6 @@ def test_a_fault_names_file_and_key(text: str, said: str, study_of: Callable[...
             "data.validation_size is 0",
         ),
         (
-            "runs: {a: {recipe: quickstart, tune: {optimizer.lr: [1, 2]}, "
-            "settings: {train.epochs: 3, train.validate_every: 2}}}",
-            "the last of 3 epochs is not measured",
-        ),
-        (
             "runs: {a: {recipe: quickstart}}\ngrid: {b: {label: b, values: {1: {}, 2: {}}}}\n"
             "claims: [{text: t, run: a, than: 'a, 1', columns: [clean (%)]}]",
             "'a' must name one row, got a, 1; a, 2",

@@ -50,6 +50,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, run(folder)
 
 
+@pytest.mark.parametrize("until", ["train.epochs=3", "train.max_steps=5"])
+def test_the_last_weights_are_measured_however_rarely_others_are(
+    tmp_path: Path, until: str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    report = run(folder.path, "train.validate_every=2", "train.select=best", until)
+    lines = [line for line in folder.read_metrics() if "validation_robust_accuracy" in line]
+    assert lines[-1]["step"] == report["steps"]
+    assert len(lines) == (2 if "epochs" in until else 1)
+    assert report["selection"]["split"] == "held out of train"
+
+
 def test_it_learns_and_leaves_what_the_run_folder_promises(finished: tuple[Path, dict]) -> None:
     folder, report = finished
     assert report["clean_accuracy"]["accuracy"] > 0.5
