@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest lint audit
+.PHONY: quickstart test test-all test-oldest lint audit docs
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume
@@ -30,6 +30,10 @@ audit: .venv/installed-dev
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --skip-editable --path .venv/lib/python*/site-packages
+
+# the site, whole in site/: every link checked, nothing fetched
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
