@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
-from robust_accel import __version__
 from robust_accel.commands import is_setting, say
 from robust_accel.exit_codes import (
     INTERRUPTED,
@@ -96,7 +96,9 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('robust-accel')}"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings_help = "settings that replace the recipe's, as section.key=value"
     trust_help = (

@@ -108,7 +108,8 @@ def test_imports_go_down_only(path):
 
 @pytest.mark.parametrize("family", LEAVES)
 def test_a_family_imports_its_siblings_and_the_shared_settings(family):
-    allowed = (f"robust_accel.{family}", "robust_accel.settings", "robust_accel.messages")
+    shared = ("settings", "messages", "exit_codes")
+    allowed = (f"robust_accel.{family}", *(f"robust_accel.{name}" for name in shared))
     for path in (PACKAGE / family).rglob("*.py"):
         for name in imports(path):
             if within(name, "robust_accel"):

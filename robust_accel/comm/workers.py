@@ -88,3 +88,9 @@ def _like(parent: dist.ProcessGroup | None, ranks: list[int]) -> dist.ProcessGro
     group = dist.new_group(ranks, timeout, backend, use_local_synchronization=subset)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def backends() -> list[str]:
+    """By which processes can exchange tensors here."""
+    names = ("gloo", "nccl", "mpi")
+    return [name for name in names if getattr(dist, f"is_{name}_available")()]

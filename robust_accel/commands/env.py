@@ -5,8 +5,8 @@ import os
 import platform
 
 import torch
-import torch.distributed as dist
 
+from robust_accel.comm.workers import backends
 from robust_accel.commands import say
 from robust_accel.provenance import hardware, versions
 
@@ -15,14 +15,13 @@ def run(_: argparse.Namespace) -> int:
     """Print versions, devices, backends, and what of the environment bears on a run."""
     cuda = torch.cuda.is_available()
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else []
-    backends = [n for n in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{n}_available")()]
     about = versions() | {
         "system": platform.platform(),
         "processor": hardware(torch.device("cpu")),
         "GPUs": ", ".join(map(hardware, devices)) or "none",
         "CUDA": torch.version.cuda or "none",
         "bf16": "yes" if cuda and torch.cuda.is_bf16_supported() else "not on a GPU here",
-        "backends": ", ".join(backends),
+        "backends": ", ".join(backends()),
     }
     named = sorted(n for n in os.environ if n.startswith(_BEARING) and "TOKEN" not in n)
     for name, value in (about | {name: os.environ[name] for name in named}).items():

@@ -2,12 +2,12 @@
 
 import argparse
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from robust_accel import __version__
 from robust_accel.commands import say
 from robust_accel.files import write_text
 from robust_accel.recipe_file import RECIPES, find_recipe, origin_of, packaged_recipes
@@ -57,7 +57,10 @@ def copy(options: argparse.Namespace) -> int:
         raise ValueError(f"{target}: is there already: choose another file")
     recipe = load_recipe(options.recipe, options.settings)
     source = find_recipe(options.recipe)
-    head = [f"# {_head(source)['']}", f"# From {options.recipe} of robust-accel {__version__}."]
+    head = [
+        f"# {_head(source)['']}",
+        f"# From {options.recipe} of robust-accel {version('robust-accel')}.",
+    ]
     write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
     say(f"{target}: robust-accel train {target}")
     return 0

@@ -1,5 +1,6 @@
 """Applied or refused: what the first step of a run did, measured, told and checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ def check_first_step(
     collective: Collective,
     compression: GradientCompression,
     ema_decay: float | None,
+    check_finite: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """What the report says of it, under ``applied``; None where only the next step can tell.
 
@@ -24,6 +26,7 @@ def check_first_step(
 
     Args:
         ema_decay: With which the moving average was updated; None without one.
+        check_finite: Raises, on all processes, where one of them has numbers that are not finite.
 
     Raises:
         RuntimeError: Nothing was attacked, the processes' parameters are not the same any more, or
@@ -34,6 +37,7 @@ def check_first_step(
     sent = compression.meter.bytes_sent
     faults = [] if robust_model.min_max.calls else ["no batch was attacked"]
     if not equal:
+        check_finite()  # one process's NaN makes them differ, and is what is to be said
         faults.append(f"the parameters of {num_processes} processes are not the same any more")
     if num_processes > 1 and sent == 0 and collective != AllReduce():
         faults.append(f"{collective!r} sent nothing")

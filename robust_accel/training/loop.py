@@ -133,7 +133,12 @@ class Loop:
         """Measure what it did, and say so; raise where it was not what was asked for."""
         decay = None if self.ema is None else self.ema.get_decay(self.progress.step)
         self.applied = check_first_step(
-            self.robust_model, self.accelerator, self.collective, self.compression, decay
+            self.robust_model,
+            self.accelerator,
+            self.collective,
+            self.compression,
+            decay,
+            self.watch.check,
         )
         self.progress.applied = self.progress.applied or self.applied
         if self.applied is not None and self.accelerator.is_main_process:
