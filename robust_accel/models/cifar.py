@@ -11,34 +11,43 @@ makes ``timm.create_model("preact_resnet18", num_classes=10)`` work, and likewis
     wide_resnet16_2       0.69 M
     wide_resnet10_1       0.08 M
 
-Each takes ``depth``, ``width``, ``stem_stride``, ``num_classes``, ``in_chans``, ``global_pool`` and
-``drop_rate``.
+Each takes ``depth``, ``width``, ``act_layer``, ``stem_stride``, ``num_classes``, ``in_chans``,
+``global_pool`` and ``drop_rate``.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import timm
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, create_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
+# timm's names of activations that have no parameters and are zero at zero; swish is silu
+_ACT_LAYERS = ("relu", "leaky_relu", "elu", "celu", "gelu", "mish", "silu", "swish")
+
 
 class PreActBlock(nn.Module):
-    """Twice BatchNorm, ReLU, 3 x 3 convolution, beside a shortcut.
+    """Twice BatchNorm, activation, 3 x 3 convolution, beside a shortcut.
 
     Where the shape changes, the shortcut is a 1 x 1 convolution of the activated input.
+
+    Args:
+        act_layer: timm's name of the activation; the paper's is ReLU.
 
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv 1603.05027).
     """
 
-    def __init__(self, in_chs: int, out_chs: int, *, stride: int = 1) -> None:
+    def __init__(
+        self, in_chs: int, out_chs: int, *, stride: int = 1, act_layer: str = "relu"
+    ) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_chs)
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_chs)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
-        self.relu = nn.ReLU()
+        # whichever it is, it keeps this name: digests of measured models hold it
+        self.relu = create_act_layer(act_layer)
         self.shortcut = None
         if stride != 1 or in_chs != out_chs:
             self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False)
@@ -55,8 +64,9 @@ class CifarResNet(nn.Module):
     """A 3 x 3 stem without pooling, stages of pre-activation blocks, BatchNorm, ReLU and a head.
 
     Every stage but the first halves height and width. Global pooling lets any image in, 8 x 8
-    included. Convolutions start as in He et al. 2015 (fan out), BatchNorm as the identity; nothing
-    but biases starts at zero, as a zero weight has no norm for LAMB to adapt to.
+    included. Convolutions start as in He et al. 2015 (fan out), with ReLU's gain whichever the
+    activation: BatchNorm, which starts as the identity, sets the scale. Nothing but biases starts
+    at zero, as a zero weight has no norm for LAMB to adapt to.
 
     Args:
         stem_chs: Channels of the stem.
@@ -67,6 +77,9 @@ class CifarResNet(nn.Module):
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling.
         drop_rate: Dropout before the classifier, as everywhere in timm.
+        act_layer: timm's name of the activation: ``relu``, or a smooth one such as ``silu`` or
+            ``gelu``, with which adversarial training reaches more (Gowal et al. 2020, arXiv
+            2010.03593, section 4.3.4).
     """
 
     def __init__(
@@ -80,8 +93,11 @@ class CifarResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         stem_stride: int = 1,
+        act_layer: str = "relu",
     ) -> None:
         super().__init__()
+        if act_layer not in _ACT_LAYERS:
+            raise ValueError(f"act_layer must be one of {list(_ACT_LAYERS)}, got {act_layer!r}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = stage_chs[-1]
@@ -92,11 +108,11 @@ class CifarResNet(nn.Module):
             stage = nn.Sequential()
             for block in range(blocks):
                 stride = 2 if block == 0 and len(self.stages) > 0 else 1
-                stage.append(PreActBlock(in_chs, out_chs, stride=stride))
+                stage.append(PreActBlock(in_chs, out_chs, stride=stride, act_layer=act_layer))
                 in_chs = out_chs
             self.stages.append(stage)
         self.norm = nn.BatchNorm2d(self.num_features)
-        self.relu = nn.ReLU()
+        self.relu = create_act_layer(act_layer)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
         )

@@ -67,7 +67,8 @@ class ModelSettings(Settings):
         freeze_backbone: Train the classifier alone, see ``PixelClassifier``.
         mean, std: See ``PixelClassifier``; the timm model's own when not given.
         size: Height and width that the model wants, if not the data's own.
-        options: Further arguments of the timm model (``drop_path_rate``, ``width``, ...).
+        options: Further arguments of the timm model (``drop_path_rate``, ``width``,
+            ``act_layer: silu``, ...).
     """
 
     name: Annotated[str, AfterValidator(check_name)]

@@ -71,6 +71,8 @@ def test_depth_and_width_can_be_given():
         ("wide_resnet28_10", {"depth": 4}, "depth must be 6 n"),
         ("preact_resnet18", {"depth": 20}, r"depth must be one of \[10, 18, 34\], got 20"),
         ("preact_resnet18", {"width": 0}, "width must be >= 1, got 0"),
+        ("wide_resnet10_1", {"act_layer": "sillu"}, r"act_layer must be one of .*'silu'.*'sillu'"),
+        ("wide_resnet10_1", {"act_layer": 1}, "act_layer must be one of .*got 1"),
     ],
 )
 def test_impossible_shapes_are_refused(name, options, message):
@@ -118,6 +120,46 @@ def test_initialisation_is_he_and_no_weight_is_zero():
     assert 0.05 < logits.std() < 5
 
 
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "gelu": timm.layers.GELU}
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18_w16", "wide_resnet16_2"])
+@pytest.mark.parametrize("act_layer", ACTIVATIONS)
+def test_every_activation_is_the_one_asked_for_and_nothing_else_differs(name, act_layer):
+    torch.manual_seed(0)
+    plain = create(name)
+    torch.manual_seed(0)
+    model = create(name, act_layer=act_layer)
+    others = [m for m in model.modules() if not isinstance(m, ACTIVATIONS[act_layer])]
+    assert not any(isinstance(m, (*ACTIVATIONS.values(), nn.ReLU)) for m in others)
+    assert [*model.state_dict()] == [*plain.state_dict()]
+    for key, value in plain.state_dict().items():
+        assert value.equal(model.state_dict()[key]), key
+    x = torch.randn(16, 3, 32, 32)
+    logits = model(x)
+    assert logits.equal(plain(x)) == (act_layer == "relu")
+    assert 0.05 < logits.std() < 5  # signals neither vanish nor explode on their way
+
+
+def test_a_smooth_activation_is_smooth_in_the_pixels():
+    """Where ReLU bends, the gradient jumps: SiLU's changes in proportion to the step."""
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    direction = torch.randn_like(x)
+    changes = {}
+    for act_layer in ("relu", "silu"):
+        torch.manual_seed(0)
+        model = create("wide_resnet10_1", act_layer=act_layer).double().eval()
+
+        def gradient(step, model=model):
+            moved = (x + step * direction).requires_grad_()
+            return torch.autograd.grad(model(moved)[0, 0], moved)[0]
+
+        far, near = ((gradient(step) - gradient(0.0)).norm().item() for step in (1e-4, 1e-6))
+        changes[act_layer] = far / max(near, 1e-300)
+    assert changes["silu"] == pytest.approx(100, rel=0.01)
+    assert changes["relu"] != pytest.approx(100, rel=0.01)
+
+
 def test_timms_interface():
     model = create("wide_resnet16_2", num_classes=5).eval()
     assert (model.num_classes, model.num_features) == (5, 128)
@@ -159,7 +201,7 @@ def test_drop_rate_is_the_classifiers_dropout():
 
 @pytest.mark.parametrize("name", ["preact_resnet18_w16", "wide_resnet16_2"])
 def test_a_saved_folder_gives_the_same_logits(name, tmp_path):
-    options = {"width": 3, "in_chans": 1, "num_classes": 4}
+    options = {"width": 3, "in_chans": 1, "num_classes": 4, "act_layer": "silu"}
     model = create(name, **options)
     model(torch.rand(8, 1, 8, 8))  # BatchNorm statistics worth saving
     config = {"model_args": options, "num_classes": 4}

@@ -205,6 +205,13 @@ def test_an_unknown_name_is_answered_with_close_ones():
         create_classifier(ModelSettings(name="zzzz"))
 
 
+def test_an_unknown_activation_is_refused_with_those_there_are():
+    settings = ModelSettings(name="wide_resnet10_1", options={"act_layer": "sillu"})
+    message = r"^name: .*act_layer must be one of \['relu', .*'silu'.*\], got 'sillu'$"
+    with pytest.raises(ValueError, match=message):
+        create_classifier(settings, num_classes=10)
+
+
 def test_options_that_the_model_refuses_are_named():
     settings = ModelSettings(name="test_resnet", options={"no_such_option": 1})
     with pytest.raises(ValueError, match="no_such_option"):
@@ -231,6 +238,7 @@ SAVED = {
     "grey": ({"name": "test_resnet"}, 1),
     "vit": ({"name": "test_vit", "options": {"img_size": 32}}, 3),
     "own": ({"name": "preact_resnet18", "options": {"width": 8}}, 3),
+    "smooth": ({"name": "wide_resnet10_1", "options": {"act_layer": "silu"}}, 3),
     "own statistics": ({"name": "test_resnet", "mean": 0.4, "std": [0.2, 0.3, 0.25]}, 3),
 }
 
