@@ -175,6 +175,17 @@ class Builder:
                 built["schedule"].check(train.epochs)
             except ValueError as error:
                 self.fault_of("schedule", error)
+        objective = built["objective"]
+        if (
+            getattr(data, "mix", None) is not None
+            and objective is not None
+            and not getattr(objective, "takes_soft_labels", False)
+        ):
+            self.fault(
+                "data.mix",
+                "makes labels of several classes, and this objective takes images of one: choose "
+                "adversarial, trades or smoothing (a class of your own declares takes_soft_labels)",
+            )
         fault = getattr(built["attack"], "fault", None)
         if isinstance(fault, str) and "attack" in required:
             self.fault_of("attack", ValueError(f"attack.{fault}"))

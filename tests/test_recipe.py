@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from robust_accel.attacks import ATTACKS, FGSMRS, PGD, LossFn, NoAttack
+from robust_accel.objectives import Adversarial
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
 from robust_accel.recipe_file import packaged_recipes
 from robust_accel.settings import Number, Settings
@@ -374,3 +375,23 @@ def test_a_fault_inside_of_a_union_is_told_by_its_own_key() -> None:
         "command line: evaluate.sanity.image: unknown key (did you mean images?); "
         "allowed: images, transfer_from"
     )
+
+
+class OwnObjective(Adversarial):
+    takes_soft_labels = False
+
+
+def test_mixed_labels_are_refused_where_the_objective_takes_classes_alone(small: Path) -> None:
+    mix = "data.mix={cutmix: 1.0}"
+    for objective in ("mart", f"{__name__}:OwnObjective"):
+        fault = only_fault(small, mix, f"objective.name={objective}")
+        assert fault.startswith("command line: data.mix: makes labels of several classes, and this")
+        assert "takes_soft_labels" in fault
+    for objective in ("name=adversarial", "name=trades", "{name: smoothing, sigma: 0.1}"):
+        key = "objective=" if objective.startswith("{") else "objective."
+        assert load_recipe(small, [mix, f"{key}{objective}"]).data.mix is not None
+    assert only_fault(small, "data.mix={cutmix: 0}").endswith(
+        "neither mixup nor cutmix is above 0: nothing would be mixed"
+    )
+    assert "data.mix.cutmixx: unknown key" in only_fault(small, "data.mix={cutmixx: 1}")
+    assert "data.policy: 'random' is not allowed" in only_fault(small, "data.policy=random")

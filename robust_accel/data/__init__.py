@@ -1,5 +1,6 @@
 """Images from a hub, a folder or parquet to batches: who trains on which image, and how."""
 
+from robust_accel.data.augmentation import Mixing
 from robust_accel.data.batches import Sampler, TrainingBatches
 from robust_accel.data.classes import (
     ClassNames,
@@ -26,7 +27,7 @@ from robust_accel.data.loading import (
     load_test,
     load_to_label,
 )
-from robust_accel.data.settings import DataSettings, UnlabeledSettings
+from robust_accel.data.settings import DataSettings, MixSettings, UnlabeledSettings
 from robust_accel.data.unlabeled import CONFIDENCE, PSEUDO_LABEL
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Ids",
     "ImageSet",
     "MemoryImages",
+    "MixSettings",
+    "Mixing",
     "Sampler",
     "TrainingBatches",
     "UnlabeledSettings",

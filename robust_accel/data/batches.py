@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robust_accel.data.augmentation import Mixing
 from robust_accel.data.images import NO_LABEL, Batch, ImageSet, seeded_generator
 from robust_accel.data.loading import Data
 
@@ -51,9 +52,20 @@ class Sampler:
         self._rank, self._world_size = rank, world_size
         self._seed, self._sharding = seed, sharding
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Tensor]:
-        """This process's micro-batches of indices, from a step on."""
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, with_previous: bool = False
+    ) -> Iterator[Tensor]:
+        """This process's micro-batches of indices, from a step on.
+
+        Args:
+            with_previous: Begin each with the image that comes before it in the step's order, over
+                all processes (in fixed shards, the process's own); before the first is the last.
+        """
         micro_batches = self._own(epoch, self._rank).split(self._micro_size)
+        if with_previous:
+            previous = self._own(epoch, self._rank, shift=1).split(self._micro_size)
+            pairs = zip(previous, micro_batches, strict=True)
+            micro_batches = tuple(torch.cat([before[:1], own]) for before, own in pairs)
         return itertools.islice(iter(micro_batches), first_step * self._num_micro, None)
 
     def count(self, flags: Tensor, epoch: int) -> Tensor:
@@ -66,19 +78,20 @@ class Sampler:
             dim=0
         )
 
-    def _own(self, epoch: int, rank: int) -> Tensor:
-        """A process's images in the epoch's order."""
+    def _own(self, epoch: int, rank: int, *, shift: int = 0) -> Tensor:
+        """A process's images in the epoch's order; or those so many places before in each step."""
         if self._sharding == "fixed":
             dealt = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 2))
             own = dealt[rank :: self._world_size]
             generator = seeded_generator(self._seed, 3, epoch, rank)
             order = torch.randperm(len(own), generator=generator)
-            return own[order[: self.steps_per_epoch * self._num_micro * self._micro_size]]
+            used = own[order[: self.steps_per_epoch * self._num_micro * self._micro_size]]
+            return used.view(self.steps_per_epoch, -1).roll(shift, dims=1).flatten()
         order = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 4, epoch))
         used = order[: self.steps_per_epoch * self._micro_size * self._num_micro * self._world_size]
         # [steps, processes, images of a process]: a step's images do not depend on their number
-        by_step = used.view(self.steps_per_epoch, self._world_size, -1)
-        return by_step[:, rank].flatten()
+        by_step = used.view(self.steps_per_epoch, -1).roll(shift, dims=1)
+        return by_step.view(self.steps_per_epoch, self._world_size, -1)[:, rank].flatten()
 
 
 class TrainingBatches:
@@ -92,9 +105,11 @@ class TrainingBatches:
         fraction: Share of unlabelled images in each batch.
         batch_size, num_micro, rank, world_size, seed, sharding: See ``Sampler``; the batch size
             counts both.
+        mixing: Of images with others of their set, which then all have a label.
 
     Raises:
-        ValueError: ``batch_size: ...`` where a share cannot be dealt to the processes.
+        ValueError: ``batch_size: ...`` where a share cannot be dealt to the processes, or is one
+            image that there is nothing to mix with.
     """
 
     def __init__(
@@ -108,6 +123,7 @@ class TrainingBatches:
         world_size: int,
         seed: int,
         sharding: Literal["global", "fixed"],
+        mixing: Mixing | None = None,
     ) -> None:
         about = {"num_micro": num_micro, "rank": rank, "world_size": world_size}
         self._num_parts = num_micro * world_size
@@ -135,12 +151,22 @@ class TrainingBatches:
         self.steps_per_epoch = self._sampler.steps_per_epoch
         sets = [(self._labeled, self._sampler)]
         sets += [] if self._unlabeled is None else [self._unlabeled]
+        self._mixing, self._num_micro = mixing, num_micro
+        if mixing is not None:
+            fewest = min(batch_size - num_unlabeled, num_unlabeled or batch_size)
+            if sharding == "fixed":
+                fewest //= world_size
+            if fewest < 2:
+                raise ValueError(
+                    f"batch_size: {batch_size} makes a step of one image, which data.mix has "
+                    "nothing to mix with"
+                )
         self._labeled_flags = [(images.labels != NO_LABEL, sampler) for images, sampler in sets]
         self._vary = any(bool(f.any()) and not bool(f.all()) for f, _ in self._labeled_flags)
 
     def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[Batch]:
         """The micro-batches of an epoch from a step on: labelled images first, then the others."""
-        batches = self._labeled.batches(self._sampler.epoch(epoch, first_step), device, epoch)
+        batches = self._from(self._labeled, self._sampler, 0, epoch, first_step, device)
         if self._unlabeled is None:
             yield from batches
             return
@@ -169,5 +195,23 @@ class TrainingBatches:
         images, sampler = self._unlabeled
         epoch, first_step = divmod(step, sampler.steps_per_epoch)
         while True:
-            yield from images.batches(sampler.epoch(epoch, first_step), device, epoch)
+            yield from self._from(images, sampler, 1, epoch, first_step, device)
             epoch, first_step = epoch + 1, 0
+
+    def _from(
+        self,
+        images: ImageSet,
+        sampler: Sampler,
+        number: int,
+        epoch: int,
+        first_step: int,
+        device: torch.device,
+    ) -> Iterator[Batch]:
+        """A set's micro-batches in its own epoch, mixed by a draw for each of its steps."""
+        mixing = self._mixing
+        if mixing is None:
+            yield from images.batches(sampler.epoch(epoch, first_step), device, epoch)
+            return
+        indices = sampler.epoch(epoch, first_step, with_previous=True)
+        for i, (x, labels) in enumerate(images.batches(indices, device, epoch)):
+            yield mixing(x, labels, number, epoch, first_step + i // self._num_micro)

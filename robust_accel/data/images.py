@@ -1,9 +1,7 @@
 """Images of one shape, in memory or in files, to batches in [0, 1] on the device."""
 
 import hashlib
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +10,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.v2 import Transform
 
+from robust_accel.data.augmentation import image_transform, seeded
 from robust_accel.data.decoding import Pictures, UnusableImage
 from robust_accel.data.settings import DataSettings
 
@@ -20,7 +20,10 @@ NO_LABEL = -1
 _HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
 _HASHED_IMAGES = 1000
 Batch = tuple[Tensor, Tensor]
-"""Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device."""
+"""Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device.
+
+Labels that were mixed (``data.mix``) are probabilities, [B, K].
+"""
 
 
 class ImageSet(Protocol):
@@ -49,29 +52,54 @@ class ImageSet(Protocol):
 
 
 class MemoryImages:
-    """Images kept as one uint8 tensor; augmentation works on whole batches, on the device."""
+    """Images kept as one uint8 tensor.
+
+    Args:
+        images: [N, C, H, W], uint8.
+        labels: [N].
+        augment: Crop and mirror, whole batches on the device.
+        transform: Of each image after that, on the CPU.
+        seed: Of both.
+    """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, augment: bool = False, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        augment: bool = False,
+        transform: Transform | None = None,
+        seed: int = 0,
     ) -> None:
-        self.images = images  # [N, C, H, W], uint8
+        self.images = images
         self.labels = labels
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.augment = augment
+        self.augment, self.transform = augment, transform
         self.seed = seed
+
+    @classmethod
+    def of(
+        cls, images: Tensor, labels: Tensor, settings: DataSettings, seed: int
+    ) -> "MemoryImages":
+        """Augmented as the settings say."""
+        _, channels, height, width = images.shape
+        transform = image_transform(settings, (channels, height, width))
+        augment = settings.augment == "crop_flip"
+        return cls(images, labels, augment=augment, transform=transform, seed=seed)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "MemoryImages":
-        return MemoryImages(
-            self.images[indices], self.labels[indices], augment=self.augment, seed=self.seed
-        )
+        return self._alike(self.images[indices], self.labels[indices])
 
     def pooled(self, other: "MemoryImages") -> "MemoryImages":
         images = torch.cat([self.images, other.images])
-        labels = torch.cat([self.labels, other.labels])
-        return MemoryImages(images, labels, augment=self.augment, seed=self.seed)
+        return self._alike(images, torch.cat([self.labels, other.labels]))
+
+    def _alike(self, images: Tensor, labels: Tensor) -> "MemoryImages":
+        about: Any = {"augment": self.augment, "transform": self.transform, "seed": self.seed}
+        return MemoryImages(images, labels, **about)
 
     def digest(self) -> str:
         """64 hex digits that tell these images, labels and their order from others."""
@@ -85,11 +113,24 @@ class MemoryImages:
     ) -> Iterator[Batch]:
         augment = self.augment and epoch is not None
         draws = _draw_crops(len(self), self.seed, epoch or 0) if augment else None
+        transform = None if epoch is None else self.transform
+        where = device if transform is None else torch.device("cpu")
         for indices in index_batches:
-            x = self.images[indices].to(device)
+            x = self.images[indices].to(where)
             if draws is not None:
-                x = crop_flip(x, draws[indices].to(device))
+                x = crop_flip(x, draws[indices].to(where))
+            if transform is not None:
+                x = self._transformed(x, indices, epoch or 0).to(device)
             yield x.float() / 255, self.labels[indices].to(device)
+
+    def _transformed(self, x: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        """Each image by its own draw: x [B, C, H, W], uint8."""
+        assert self.transform is not None
+        found = []
+        for image, index in zip(x, indices.tolist(), strict=True):
+            with seeded(self.seed, epoch, index):
+                found.append(self.transform(image))
+        return torch.stack(found)
 
 
 class FileImages:
@@ -138,7 +179,7 @@ class FileImages:
             UnusableImage: A ``ValueError`` that names the image and says why.
         """
         loader: Iterable[Any] = DataLoader(
-            _Decoded(self, epoch if self.settings.augment == "timm" else None),
+            _Decoded(self, epoch),
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=self.settings.num_workers,
             pin_memory=device.type == "cuda",
@@ -187,9 +228,10 @@ class _Decoded(Dataset):
 
     def __init__(self, images: FileImages, epoch: int | None) -> None:
         self.images, self.epoch = images, epoch
+        self.per_image = None if epoch is None else image_transform(images.settings, images.shape)
         self.transform = create_transform(
             images.shape,
-            is_training=epoch is not None,
+            is_training=epoch is not None and images.settings.augment == "timm",
             interpolation="bilinear",
             color_jitter=None,  # type: ignore[arg-type]
             mean=(0, 0, 0),  # pixels stay in [0, 1]: normalisation is inside the model
@@ -201,28 +243,18 @@ class _Decoded(Dataset):
             image = self.images.pictures.decode(index).convert("RGB")
         except UnusableImage as error:
             return UnusableImage(str(error))  # a worker's exception would become its traceback
-        with _seeded(self.images.seed, self.epoch or 0, index):
-            return self.transform(image), int(self.images.labels[index])
+        label = int(self.images.labels[index])
+        with seeded(self.images.seed, self.epoch or 0, index):
+            x = self.transform(image)
+            if self.per_image is not None:
+                x = self.per_image((255 * x).round().byte()).float() / 255
+            return x, label
 
 
 def _collate(items: list[Any]) -> Any:
     """A batch, or the error of its first image that has one."""
     errors = (item for item in items if isinstance(item, UnusableImage))
     return next(errors, None) or default_collate(items)
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed Python's and torch's generators by the key, and put their states back."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
 
 
 def seeded_generator(*key: int) -> torch.Generator:

@@ -66,8 +66,7 @@ def read_images(
     kept = torch.tensor([i for i in range(len(pictures)) if i not in bad], dtype=torch.int64)
     left_out = left_out_of([*(bad_rows or {}).values(), *bad.values()], len(kept))
     if settings.in_memory:
-        augment = settings.augment == "crop_flip"
-        memory = MemoryImages(pixels, labels[kept], augment=augment, seed=seed)
+        memory = MemoryImages.of(pixels, labels[kept], settings, seed)
         return Read(memory, kept, left_out)
     return Read(FileImages(pictures.select(kept), labels[kept], settings, seed), kept, left_out)
 

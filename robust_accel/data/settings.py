@@ -1,5 +1,6 @@
 """The recipe's ``data`` section."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -38,6 +39,44 @@ class UnlabeledSettings(Settings):
     fraction: Annotated[Number, Gt(0), Lt(1)] | None = 0.5
 
 
+class MixSettings(Settings):
+    """The recipe's ``data.mix``: images of a step mixed with each other, and their labels too.
+
+    One draw a step, as timm's ``mode: batch``, but over all processes: each image is mixed with the
+    one before it in the step's order. Labels become probabilities, for the attack and the loss;
+    the accuracies of training batches are then those of the class with the larger share.
+
+    Args:
+        mixup, cutmix: alpha of Beta(alpha, alpha), from which the share of an image is drawn;
+            0 is off. Rebuffi et al. 2021 (arXiv 2103.01946) take ``cutmix: 1``.
+        prob: Of a step to be mixed.
+        switch_prob: Of CutMix instead of mixup, where both are on; 0.5 unless given.
+    """
+
+    mixup: Annotated[Number, Ge(0), Le(100)] = 0.0
+    cutmix: Annotated[Number, Ge(0), Le(100)] = 0.0
+    prob: Annotated[Number, Gt(0), Le(1)] = 1.0
+    switch_prob: Annotated[Number, Gt(0), Lt(1)] | None = None
+
+    @property
+    def share_of_cutmix(self) -> float:
+        """Of the mixed steps."""
+        if self.mixup and self.cutmix:
+            return 0.5 if self.switch_prob is None else self.switch_prob
+        return 1.0 if self.cutmix else 0.0
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "MixSettings":
+        if not (self.mixup or self.cutmix):
+            raise ValueError("neither mixup nor cutmix is above 0: nothing would be mixed")
+        if self.switch_prob is not None and not (self.mixup and self.cutmix):
+            raise ValueError(
+                f"switch_prob: {self.switch_prob:g} chooses between mixup and cutmix, of which one "
+                "is 0: leave it out"
+            )
+        return self
+
+
 class DataSettings(Settings):
     """The recipe's ``data`` section.
 
@@ -52,6 +91,12 @@ class DataSettings(Settings):
         in_memory: Decode all images once and keep them as uint8 (for small images of one size).
         augment: ``crop_flip`` (in memory: pad by 4, crop, mirror, in batches on the device),
             ``timm`` (from files: random resized crop and mirror), or ``none``.
+        policy: After that, torchvision's ``rand`` (RandAugment: 2 operations of magnitude 9),
+            ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
+            (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory it is the main process
+            that computes it, image by image.
+        cutout: After that, a black square of so many pixels, somewhere inside each image.
+        mix: After that, mixup and CutMix, see ``MixSettings``.
         image_size: Height and width that images from files are cropped and resized to.
         num_workers: Processes that decode images from files.
         on_bad: What to do about images that are missing, empty or cannot be decoded, have several
@@ -78,6 +123,9 @@ class DataSettings(Settings):
     test_size: Annotated[Whole, Ge(1)] | None = None
     in_memory: Flag = True
     augment: Literal["none", "crop_flip", "timm"] = "none"
+    policy: Literal["rand", "trivial", "auto_cifar10", "auto_imagenet", "auto_svhn"] | None = None
+    cutout: Annotated[Whole, Ge(1)] | None = None
+    mix: MixSettings | None = None
     image_size: Annotated[Whole, Ge(1), Le(16384)] | None = None
     num_workers: Annotated[Whole, Ge(0), Le(1024)] = 4
     on_bad: Literal["refuse", "skip"] = "refuse"
@@ -102,6 +150,11 @@ class DataSettings(Settings):
             raise ValueError(
                 "image_size is for images from files (in_memory: false), which need it; got "
                 f"{self.image_size}"
+            )
+        if self.cutout is not None and self.cutout >= (self.image_size or math.inf):
+            raise ValueError(
+                f"cutout: a square of {self.cutout} x {self.cutout} is not smaller than the images "
+                f"of {self.image_size} x {self.image_size}"
             )
         if self.validation_size > 1 and not isinstance(self.validation_size, int):
             raise ValueError(

@@ -154,7 +154,7 @@ def _images_of_pickle(
     about: Any = {"lowest": NO_LABEL, "skip": settings.on_bad == "skip"}
     labels, bad = checked_labels(column, number, "path: 'extrapolated_targets'", path, **about)
     images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
-    every = MemoryImages(images, labels, augment=settings.augment == "crop_flip", seed=seed)
+    every = MemoryImages.of(images, labels, settings, seed)
     if bad:
         every = every.subset(torch.tensor([row for row in range(len(labels)) if row not in bad]))
     return every, left_out_of([*bad.values()], len(every))

@@ -1,7 +1,7 @@
 """Adversarial training with an optional clean term."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Lt
 from torch import Tensor
@@ -21,6 +21,8 @@ class Adversarial(Settings):
 
     Source: equation (2) of DAT with phi = l(theta, x + delta; y).
     """
+
+    takes_soft_labels: ClassVar[bool] = True
 
     clean_weight: Annotated[Number, Ge(0)] = 0.0
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0

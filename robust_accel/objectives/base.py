@@ -22,6 +22,9 @@ class Objective(Protocol):
 
     A class with ``takes_unlabeled = True`` also takes images without a label, whose label is -1,
     and its ``loss`` has an option ``num_labeled`` (see ``labeled_cross_entropy``).
+
+    A class with ``takes_soft_labels = True`` also takes probabilities [B, K] as labels, which
+    ``data.mix`` makes.
     """
 
     def inner_loss(

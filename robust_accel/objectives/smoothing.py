@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -36,6 +36,8 @@ class Smoothing(Settings):
     Source: arXiv 1902.02918; arXiv 1906.04584, section 2.2; arXiv 2006.04062, equation (5). It is
     Smooth-AT of Table 2 in DAT.
     """
+
+    takes_soft_labels: ClassVar[bool] = True
 
     sigma: Annotated[Number, Gt(0)]
     num_noise: Annotated[Whole, Ge(1)] = 1

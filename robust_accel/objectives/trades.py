@@ -46,6 +46,7 @@ class Trades(Settings):
     """
 
     takes_unlabeled: ClassVar[bool] = True
+    takes_soft_labels: ClassVar[bool] = True
 
     beta: Annotated[Number, Ge(0)] = 6.0
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0

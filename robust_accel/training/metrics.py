@@ -181,7 +181,8 @@ class Averages:
 
 
 def share_right(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy on the images that have a label."""
+    """Accuracy on the images that have a label; where labels are mixed, [B, K], on the largest."""
+    labels = labels.argmax(dim=1) if labels.ndim > 1 else labels
     labeled = labels != NO_LABEL
     return (predictions == labels).sum() / labeled.sum().clamp(min=1)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from robust_accel.data import Data, TrainingBatches, load_data
+from robust_accel.data import Data, Mixing, TrainingBatches, load_data
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier
 from robust_accel.recipe import Recipe
@@ -42,11 +42,27 @@ def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingB
         world_size=world_size,
         seed=recipe.train.seed,
         sharding=recipe.data.sharding,
+        mixing=_mixing(recipe, data),
     )
 
 
+def _mixing(recipe: Recipe, data: Data) -> Mixing | None:
+    """``data.mix``, for as many classes as the model has."""
+    assert recipe.train is not None
+    if recipe.data.mix is None:
+        return None
+    model = recipe.model
+    number = model.options.get("num_classes") or model.num_classes or data.num_classes
+    return Mixing(recipe.data.mix, number, recipe.train.seed)
+
+
 def check_labels(recipe: Recipe, data: Data) -> None:
-    """Refuse unlabelled images where the objective needs labels."""
+    """Refuse unlabelled images where the objective, or mixing, needs labels."""
+    if recipe.data.mix is not None and not data.all_labeled:
+        raise ValueError(
+            "mix: some of these images have no labels, which could be mixed: label them by the "
+            "pseudo-label command, or leave data.mix out"
+        )
     if not data.all_labeled and not getattr(recipe.objective, "takes_unlabeled", False):
         raise ValueError(
             f"unlabeled: these images have no labels, and the objective "

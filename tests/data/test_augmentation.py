@@ -9,8 +9,10 @@ import pytest
 import torch
 from numbered_images import image, pixels, settings, write_parquet
 from torch import Tensor
+from torchvision.transforms import v2
 
 from robust_accel.data import FileImages, ImageSet, MemoryImages, crop_flip, load_test
+from robust_accel.data.augmentation import seeded
 
 # ---- in memory ---------------------------------------------------------------------------------
 
@@ -75,6 +77,71 @@ def test_crops_and_mirrors_are_drawn_uniformly(in_memory: MemoryImages) -> None:
     assert abs(int((inside & right).sum()) - num_inside / 2) < 5 * (num_inside / 4) ** 0.5
 
 
+POLICIES = ["rand", "trivial", "auto_cifar10", "auto_imagenet", "auto_svhn"]
+
+
+def configured(images: MemoryImages, seed: int = 3, **options: Any) -> MemoryImages:
+    return MemoryImages.of(images.images, images.labels, settings("x", **options), seed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"policy": policy} for policy in POLICIES), {"cutout": 2}, {"cutout": 2, "policy": "rand"}],
+    ids=str,
+)
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_policies_and_cutout_depend_on_epoch_and_index_alone(
+    in_memory: MemoryImages, options: dict[str, Any], augment: str
+) -> None:
+    few = in_memory.subset(torch.arange(30))
+    images, without = (configured(few, augment=augment, **more) for more in (options, {}))
+    before = torch.get_rng_state(), random.getstate()
+    whole = pixels(images, [list(range(30))], epoch=2)
+    assert torch.get_rng_state().equal(before[0]) and random.getstate() == before[1]
+    order = torch.randperm(30).split(7)
+    assert pixels(images, [part.tolist() for part in order], epoch=2).equal(whole)
+    assert not pixels(images, [list(range(30))], epoch=3).equal(whole)
+    other = configured(few, 4, augment=augment, **options)
+    assert not pixels(other, [list(range(30))], epoch=2).equal(whole)
+    assert not pixels(without, [list(range(30))], epoch=2).equal(whole)
+    assert pixels(images, [list(range(30))], epoch=None).equal(few.images.float() / 255)
+    assert 0 <= whole.min() < whole.max() <= 1
+    if augment == "none":  # crops are drawn for as many images as there are
+        assert pixels(images.subset(torch.arange(9)), [[3]], epoch=2).equal(whole[[3]])
+
+
+def test_a_policy_is_torchvisions_own(in_memory: MemoryImages) -> None:
+    images = configured(in_memory.subset(torch.arange(20)), policy="trivial")
+    found = pixels(images, [list(range(20))], epoch=5)
+    for index in range(20):
+        with seeded(3, 5, index):
+            expected = v2.TrivialAugmentWide()(images.images[index])
+        assert found[index].equal(expected.float() / 255)
+
+
+def test_cutout_is_one_square_inside_the_image_anywhere() -> None:
+    white = MemoryImages(
+        torch.full((600, 3, 7, 9), 255, dtype=torch.uint8), torch.zeros(600).long()
+    )
+    x = pixels(configured(white, cutout=3), [list(range(600))], epoch=0)
+    black = x.eq(0).all(dim=1)
+    assert x[~black[:, None].expand_as(x)].eq(1).all()
+    assert black.sum(dim=(1, 2)).eq(9).all()
+    rows, columns = black.any(dim=2), black.any(dim=1)
+    assert rows.sum(dim=1).eq(3).all() and columns.sum(dim=1).eq(3).all()
+    corners = torch.stack([rows.int().argmax(dim=1), columns.int().argmax(dim=1)], dim=1)
+    assert len(corners.unique(dim=0)) == 5 * 7  # all places there are
+
+
+def test_a_square_as_large_as_the_image_is_refused(in_memory: MemoryImages) -> None:
+    with pytest.raises(
+        ValueError, match=r"^cutout: a square of 6 x 6 is not smaller than .* 6 x 6"
+    ):
+        configured(in_memory, cutout=6)
+    with pytest.raises(ValueError, match=r"cutout: a square of 16 x 16 is not smaller than"):
+        settings("x", cutout=16, in_memory=False, image_size=16)
+
+
 # ---- from files --------------------------------------------------------------------------------
 
 
@@ -87,9 +154,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_files(
-    path: Path, *, num_workers: int = 0, augment: str = "timm", seed: int = 0
+    path: Path, *, num_workers: int = 0, augment: str = "timm", seed: int = 0, **more: Any
 ) -> ImageSet:
-    options: dict[str, Any] = {"in_memory": False, "image_size": 16, "augment": augment}
+    options: dict[str, Any] = {"in_memory": False, "image_size": 16, "augment": augment} | more
     options |= {"num_workers": num_workers, "test_split": "train"}
     images = load_test(settings(path, **options)).images
     assert isinstance(images, FileImages)
@@ -106,6 +173,25 @@ def test_file_augmentation_depends_on_epoch_and_index_alone(photos: Path) -> Non
     assert not pixels(from_files(photos, seed=1), [list(range(12))], epoch=1).equal(whole)
     workers = from_files(photos, num_workers=2)
     assert pixels(workers, [[7, 8, 9, 10, 11], [6, 5, 4, 3, 2, 1, 0]], epoch=1).equal(whole)
+
+
+@pytest.mark.parametrize("augment", ["none", "timm"])
+def test_policies_and_cutout_of_files_are_torchvisions_after_timms(
+    photos: Path, augment: str
+) -> None:
+    more: dict[str, Any] = {"policy": "rand", "cutout": 4}
+    images = from_files(photos, augment=augment, **more)
+    whole = pixels(images, [list(range(12))], epoch=1)
+    before = torch.get_rng_state()
+    workers = from_files(photos, augment=augment, num_workers=2, **more)
+    assert pixels(workers, [[7, 8, 9, 10, 11], [6, 5, 4, 3, 2, 1, 0]], epoch=1).equal(whole)
+    assert torch.get_rng_state().equal(before)
+    black = whole.eq(0).all(dim=1)
+    assert black.sum(dim=(1, 2)).ge(16).all()
+    assert (255 * whole).round().div(255).equal(whole)  # eight bits, as the policies work on
+    plain = from_files(photos, augment=augment)
+    assert not pixels(plain, [list(range(12))], epoch=1).equal(whole)
+    assert pixels(images, [[3]], epoch=None).equal(pixels(plain, [[3]], epoch=None))
 
 
 def test_images_from_files_are_plain_without_epoch_or_augmentation(photos: Path) -> None:

@@ -13,14 +13,16 @@ from robust_accel.run_folder import RunFolder
 
 pytestmark = pytest.mark.launch
 
-# All that keeps a state or an order of its own: half of each batch pseudo-labelled, TRADES on
-# online targets, AWP, a moving average, fine-tuning layer by layer from another run's weights.
+# All that keeps a state or an order of its own: half of each batch pseudo-labelled, mixed, TRADES
+# on online targets, AWP, a moving average, fine-tuning layer by layer from another run's weights.
 REGIME = (
     "model.checkpoint={run}",
     "model.new_head=true",
     "optimizer.layer_decay=0.8",
     "data.train_size=400",
     "data.unlabeled.path={labels}",
+    "data.mix={{cutmix: 1.0, mixup: 0.2}}",
+    "data.policy=trivial",
     "objective.name=trades",
     "objective.online_targets=true",
     "train.gradient_accumulation=2",

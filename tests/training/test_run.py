@@ -203,6 +203,17 @@ def timeless(folder: Path) -> list[dict]:
             ),
             id="ema-accumulation-clipping-best-bf16-sgd",
         ),
+        pytest.param(
+            12,
+            (
+                "data.augment=crop_flip",
+                "data.policy=rand",
+                "data.cutout=3",
+                "data.mix={cutmix: 1.0, mixup: 0.2, prob: 0.8}",
+                "objective.label_smoothing=0.1",
+            ),
+            id="mixed-labels-policy-cutout",
+        ),
     ],
 )
 def test_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
@@ -316,6 +327,31 @@ def test_too_few_classes_for_autoattack_are_refused_before_training(tmp_path: Pa
     recipe = load_recipe("quickstart", [*settings, "train.batch_size=4", "data.validation_size=2"])
     with pytest.raises(ValueError, match="needs at least 4 classes"):
         train(recipe, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("objective.name=trades", "train.gradient_accumulation=2", "train.awp.gamma=0.01"),
+        ("objective={name: smoothing, sigma: 0.1, num_noise: 2}", "model.num_classes=12"),
+    ],
+    ids=["trades-awp-accumulation", "smoothing-of-more-classes"],
+)
+def test_mixed_labels_train_and_their_accuracies_are_of_the_larger_share(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    report = run(tmp_path / "run", "data.mix={mixup: 0.2}", "train.epochs=6", *settings)
+    assert report["clean_accuracy"]["accuracy"] > 0.5
+    lines = [m for m in RunFolder(tmp_path / "run").read_metrics() if "loss" in m]
+    for key in ("clean_batch_accuracy", "robust_batch_accuracy"):
+        assert 0.2 < lines[-1][key] <= 1
+
+
+def test_mixing_needs_labels_and_says_so_before_training(tmp_path: Path) -> None:
+    settings = ["data.mix={cutmix: 1}", "data.unlabeled={fraction: 0.5}", "objective.name=trades"]
+    with pytest.raises(ValueError, match=r"data\.mix: .*have no labels.*pseudo-label"):
+        run(tmp_path / "run", *settings)
     assert not (tmp_path / "run").exists()
 
 
