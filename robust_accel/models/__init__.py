@@ -1,6 +1,7 @@
-"""Classifiers on pixels: any timm model by name, and CIFAR's own networks."""
+"""Classifiers on pixels: any timm model by name, CIFAR's own, and convolutional stems."""
 
-import robust_accel.models.cifar  # noqa: F401  (registers the CIFAR models with timm)
+import robust_accel.models.cifar
+import robust_accel.models.conv_stem  # noqa: F401  (both register models with timm)
 from robust_accel.models.classifier import PixelClassifier, logits_of, normalized
 from robust_accel.models.creation import (
     ModelSettings,

@@ -4,7 +4,8 @@ import copy
 import difflib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,9 @@ from torch import nn
 from robust_accel.data import ImageSet
 from robust_accel.files import check_path
 from robust_accel.hub import asked_in_vain_once
-from robust_accel.models.checkpoint_files import few, find_weights
+from robust_accel.models.checkpoint_files import FoundWeights, few, find_weights
 from robust_accel.models.classifier import PixelClassifier, normalized
+from robust_accel.models.conv_stem import CONV_STEMS, keys_of_plain, with_own_stem
 from robust_accel.models.timm_folder import (
     WEIGHTS,
     Surroundings,
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _HUB = ("hf-hub:", "hf_hub:")
 _LOCAL = "local-dir:"
+_NEW_STEM = "the plain network's, below a new stem"
 
 
 def check_name(name: str) -> str:
@@ -56,12 +59,15 @@ class ModelSettings(Settings):
 
     Args:
         name: A timm model (``timm.list_models()``), with this package's ``preact_resnet18``,
-            ``wide_resnet28_10`` and their smaller widths, or a timm folder (``local-dir:FOLDER``).
+            ``wide_resnet28_10`` and their smaller widths (``cifar.py``), ``convnext_tiny_cvst``,
+            ``vit_small_cvst`` and larger ones (``conv_stem.py``), or a timm folder
+            (``local-dir:FOLDER``).
         num_classes, in_chans: Taken from the data when not given.
         pretrained: Load timm's weights.
         checkpoint: Weights to start from: a run folder, a timm folder, or a file (safetensors, or a
             torch checkpoint, of which nothing but tensors is read), see ``checkpoint_files.py``.
             The mean, std and size that stand beside the weights hold, where none are given here.
+            A network with a convolutional stem also takes the plain network's, but for the stem.
         new_head: Start with a fresh classifier; where the number of classes differs, this is so
             in any case.
         freeze_backbone: Train the classifier alone, see ``PixelClassifier``.
@@ -111,6 +117,9 @@ def create_classifier(
         model.pretrained_cfg["file"] = name.removeprefix(_LOCAL)
     named = start = _surroundings(name, model)
     weights_source = name if settings.pretrained else None
+    if settings.pretrained and ":" not in name and isinstance(model, CONV_STEMS):
+        cfg: Any = model.pretrained_cfg
+        weights_source = f"{cfg['hf_hub_id']} ({_NEW_STEM})"
     in_file: dict[str, Any] = {}
     if settings.checkpoint is not None:
         start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint)
@@ -239,7 +248,7 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
     try:
         file = _file_of(path)
         own = model.state_dict()
-        found = find_weights(file, own)
+        found = _found(file, model)
         around = beside(file)
         said, weights = f"{path} ({found.said})", dict(found.weights)
         new = [key for key in _head_keys(model) if weights[key].shape != own[key].shape]
@@ -260,6 +269,24 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
     if new:
         around = Surroundings(around.statistics, around.size, None, around.said)
     return around, dict(found.statistics), said
+
+
+def _found(file: Path, model: nn.Module) -> FoundWeights:
+    """The model's weights; of a convolutional stem's, also the plain network's below a new stem."""
+    own = model.state_dict()
+    plain = keys_of_plain(model, own)
+    try:
+        return find_weights(file, own)
+    except ValueError:
+        if plain is None:
+            raise
+        found = None
+        with suppress(ValueError):  # then the network's own keys are what is missed
+            found = find_weights(file, plain)
+        if found is None:
+            raise
+    said = f"{found.said}; {_NEW_STEM}"
+    return replace(found, weights=with_own_stem(model, own, found.weights), said=said)
 
 
 def _file_of(path: str) -> Path:
