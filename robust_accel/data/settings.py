@@ -44,7 +44,8 @@ class MixSettings(Settings):
 
     One draw a step, as timm's ``mode: batch``, but over all processes: each image is mixed with the
     one before it in the step's order. Labels become probabilities, for the attack and the loss;
-    the accuracies of training batches are then those of the class with the larger share.
+    the accuracies of training batches are then those of the class with the larger share, which
+    rise and fall with the draw: lost robust accuracy is looked for on the held-out split alone.
 
     Args:
         mixup, cutmix: alpha of Beta(alpha, alpha), from which the share of an image is drawn;

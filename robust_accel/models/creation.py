@@ -20,6 +20,7 @@ from robust_accel.data import ImageSet
 from robust_accel.files import check_path
 from robust_accel.hub import asked_in_vain_once
 from robust_accel.models.checkpoint_files import FoundWeights, few, find_weights
+from robust_accel.models.cifar import CifarResNet
 from robust_accel.models.classifier import PixelClassifier, normalized
 from robust_accel.models.conv_stem import CONV_STEMS, keys_of_plain, with_own_stem
 from robust_accel.models.timm_folder import (
@@ -124,6 +125,8 @@ def create_classifier(
     if settings.checkpoint is not None:
         start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint)
         _check_same(settings, in_file)
+        if isinstance(model, CifarResNet):
+            _check_activation(start, _args_of_folder(name) | options)
     if settings.new_head:
         model.reset_classifier(model.num_classes)
     given = {"mean": settings.mean, "std": settings.std}
@@ -267,7 +270,7 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
     model.load_state_dict(weights)
     logger.info("checkpoint: %s", said)
     if new:
-        around = Surroundings(around.statistics, around.size, None, around.said)
+        around = replace(around, class_names=None)
     return around, dict(found.statistics), said
 
 
@@ -322,6 +325,18 @@ def _check_same(settings: ModelSettings, in_file: dict[str, Any]) -> None:
                 f"network was trained with, {[round(v, 4) for v in value.tolist()]}: leave "
                 f"model.{key} out"
             )
+
+
+def _check_activation(start: Surroundings, args: dict[str, Any]) -> None:
+    """Raise ValueError where weights, which fit all the same, are known to be of another one."""
+    if start.model_args is None:
+        return
+    named = [str(known.get("act_layer", "relu")) for known in (start.model_args, args)]
+    if len({"silu" if name == "swish" else name for name in named}) > 1:
+        raise ValueError(
+            f"checkpoint: the network of {start.said} has act_layer {named[0]}, the one here "
+            f"{named[1]}: give model.options.act_layer"
+        )
 
 
 def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:

@@ -43,12 +43,14 @@ class Surroundings:
         size: To which images are resized inside, or None.
         class_names: In the order of the logits, or None.
         said: Where this stands.
+        model_args: The network's arguments, or None.
     """
 
     statistics: dict[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     class_names: tuple[str, ...] | None = None
     said: str = ""
+    model_args: dict[str, Any] | None = None
 
 
 def model_folder(run: str | Path) -> Path:
@@ -96,7 +98,8 @@ def beside(file: Path) -> Surroundings:
         model: dict[str, Any] = read_plain(run.recipe).get("model") or {}
         known = {key: model[key] for key in ("mean", "std") if model.get(key) is not None}
         size = None if model.get("size") is None else (model["size"], model["size"])
-        return Surroundings(known, size, None, str(run.recipe))
+        args = model.get("options") if ":" not in str(model.get("name")) else None
+        return Surroundings(known, size, None, str(run.recipe), args)
     return Surroundings()
 
 
@@ -115,6 +118,7 @@ def surroundings(folder: str | Path) -> Surroundings:
         None if size is None else (int(size[0]), int(size[1])),
         names_of(names),
         f"{folder}/config.json",
+        config.get("model_args") or {},
     )
 
 

@@ -36,7 +36,7 @@ def facts_of_training(
     assert settings is not None
     steps = max(1, progress.step)
     epochs = steps / steps_per_epoch
-    fallen = falls_of(metrics, settings, data)
+    fallen = falls_of(metrics, recipe, data)
     return {
         "recipe": recipe.settings,
         "left_out": {name: asdict(found) for name, found in data.left_out.items()},
@@ -67,8 +67,15 @@ def facts_of_training(
     }
 
 
-def falls_of(metrics: list[dict[str, Any]], settings: TrainSettings, data: Data) -> list[Fall]:
-    """Where robust accuracy was lost, see ``collapse.py``."""
+def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[Fall]:
+    """Where robust accuracy was lost, see ``collapse.py``.
+
+    Accuracies of mixed batches rise and fall with each step's draw, and tell none.
+    """
+    settings = recipe.train
+    assert settings is not None
+    if recipe.data.mix is not None and len(data.validation) == 0:
+        return []
     return falls(
         metrics,
         data.num_classes,

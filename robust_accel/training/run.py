@@ -264,7 +264,7 @@ class _Run:
                 if progress.to_validate:
                     self.validate(epoch + 1)
                 if self.accelerator.is_main_process:
-                    for fall in falls_of(self.folder.read_metrics(), self.settings, self.data):
+                    for fall in falls_of(self.folder.read_metrics(), self.recipe, self.data):
                         if fall.epoch > epoch:  # the others were told
                             self.say(fall.text)
         self.loop.agreement.close()

@@ -301,6 +301,24 @@ def start_from(checkpoint, **settings):
     return create_classifier(ModelSettings(checkpoint=str(checkpoint), **fields), num_classes=4)
 
 
+def test_weights_of_another_activation_are_refused_where_that_is_known(pretrained, tmp_path):
+    folder, classifier = pretrained
+    options = {"width": 4, "act_layer": "silu"}
+    with pytest.raises(ValueError, match=r"^checkpoint: .*act_layer relu, the one here silu: give"):
+        start_from(folder, options=options)
+    smooth = trained(ModelSettings(name="preact_resnet18", options=options), 3)
+    save_model(smooth, tmp_path)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*act_layer silu, the one here relu: give"):
+        start_from(tmp_path)
+    x = torch.rand(2, 3, 16, 16)
+    for name in ("silu", "swish"):
+        equal(start_from(tmp_path, options=options | {"act_layer": name}).eval()(x), smooth(x))
+    equal(start_from(folder, options={"width": 4, "act_layer": "relu"}).eval()(x), classifier(x))
+    # a file alone does not tell: it is taken
+    (tmp_path / "config.json").unlink()
+    start_from(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "torch", "wrapped by DDP"])
 def test_a_checkpoint_gives_its_weights(kind, pretrained, tmp_path):
     folder, classifier = pretrained

@@ -13,9 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from robust_accel.commands.evaluate import evaluate_model
+from robust_accel.data import Data, MemoryImages
+from robust_accel.objectives import NOT_A_NUMBER
 from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_model
+from robust_accel.training.facts import falls_of
+from robust_accel.training.metrics import share_right
 from robust_accel.training.run import train
 
 SMALL = (
@@ -346,6 +350,26 @@ def test_mixed_labels_train_and_their_accuracies_are_of_the_larger_share(
     lines = [m for m in RunFolder(tmp_path / "run").read_metrics() if "loss" in m]
     for key in ("clean_batch_accuracy", "robust_batch_accuracy"):
         assert 0.2 < lines[-1][key] <= 1
+
+
+def test_accuracy_of_mixed_labels_is_that_of_the_larger_share() -> None:
+    labels = torch.tensor([[0.0, 0.6, 0.4], [1.0, 0.0, 0.0], [0.3, 0.0, 0.7], [0.1, 0.9, 0.0]])
+    assert share_right(torch.tensor([1, 0, 0, NOT_A_NUMBER]), labels) == 0.5
+    assert share_right(torch.tensor([1, 0, 0]), torch.tensor([1, -1, 2])) == 0.5
+
+
+def test_accuracies_of_mixed_batches_raise_no_alarm() -> None:
+    """They fall by a draw alone; where nothing is mixed, or on the held-out split, it is told."""
+    images = torch.zeros(50, 1, 2, 2, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64)
+    for held_out, key in ((0, "robust_batch_accuracy"), (50, "validation_robust_accuracy")):
+        metrics = [{"epoch": 1, key: 1.0}, {"epoch": 2, key: 0.1}]
+        train_set, some = (
+            MemoryImages(*images),
+            MemoryImages(*images).subset(torch.arange(held_out)),
+        )
+        data = Data(train_set, some, train_set, 4)
+        for mix, expected in ((["data.mix={cutmix: 1}"], held_out > 0), ([], True)):
+            assert bool(falls_of(metrics, load_recipe("quickstart", mix), data)) == expected
 
 
 def test_mixing_needs_labels_and_says_so_before_training(tmp_path: Path) -> None:
