@@ -60,8 +60,8 @@ def check_labels(recipe: Recipe, data: Data) -> None:
     """Refuse unlabelled images where the objective, or mixing, needs labels."""
     if recipe.data.mix is not None and not data.all_labeled:
         raise ValueError(
-            "mix: labels are mixed, too, and some of these images have no labels: give them some by "
-            "the pseudo-label command, or leave data.mix out"
+            "mix: it mixes labels, too, and some of these images have no labels: make some by the "
+            "pseudo-label command, or leave data.mix out"
         )
     if not data.all_labeled and not getattr(recipe.objective, "takes_unlabeled", False):
         raise ValueError(
