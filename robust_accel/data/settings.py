@@ -50,8 +50,8 @@ class MixSettings(Settings):
     Args:
         mixup, cutmix: alpha of Beta(alpha, alpha), from which the share of an image is drawn;
             0 is off. Rebuffi et al. 2021 (arXiv 2103.01946) take ``cutmix: 1``.
-        prob: Of a step to be mixed.
-        switch_prob: Of CutMix instead of mixup, where both are on; 0.5 unless given.
+        prob: Probability that a step is mixed.
+        switch_prob: Probability of CutMix instead of mixup, where both are on; 0.5 unless given.
     """
 
     mixup: Annotated[Number, Ge(0), Le(100)] = 0.0
@@ -92,12 +92,13 @@ class DataSettings(Settings):
         in_memory: Decode all images once and keep them as uint8 (for small images of one size).
         augment: ``crop_flip`` (in memory: pad by 4, crop, mirror, in batches on the device),
             ``timm`` (from files: random resized crop and mirror), or ``none``.
-        policy: After that, torchvision's ``rand`` (RandAugment: 2 operations of magnitude 9),
-            ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
-            (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory it is the main process
-            that computes it, image by image.
-        cutout: After that, a black square of so many pixels, somewhere inside each image.
-        mix: After that, mixup and CutMix, see ``MixSettings``.
+        policy: Of torchvision, after ``augment``: ``rand`` (RandAugment, 2 operations of magnitude
+            9), ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
+            (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory each training process
+            computes it image by image, from files the workers do.
+        cutout: After ``policy``, a black square of so many pixels a side somewhere in each image.
+        mix: After all of these, mixup and CutMix: images and labels of a step mixed with each
+            other, see ``MixSettings``.
         image_size: Height and width that images from files are cropped and resized to.
         num_workers: Processes that decode images from files.
         on_bad: What to do about images that are missing, empty or cannot be decoded, have several
