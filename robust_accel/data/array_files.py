@@ -4,6 +4,7 @@ Nothing is unpickled: arrays of objects are refused by their headers. What is ma
 file; its pages are the kernel's, who shares them among all processes and takes them back.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -26,6 +27,8 @@ from robust_accel.files import opened, remove_incomplete, written_whole
 
 FOLDER_HAS = "images.npy"  # by which a folder of arrays is known
 _NPY = ".npy"
+_NO_ZIP = "it is no .npz, or damaged or cut off"
+_LONGEST = 600  # characters of a message
 _BLOCK = 2**20  # bytes that are unpacked at a time
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: ... lengths of name and extra
 
@@ -130,15 +133,20 @@ def refused(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename if error.filename not in (None, path) else ""
-        raise ValueError(
-            f"path: {path} cannot be read: {f'{where}: ' if where else ''}{error.strerror or error}"
-        ) from None
+        if error.errno == errno.EINVAL and error.filename is None:  # a zip's places are before it
+            raise ValueError(f"path: {path} is refused: {_NO_ZIP}") from None
+        inside = error.filename not in (None, path)
+        why = f"{error.filename}: {error.strerror}" if inside else error.strerror or error
+        raise ValueError(f"path: {path} cannot be read: {why}") from None
     except zipfile.BadZipFile as error:
-        raise ValueError(f"path: {path} is refused: no .npz, or cut off: {error}") from None
+        raise ValueError(f"path: {path} is refused: {_NO_ZIP}: {error}") from None
     except Exception as error:
         known = isinstance(error, ValueError | NotImplementedError | RuntimeError)
-        why = " ".join(str(error).split())[:200] if known else f"damaged ({type(error).__name__})"
+        why = (
+            " ".join(str(error).split())[:_LONGEST]
+            if known
+            else f"damaged ({type(error).__name__})"
+        )
         raise ValueError(f"path: {path} is refused: {why}") from None
 
 
