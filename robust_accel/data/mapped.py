@@ -152,7 +152,8 @@ def labels_among(images: ImageSet) -> set[int]:
     if not isinstance(images, MappedImages):
         return set(images.labels.unique().tolist())
     if images.present is None:
-        images.present = {label for c in images.label_chunks() for label in np.unique(c).tolist()}
+        found = [np.bincount(labels - NO_LABEL) for labels in images.label_chunks()]
+        images.present = {int(n) + NO_LABEL for counts in found for n in np.flatnonzero(counts)}
     return images.present
 
 
