@@ -266,7 +266,7 @@ def chosen(component: Any, values: dict[str, Any]) -> dict[str, Any]:
         }
     else:
         return values
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, value in values.items():
         default = defaults.get(key, dataclasses.MISSING)
         if isinstance(default, BaseModel):
