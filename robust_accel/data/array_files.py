@@ -50,6 +50,8 @@ class Mapped:
 
     def soon(self, rows: np.ndarray) -> None:
         """Let the kernel read rows [B] ahead, all at once, while others are worked on."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         size = math.prod(self.array.shape[1:]) * self.array.itemsize
         for row in rows.tolist():
             os.posix_fadvise(
