@@ -277,14 +277,19 @@ def chosen(component: Any, values: dict[str, Any]) -> dict[str, Any]:
         }
     else:
         return values
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, value in values.items():
         default = defaults.get(key, dataclasses.MISSING)
         if isinstance(default, BaseModel):
             default = default.model_dump(mode="json")
         if default is dataclasses.MISSING or as_json(default) != as_json(value):
-            nested = isinstance(value, dict) and hasattr(component, key)
-            kept[key] = chosen(getattr(component, key), value) if nested else value
+            own = getattr(component, key, None)
+            if isinstance(value, dict) and own is not None:
+                kept[key] = chosen(own, value)
+            elif isinstance(own, tuple) and all(isinstance(part, BaseModel) for part in own):
+                kept[key] = [chosen(*pair) for pair in zip(own, value, strict=True)]
+            else:
+                kept[key] = value
     return kept
 
 

@@ -137,6 +137,9 @@ def with_new_defaults(old: Any, new: Any, chosen: Any) -> Any:
         new: All settings of today.
         chosen: Of these those that are not at their defaults.
     """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = chosen if isinstance(chosen, list) else [{}] * len(new)
+        return [with_new_defaults(*part) for part in zip(old, new, parts, strict=True)]
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return old
     chosen = chosen if isinstance(chosen, dict) else {}

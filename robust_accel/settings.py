@@ -180,7 +180,8 @@ def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
             is_name = False
             continue
         fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
-        if spec is not None and getattr(spec, "__name__", None) == part:
+        is_list = part not in fields and part.startswith("tuple[") and part != fault["loc"][-1]
+        if is_list or (spec is not None and getattr(spec, "__name__", None) == part):
             continue  # a union's member
         if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
             message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"

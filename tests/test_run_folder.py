@@ -7,6 +7,7 @@ import pytest
 
 from robust_accel.files import append_line
 from robust_accel.locks import OWNER
+from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 
 
@@ -52,6 +53,16 @@ def test_settings_that_an_earlier_version_did_not_know_are_at_their_defaults() -
     filled = with_new_defaults(old, new, {"train": {"epochs": 1, "awp": {}, "other": 4}})
     assert filled == {"train": {"epochs": 1, "awp": None, "new": 3}, "output": "a", "data": {}}
     assert differences(filled, new).keys() == {"output", "train.awp", "train.other"}
+
+
+def test_settings_in_a_list_that_an_earlier_version_did_not_know_are_at_their_defaults() -> None:
+    old, new = {"a": [{"p": 1}, {"p": 2}]}, {"a": [{"p": 1, "q": 0}, {"p": 2, "q": 3}]}
+    filled = with_new_defaults(old, new, {"a": [{"p": 1}, {"p": 2, "q": 3}]})
+    assert filled == {"a": [{"p": 1, "q": 0}, {"p": 2}]}
+    longer = {"a": [*new["a"], {"p": 4, "q": 0}]}
+    assert with_new_defaults(old, longer, longer) == old
+    tuned = load_recipe("quickstart", ["data.unlabeled=[{path: a.npz, fraction: 0.25}]"])
+    assert tuned.chosen["data"]["unlabeled"] == [{"path": "a.npz", "fraction": 0.25}]
 
 
 def test_only_named_steps_are_checkpoints_and_the_newest_is_last(tmp_path: Path) -> None:

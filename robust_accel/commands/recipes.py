@@ -44,7 +44,7 @@ def show(options: argparse.Namespace) -> int:
     lines = [*_lines(recipe.settings, recipe.origins)]
     width = min(60, max(len(text) for text, _ in lines) + 2)
     for text, origin in lines:
-        say(f"{text:{width}}{origin and f'# {origin}'}".rstrip())
+        say(f"{text + '  ' * bool(origin):{width}}{origin and f'# {origin}'}".rstrip())
     return 0
 
 

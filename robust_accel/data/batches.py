@@ -1,8 +1,8 @@
 """Who trains on which image when: the same deal, whoever computes it."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from robust_accel.data.augmentation import Mixing
 from robust_accel.data.images import NO_LABEL, Batch, ImageSet, seeded_generator
 from robust_accel.data.loading import Data
+from robust_accel.data.mapped import MappedImages, labels_among
+from robust_accel.data.orders import Order
 
 
 class Sampler:
@@ -51,6 +53,7 @@ class Sampler:
         self._num_images, self._num_micro = num_images, num_micro
         self._rank, self._world_size = rank, world_size
         self._seed, self._sharding = seed, sharding
+        self._counts = (-1, torch.empty(0))  # labelled images by step, of the epoch at hand
 
     def epoch(
         self, epoch: int, first_step: int = 0, *, with_previous: bool = False
@@ -68,15 +71,14 @@ class Sampler:
             micro_batches = tuple(torch.cat([before[:1], own]) for before, own in pairs)
         return itertools.islice(iter(micro_batches), first_step * self._num_micro, None)
 
-    def count(self, flags: Tensor, epoch: int) -> Tensor:
-        """How many images with a flag each step of the epoch has, over all processes: [steps].
-
-        flags: [N], bool.
-        """
-        of_rank = [flags[self._own(epoch, rank)] for rank in range(self._world_size)]
-        return torch.stack([f.view(self.steps_per_epoch, -1).sum(dim=1) for f in of_rank]).sum(
-            dim=0
-        )
+    def num_labeled(self, images: ImageSet, epoch: int, step: int) -> int:
+        """How many of a step's images have a label, over all processes."""
+        if self._counts[0] != epoch:
+            flags = images.labels != NO_LABEL
+            of_rank = [flags[self._own(epoch, rank)] for rank in range(self._world_size)]
+            counts = [f.view(self.steps_per_epoch, -1).sum(dim=1) for f in of_rank]
+            self._counts = (epoch, torch.stack(counts).sum(dim=0))
+        return int(self._counts[1][step])
 
     def _own(self, epoch: int, rank: int, *, shift: int = 0) -> Tensor:
         """A process's images in the epoch's order; or those so many places before in each step."""
@@ -94,15 +96,59 @@ class Sampler:
         return by_step.view(self.steps_per_epoch, self._world_size, -1)[:, rank].flatten()
 
 
+class MappedSampler(Sampler):
+    """A ``Sampler`` without lists of all images: it computes a micro-batch's when its turn comes.
+
+    Its orders are others than a ``Sampler``'s, and have the same properties.
+    """
+
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, with_previous: bool = False
+    ) -> Iterator[Tensor]:
+        for step in range(first_step, self.steps_per_epoch):
+            for micro in range(self._num_micro):
+                own = self._dealt(epoch, self._rank, step, micro)
+                if with_previous:
+                    before = self._dealt(epoch, *self._before(step, micro))[-1:]
+                    own = torch.cat([before, own])
+                yield own
+
+    def _before(self, step: int, micro: int) -> tuple[int, int, int]:
+        """Process, step and micro-batch that end with the image before a micro-batch's first."""
+        if micro > 0:
+            return self._rank, step, micro - 1
+        processes = 1 if self._sharding == "fixed" else self._world_size
+        rank = self._rank if processes == 1 else (self._rank - 1) % processes
+        return rank, step, self._num_micro - 1
+
+    def num_labeled(self, images: ImageSet, epoch: int, step: int) -> int:
+        assert isinstance(images, MappedImages)
+        parts = itertools.product(range(self._world_size), range(self._num_micro))
+        dealt = torch.cat([self._dealt(epoch, rank, step, micro) for rank, micro in parts])
+        return int((images.labels_at(dealt) != NO_LABEL).sum())
+
+    def _dealt(self, epoch: int, rank: int, step: int, micro: int) -> Tensor:
+        """A process's images of one micro-batch."""
+        size, of_process = self._micro_size, self._micro_size * self._num_micro
+        if self._sharding == "fixed":
+            number = len(range(rank, self._num_images, self._world_size))
+            start = step * of_process + micro * size
+            own = Order(number, self._seed, 3, epoch, rank)[torch.arange(start, start + size)]
+            return Order(self._num_images, self._seed, 2)[rank + self._world_size * own]
+        start = (step * self._world_size + rank) * of_process + micro * size
+        order = Order(self._num_images, self._seed, 4, epoch)
+        return order[torch.arange(start, start + size)]
+
+
 class TrainingBatches:
     """A process's batches: labelled images, and unlabelled ones where the data have them.
 
-    An epoch is a pass over the labelled images. Unlabelled images have an order and epochs of
-    their own; what a step trains on follows from its number alone.
+    An epoch is a pass over the labelled images. Unlabelled images of each source have an order and
+    epochs of their own; what a step trains on follows from its number alone.
 
     Args:
-        data: ``data.unlabeled`` is mixed in where it is there.
-        fraction: Share of unlabelled images in each batch.
+        data: ``data.mixed_in`` is mixed in where it is there.
+        fraction: Share of unlabelled images in each batch, of each source.
         batch_size, num_micro, rank, world_size, seed, sharding: See ``Sampler``; the batch size
             counts both.
         mixing: Of images with others of their set, which then all have a label.
@@ -116,7 +162,7 @@ class TrainingBatches:
         self,
         data: Data,
         *,
-        fraction: float | None,
+        fraction: float | Sequence[float] | None,
         batch_size: int,
         num_micro: int,
         rank: int,
@@ -125,35 +171,34 @@ class TrainingBatches:
         sharding: Literal["global", "fixed"],
         mixing: Mixing | None = None,
     ) -> None:
-        about = {"num_micro": num_micro, "rank": rank, "world_size": world_size}
+        about: dict[str, Any] = {"num_micro": num_micro, "rank": rank, "world_size": world_size}
+        about |= {"sharding": sharding}
         self._num_parts = num_micro * world_size
-        self._counts: dict[int, tuple[int, Tensor]] = {}  # of the epoch at hand, by set
-        num_unlabeled = 0
-        self._unlabeled: tuple[ImageSet, Sampler] | None = None
-        if data.unlabeled is not None:
-            assert fraction is not None
-            num_unlabeled = round(fraction * batch_size)
-            if not 0 < num_unlabeled < batch_size or num_unlabeled % self._num_parts:
-                raise ValueError(
-                    f"batch_size: {batch_size} x data.unlabeled.fraction {fraction:g} makes "
-                    f"{num_unlabeled} unlabelled images a step, which must be more than 0, fewer "
-                    f"than all, and divisible by {world_size} processes x {num_micro} micro-batches"
-                )
-            own_seed = seeded_generator(seed, 7).initial_seed()
-            sampler = Sampler(
-                len(data.unlabeled), num_unlabeled, seed=own_seed, sharding=sharding, **about
+        fractions = fraction if isinstance(fraction, Sequence) else [fraction]
+        numbers: list[int] = []
+        others: list[tuple[ImageSet, Sampler]] = []
+        for i, images in enumerate(data.mixed_in):
+            share = fractions[i]
+            assert share is not None
+            key = "data.unlabeled.fraction" + f" (number {i})" * (len(data.mixed_in) > 1)
+            numbers.append(self._number_of(share, key, batch_size, num_micro, world_size))
+            own_seed = seeded_generator(seed, 7, *([i] if i else [])).initial_seed()
+            kind = MappedSampler if isinstance(images, MappedImages) else Sampler
+            others.append((images, kind(len(images), numbers[-1], seed=own_seed, **about)))
+        if sum(numbers) >= batch_size:
+            raise ValueError(
+                f"batch_size: {batch_size} has no room for labelled images beside {numbers} others"
             )
-            self._unlabeled = (data.unlabeled, sampler)
-        self._labeled = data.train
-        self._sampler = Sampler(
-            len(data.train), batch_size - num_unlabeled, seed=seed, sharding=sharding, **about
+        sampler = Sampler(len(data.train), batch_size - sum(numbers), seed=seed, **about)
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self._sets = [(data.train, sampler), *others]
+        self._vary = any(
+            NO_LABEL in found and len(found) > 1
+            for found in (labels_among(images) for images, _ in self._sets)
         )
-        self.steps_per_epoch = self._sampler.steps_per_epoch
-        sets = [(self._labeled, self._sampler)]
-        sets += [] if self._unlabeled is None else [self._unlabeled]
         self._mixing, self._num_micro = mixing, num_micro
         if mixing is not None:
-            fewest = min(batch_size - num_unlabeled, num_unlabeled or batch_size)
+            fewest = min([batch_size - sum(numbers), *numbers])
             if sharding == "fixed":
                 fewest //= world_size
             if fewest < 2:
@@ -161,18 +206,34 @@ class TrainingBatches:
                     f"batch_size: {batch_size} makes a step of one image, which data.mix has "
                     "nothing to mix with"
                 )
-        self._labeled_flags = [(images.labels != NO_LABEL, sampler) for images, sampler in sets]
-        self._vary = any(bool(f.any()) and not bool(f.all()) for f, _ in self._labeled_flags)
+
+    def _number_of(
+        self, fraction: float, key: str, batch_size: int, num_micro: int, world_size: int
+    ) -> int:
+        """Images a step that a share makes."""
+        number = round(fraction * batch_size)
+        if not 0 < number < batch_size or number % self._num_parts:
+            near = round(number / self._num_parts) * self._num_parts / batch_size
+            fits = f" (a share of {near:g} could)" if 0 < near < 1 else ""
+            raise ValueError(
+                f"batch_size: {batch_size} x {key} {fraction:g} makes "
+                f"{number} unlabelled images a step, which must be more than 0, fewer "
+                f"than all, and divisible by {world_size} processes x {num_micro} micro-batches"
+                f"{fits}"
+            )
+        return number
 
     def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[Batch]:
         """The micro-batches of an epoch from a step on: labelled images first, then the others."""
-        batches = self._from(self._labeled, self._sampler, 0, epoch, first_step, device)
-        if self._unlabeled is None:
+        (labeled, sampler), *others = self._sets
+        batches = self._from(labeled, sampler, 0, epoch, first_step, device)
+        if not others:
             yield from batches
             return
-        others = self._unlabeled_from(epoch * self.steps_per_epoch + first_step, device)
-        for (x, labels), (other_x, other_labels) in zip(batches, others, strict=False):
-            yield torch.cat([x, other_x]), torch.cat([labels, other_labels])
+        step = epoch * self.steps_per_epoch + first_step
+        mixed_in = [self._without_end(*other, i, step, device) for i, other in enumerate(others, 1)]
+        for parts in zip(batches, *mixed_in, strict=False):
+            yield torch.cat([x for x, _ in parts]), torch.cat([labels for _, labels in parts])
 
     def num_labeled(self, step: int) -> float | None:
         """Labelled images in a step's micro-batches, the mean over all of all processes.
@@ -182,20 +243,17 @@ class TrainingBatches:
         if not self._vary:
             return None
         total = 0
-        for i, (flags, sampler) in enumerate(self._labeled_flags):
-            epoch, own_step = divmod(step, sampler.steps_per_epoch)
-            if self._counts.get(i, (-1,))[0] != epoch:
-                self._counts[i] = (epoch, sampler.count(flags, epoch))
-            total += int(self._counts[i][1][own_step])
+        for images, sampler in self._sets:
+            total += sampler.num_labeled(images, *divmod(step, sampler.steps_per_epoch))
         return max(total, 1) / self._num_parts
 
-    def _unlabeled_from(self, step: int, device: torch.device) -> Iterator[Batch]:
-        """Without end: epoch after epoch of the unlabelled images, from a step of training on."""
-        assert self._unlabeled is not None
-        images, sampler = self._unlabeled
+    def _without_end(
+        self, images: ImageSet, sampler: Sampler, number: int, step: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Epoch after epoch of a source of images, from a step of training on."""
         epoch, first_step = divmod(step, sampler.steps_per_epoch)
         while True:
-            yield from self._from(images, sampler, 1, epoch, first_step, device)
+            yield from self._from(images, sampler, number, epoch, first_step, device)
             epoch, first_step = epoch + 1, 0
 
     def _from(

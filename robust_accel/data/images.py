@@ -17,8 +17,8 @@ from robust_accel.data.decoding import Pictures, UnusableImage
 from robust_accel.data.settings import DataSettings
 
 NO_LABEL = -1
-_HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
-_HASHED_IMAGES = 1000
+HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
+HASHED_IMAGES = 1000
 Batch = tuple[Tensor, Tensor]
 """Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device.
 
@@ -120,17 +120,17 @@ class MemoryImages:
             if draws is not None:
                 x = crop_flip(x, draws[indices].to(where))
             if transform is not None:
-                x = self._transformed(x, indices, epoch or 0).to(device)
+                x = transformed(x, transform, indices, self.seed, epoch or 0).to(device)
             yield x.float() / 255, self.labels[indices].to(device)
 
-    def _transformed(self, x: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Each image by its own draw: x [B, C, H, W], uint8."""
-        assert self.transform is not None
-        found = []
-        for image, index in zip(x, indices.tolist(), strict=True):
-            with seeded(self.seed, epoch, index):
-                found.append(self.transform(image))
-        return torch.stack(found)
+
+def transformed(x: Tensor, transform: Transform, indices: Tensor, seed: int, epoch: int) -> Tensor:
+    """Each image by its own draw: x [B, C, H, W], uint8, on the CPU."""
+    found = []
+    for image, index in zip(x, indices.tolist(), strict=True):
+        with seeded(seed, epoch, index):
+            found.append(transform(image))
+    return torch.stack(found)
 
 
 class FileImages:
@@ -164,8 +164,8 @@ class FileImages:
         sizes = self.pictures.sizes()
         found = hashlib.sha256(sizes.tobytes() + self.labels.numpy().tobytes())
         number = len(self)
-        if sizes.sum() > _HASHED_WHOLE:
-            number = min(_HASHED_IMAGES, number)
+        if sizes.sum() > HASHED_WHOLE:
+            number = min(HASHED_IMAGES, number)
         for index in np.linspace(0, len(self) - 1, number).round().astype(int):
             found.update(self.pictures.content(int(index)))
         return found.hexdigest()
@@ -263,13 +263,13 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-_PAD = 4
+PAD = 4
 
 
 def _draw_crops(num_images: int, seed: int, epoch: int) -> Tensor:
-    """Row offset, column offset (0 to 2 * _PAD) and mirror flag of every image: [N, 3]."""
+    """Row offset, column offset (0 to 2 * PAD) and mirror flag of every image: [N, 3]."""
     generator = seeded_generator(seed, epoch, 1)
-    offsets = torch.randint(0, 2 * _PAD + 1, (num_images, 2), generator=generator)
+    offsets = torch.randint(0, 2 * PAD + 1, (num_images, 2), generator=generator)
     flips = torch.randint(0, 2, (num_images, 1), generator=generator)
     return torch.cat([offsets, flips], dim=1)
 
@@ -281,7 +281,7 @@ def crop_flip(x: Tensor, draws: Tensor) -> Tensor:
     rows = row + torch.arange(height, device=x.device)  # [B, H]
     steps = torch.arange(width, device=x.device)
     columns = column + torch.where(flip, steps.flip(0), steps)  # [B, W]
-    padded = pad(x, (_PAD,) * 4)
+    padded = pad(x, (PAD,) * 4)
     return padded[
         torch.arange(batch, device=x.device)[:, None, None, None],
         torch.arange(channels, device=x.device)[None, :, None, None],

@@ -12,6 +12,7 @@ from robust_accel.data.columns import LabeledRows, classes_of_train, labeled_row
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.ids import Ids, IdsError, find_rows
 from robust_accel.data.images import NO_LABEL, FileImages, ImageSet, MemoryImages
+from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.reading import LeftOut, by, drawn, drawn_order, held_out, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
@@ -37,6 +38,8 @@ class Data:
     """Which images of the test split ``test`` is, see ``EvaluationImages``."""
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     """By ``train``, ``test`` and ``unlabeled``, where ``data.on_bad: skip`` left images out."""
+    further: tuple[ImageSet, ...] = ()
+    """To be mixed in as ``unlabeled`` is: the second source and those after it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -45,12 +48,18 @@ class Data:
     @property
     def all_labeled(self) -> bool:
         """Whether every image to train on has a label, its own or a teacher's."""
-        sets = [images for images in (self.train, self.unlabeled) if images is not None]
-        return not any(bool((images.labels == NO_LABEL).any()) for images in sets)
+        sets = (self.train, *self.mixed_in)
+        return not any(NO_LABEL in labels_among(images) for images in sets)
+
+    @property
+    def mixed_in(self) -> tuple[ImageSet, ...]:
+        """What is mixed into each batch, source by source."""
+        return () if self.unlabeled is None else (self.unlabeled, *self.further)
 
     def identity(self) -> DataIdentity:
-        """Of what training sees."""
-        return identity_of(train=self.train, validation=self.validation, unlabeled=self.unlabeled)
+        """Of what training sees: ``unlabeled.1`` is the second source that is mixed in."""
+        mixed_in = {_name(i): images for i, images in enumerate(self.mixed_in)}
+        return identity_of(train=self.train, validation=self.validation, **mixed_in)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def identity_of(**sets: ImageSet | None) -> DataIdentity:
     return {
         name: {"images": len(images), "digest": images.digest()}
         for name, images in sets.items()
-        if isinstance(images, MemoryImages | FileImages) and len(images) > 0
+        if isinstance(images, MemoryImages | FileImages | MappedImages) and len(images) > 0
     }
 
 
@@ -112,24 +121,33 @@ def load_data(
         )
     train, rest = drawn(train, settings.train_size, "train_size")
     train, validation = held_out(train, settings.validation_size)
-    unlabeled, left_out = None, {"train": read.left_out, "test": test.left_out}
-    if settings.unlabeled is not None:
-        unlabeled, left_out["unlabeled"] = load_unlabeled(
-            settings.unlabeled, settings, train, rest, classes, seed
+    mixed_in, left_out = [], {"train": read.left_out, "test": test.left_out}
+    for i, own in enumerate(settings.extra):
+        key = f"unlabeled.{i}" if isinstance(settings.unlabeled, tuple) else "unlabeled"
+        images, left_out[_name(i)] = load_unlabeled(
+            own, settings, train, rest, classes, seed, number=i, key=key
         )
-    check_classes(train.labels, classes, also=None if unlabeled is None else unlabeled.labels)
-    if settings.unlabeled is not None and settings.unlabeled.fraction is None:
-        train, unlabeled = train.pooled(unlabeled), None
+        mixed_in.append(images)
+    among = {label for images in mixed_in for label in labels_among(images)}
+    check_classes(train.labels, classes, also=torch.tensor(sorted(among)))
+    if mixed_in and settings.extra[0].fraction is None:
+        train, mixed_in = train.pooled(mixed_in[0]), []
     return Data(
         train,
         validation,
         test.images,
         classes.number,
-        unlabeled,
+        mixed_in[0] if mixed_in else None,
         classes.names,
         test.selection,
         {name: found for name, found in left_out.items() if found is not None},
+        tuple(mixed_in[1:]),
     )
+
+
+def _name(number: int) -> str:
+    """Of a source that is mixed in."""
+    return f"unlabeled.{number}" if number else "unlabeled"
 
 
 def load_test(
@@ -197,7 +215,9 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     Raises:
         ValueError: As ``load_data``; also for a pickle, which has no rows.
     """
-    own = settings.unlabeled or UnlabeledSettings()
+    if len(settings.extra) > 1:
+        raise ValueError(f"unlabeled: one set is labelled at a time, found {len(settings.extra)}")
+    own = next(iter(settings.extra), UnlabeledSettings())
     plain = settings.model_copy(update={"augment": "none"})
     if own.path is None:
         return _left_out(plain)

@@ -16,6 +16,7 @@ from robust_accel.data.images import (
     seeded_generator,
     unusable,
 )
+from robust_accel.data.mapped import MappedImages
 from robust_accel.data.settings import DataSettings
 
 _NAMED = 3  # of the images that are left out
@@ -77,6 +78,8 @@ def drawn(images: ImageSet, size: int | None, key: str) -> tuple[ImageSet, Image
         return images, images.subset(torch.arange(0))
     if size > len(images):
         raise ValueError(f"{key}: {size} exceeds the {len(images)} images there are")
+    if isinstance(images, MappedImages):  # their order is in no memory
+        return images.drawn(size, 6), images.subset(torch.arange(0))
     order = drawn_order(len(images))
     return images.subset(order[:size]), images.subset(order[size:])
 

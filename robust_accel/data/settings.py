@@ -14,12 +14,16 @@ class UnlabeledSettings(Settings):
 
     Args:
         path: As ``data.path``, or Carmon et al.'s ``ti_500K_pseudo_labeled.pickle``, of which
-            nothing but arrays is read. Not given: the images of the training split that
-            ``data.train_size`` leaves out, their labels unseen.
+            nothing but arrays is read. Or arrays that stay in their file, however many: a ``.npz``
+            with ``image`` (uint8, [N, H, W, C]) and ``label`` (integers, [N]; -1 is none), as EDM's
+            images are published, or ``data`` and ``extrapolated_targets``; or a folder with
+            ``images.npy`` and ``labels.npy``. A compressed ``.npz`` is unpacked once into the cache
+            of ``datasets``. Not given: the images of the training split that ``data.train_size``
+            leaves out, their labels unseen.
         config, split: As of ``data``.
-        image_column: Found by its feature type when not given.
+        image_column: Found by its feature type when not given; of arrays, the images' name.
         label_column: Labels to train on. Not given: the ``pseudo_label`` that the ``pseudo-label``
-            command wrote, or none.
+            command wrote, or none. Of arrays, the labels' name.
         min_confidence: Leave out images whose ``confidence`` is below.
         size: Use only so many images, drawn once by a fixed seed.
         fraction: Share of unlabelled images in each batch, in (0, 1). An epoch is then a pass over
@@ -109,7 +113,8 @@ class DataSettings(Settings):
             each process first decodes all of them once). Of plain integers the classes are those
             below 1000, or at least half of the numbers up to which occur.
         classes: Use only the images of these classes, numbered anew in the order given.
-        unlabeled: More images to train on, see ``UnlabeledSettings``.
+        unlabeled: More images to train on, see ``UnlabeledSettings``. Or a list of such sources,
+            each with its ``fraction`` of the batch, together below 1.
         sharding: ``global``: each epoch deals all images anew. ``fixed``: each worker keeps its
             own part, the paper's D(i), and reshuffles that.
     """
@@ -132,8 +137,15 @@ class DataSettings(Settings):
     num_workers: Annotated[Whole, Ge(0), Le(1024)] = 4
     on_bad: Literal["refuse", "skip"] = "refuse"
     classes: Annotated[tuple[Annotated[Whole, Ge(0)], ...], Len(2)] | None = None
-    unlabeled: UnlabeledSettings | None = None
+    unlabeled: UnlabeledSettings | tuple[UnlabeledSettings, ...] | None = None
     sharding: Literal["global", "fixed"] = "global"
+
+    @property
+    def extra(self) -> tuple[UnlabeledSettings, ...]:
+        """The sources that ``unlabeled`` names: none, one, or those of a list."""
+        if isinstance(self.unlabeled, tuple):
+            return self.unlabeled
+        return () if self.unlabeled is None else (self.unlabeled,)
 
     def source(self, kind: Literal["train", "test"] = "test") -> dict[str, Any]:
         """Where images are from, for records: path, config, split, and what else chose them."""
@@ -165,9 +177,27 @@ class DataSettings(Settings):
             )
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes: {list(self.classes)} names a class twice")
-        if self.unlabeled is not None and self.unlabeled.path is None and self.train_size is None:
+        if any(own.path is None for own in self.extra) and self.train_size is None:
             raise ValueError(
                 "unlabeled.path is not given, so the images that data.train_size leaves out are "
                 "meant, but data.train_size is not given either"
             )
+        if isinstance(self.unlabeled, tuple):
+            _check_shares([own.fraction for own in self.unlabeled])
         return self
+
+
+def _check_shares(fractions: list[float | None]) -> None:
+    """Refuse a list of sources that leaves no room for labelled images, or pools one."""
+    found = ", ".join("null" if share is None else f"{share:g}" for share in fractions)
+    if not fractions or None in fractions:
+        raise ValueError(
+            "unlabeled: a list needs at least one source, and a fraction of each, not null, found "
+            f"[{found}]"
+        )
+    total = sum(share for share in fractions if share is not None)
+    if total > 1 - 1e-9:
+        raise ValueError(
+            f"unlabeled: the fractions [{found}] are {total:g} together, and must leave a share of "
+            "labelled images: below 1"
+        )

@@ -1,21 +1,20 @@
 """The images that ``data.unlabeled`` means, and the labels that some of them have."""
 
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from robust_accel.data.array_pickle import load_arrays
+from robust_accel.data.array_files import holds_arrays
+from robust_accel.data.array_images import images_of_arrays, images_of_pickle
 from robust_accel.data.classes import Classes, renumbered_labels, tell
 from robust_accel.data.columns import find_image_column, find_label_column
 from robust_accel.data.decoding import Pictures, Source
-from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, seeded_generator
-from robust_accel.data.labels import checked_labels, class_names, labels_of
-from robust_accel.data.reading import LeftOut, by, drawn, left_out_of, read_images
+from robust_accel.data.images import NO_LABEL, ImageSet, seeded_generator
+from robust_accel.data.labels import class_names, labels_of
+from robust_accel.data.reading import LeftOut, by, drawn, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 
@@ -30,6 +29,9 @@ def load_unlabeled(
     rest: ImageSet,
     classes: Classes,
     seed: int,
+    *,
+    number: int = 0,
+    key: str = "unlabeled",
 ) -> tuple[ImageSet, LeftOut | None]:
     """Images that ``data.unlabeled`` names, decoded and augmented as ``data`` says.
 
@@ -37,11 +39,14 @@ def load_unlabeled(
         train: Which they go with.
         rest: What ``data.train_size`` leaves out.
         classes: Of the data set.
+        number: Of several such sources, from 0 on.
+        key: What errors begin with.
 
     Raises:
         ValueError: ``unlabeled.key: ...``.
     """
-    seed = seeded_generator(seed, 8).initial_seed()  # other crops than the labelled images'
+    # other crops than the labelled images', and than another source's
+    seed = seeded_generator(seed, 8, *([number] if number else [])).initial_seed()
     try:
         images, left_out = _read(own, settings, rest, classes, seed)
         images, _ = drawn(images, own.size, "size")
@@ -51,7 +56,7 @@ def load_unlabeled(
                 f"{by(train.shape)}"
             )
     except ValueError as error:
-        raise ValueError(f"unlabeled.{error}") from error
+        raise ValueError(f"{key}.{error}") from error
     return images, left_out
 
 
@@ -72,7 +77,9 @@ def _read(
         rest.labels = torch.full((len(rest),), NO_LABEL)
         return rest, None
     if Path(path).suffix in (".pickle", ".pkl"):
-        return _images_of_pickle(path, settings, seed, classes.number)
+        return images_of_pickle(path, settings, seed, classes.number)
+    if holds_arrays(path):
+        return images_of_arrays(path, own, settings, seed, classes.number), None
     rows, image_column, where = rows_to_label(own, settings.on_bad)
     labels = torch.full((len(rows),), NO_LABEL)
     bad: dict[int, str] = {}
@@ -126,35 +133,3 @@ def _labels(
     labels, bad = labels_of(rows, column, number, where, lowest=NO_LABEL, skip=skip)
     kept = torch.tensor([row not in bad for row in range(len(rows))])
     return renumbered_labels(torch.where(kept, labels, NO_LABEL), positions), bad
-
-
-def _images_of_pickle(
-    path: str, settings: DataSettings, seed: int, number: int
-) -> tuple[ImageSet, LeftOut | None]:
-    """Carmon et al.'s file: ``data`` [N, H, W, C] uint8 and ``extrapolated_targets`` [N]."""
-    if not settings.in_memory:
-        raise ValueError(f"path: {path} is read with data.in_memory: true only")
-    arrays = load_arrays(path)
-    pixels = arrays.get("data")
-    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4:
-        found = {name: f"{a.dtype} {list(a.shape)}" for name, a in arrays.items()}
-        raise ValueError(f"path: {path} must hold 'data', uint8 [N, H, W, C], found {found}")
-    targets = arrays.get("extrapolated_targets", np.full(len(pixels), NO_LABEL))
-    if targets.shape != (len(pixels),) or not np.issubdtype(targets.dtype, np.integer):
-        raise ValueError(
-            f"path: 'extrapolated_targets' of {path} must be one integer an image, [{len(pixels)}],"
-            f" found {targets.dtype} {list(targets.shape)}"
-        )
-    if settings.classes is not None and bool((targets != NO_LABEL).any()):
-        raise ValueError(
-            f"path: 'extrapolated_targets' of {path} are numbers, but data.classes numbers classes "
-            "anew: it cannot be told which class is meant"
-        )
-    column = pa.chunked_array([targets.astype(targets.dtype.newbyteorder("="))])
-    about: Any = {"lowest": NO_LABEL, "skip": settings.on_bad == "skip"}
-    labels, bad = checked_labels(column, number, "path: 'extrapolated_targets'", path, **about)
-    images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
-    every = MemoryImages.of(images, labels, settings, seed)
-    if bad:
-        every = every.subset(torch.tensor([row for row in range(len(labels)) if row not in bad]))
-    return every, left_out_of([*bad.values()], len(every))

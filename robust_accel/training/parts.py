@@ -32,10 +32,9 @@ def checked_data(
 def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
     """A process's share of the training images, in their order."""
     assert recipe.train is not None
-    unlabeled = recipe.data.unlabeled
     return TrainingBatches(
         data,
-        fraction=None if unlabeled is None else unlabeled.fraction,
+        fraction=[own.fraction for own in recipe.data.extra if own.fraction is not None],
         batch_size=recipe.train.batch_size,
         num_micro=recipe.train.gradient_accumulation,
         rank=rank,

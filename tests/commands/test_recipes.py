@@ -39,6 +39,18 @@ def test_what_is_shown_names_where_each_setting_is_from(
     assert ["keep:", "2", "#", "default"] in lines
 
 
+def test_what_is_shown_of_a_list_is_a_recipe_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    sources = "[{path: a.npz, fraction: 0.25}, {path: b.npz, fraction: 0.25, size: 3}]"
+    own.write_text(f"base: quickstart\ndata: {{unlabeled: {sources}}}\n")
+    assert main(["recipe", "show", str(own)]) == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_recipe(shown).settings == load_recipe(own).settings
+
+
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     copy = tmp_path / f"{Path(name).name}.yaml"

@@ -71,8 +71,8 @@ def test_a_copy_elsewhere_is_the_same_data(
 def test_large_sets_are_known_by_their_sizes_and_some_images(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_module, "_HASHED_WHOLE", 100)
-    monkeypatch.setattr(images_module, "_HASHED_IMAGES", 2)
+    monkeypatch.setattr(images_module, "HASHED_WHOLE", 100)
+    monkeypatch.setattr(images_module, "HASHED_IMAGES", 2)
 
     def identity() -> dict[str, Any]:
         return load_data(settings(pets, **KINDS[1])).identity()
