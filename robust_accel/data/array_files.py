@@ -6,6 +6,7 @@ file; its pages are the kernel's, who shares them among all processes and takes 
 
 import errno
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -22,8 +23,9 @@ import datasets
 import numpy as np
 from filelock import FileLock
 
-from robust_accel.data.classes import tell
 from robust_accel.files import opened, remove_incomplete, written_whole
+
+logger = logging.getLogger(__name__)
 
 FOLDER_HAS = "images.npy"  # by which a folder of arrays is known
 _NPY = ".npy"
@@ -225,9 +227,12 @@ def _unpacked(path: str, member: zipfile.ZipInfo) -> Path:
                     f"{member.file_size:,} bytes that it has unpacked ({free:,} are free): set "
                     "HF_DATASETS_CACHE, or save the file by numpy.savez"
                 )
-            tell(
-                f"{member.filename} of {path} is compressed: it is unpacked once, into {folder} "
-                f"({member.file_size:,} bytes)"
+            logger.warning(  # by the one that does it, whichever that is
+                "%s of %s is compressed: it is unpacked once, into %s (%s bytes)",
+                member.filename,
+                path,
+                folder,
+                f"{member.file_size:,}",
             )
             with (
                 written_whole(copy) as place,
