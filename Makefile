@@ -52,5 +52,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models)
 .venv/installed-dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
+	# a peer to be measured against; it wants a requests of 2020, which nothing else does
+	$(BIN)/pip install --quiet --no-compile --no-deps "torchattacks>=3.5.1"
 	$(COMPILE)
 	touch $@ .venv/installed
