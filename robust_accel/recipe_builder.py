@@ -242,14 +242,16 @@ class Builder:
 
 def built(spec: Any, tree: dict[str, Any]) -> Any:
     """The component; what is no text is taken as it was written where a text is wanted."""
+    values = plain(tree)
     try:
-        component = spec(**plain(tree))
+        component = spec(**values)
     except ValidationError as error:
         found = error.errors(include_url=False)
         places = [fault["loc"] for fault in found if fault["type"] == "string_type"]
-        if not places:
+        written = with_texts(tree, places) if places else values
+        if written == values:  # there may be thousands of faults: once is enough
             raise
-        component = spec(**with_texts(tree, places))
+        component = spec(**written)
     if not isinstance(component, spec):  # a user's own ``__new__``
         raise ValueError(f"calling {shown(spec)} gives {shown(component)}, no instance of it")
     return with_defaults(component) if isinstance(component, OptimizerSettings) else component
