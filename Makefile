@@ -49,10 +49,10 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models)
 	$(COMPILE)
 	touch $@
 
+# torchattacks, a peer to be measured against, wants a requests of 2020, which nothing else does
 .venv/installed-dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
-	# a peer to be measured against; it wants a requests of 2020, which nothing else does
 	$(BIN)/pip install --quiet --no-compile --no-deps "torchattacks>=3.5.1"
 	$(COMPILE)
 	touch $@ .venv/installed

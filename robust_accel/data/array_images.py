@@ -16,8 +16,8 @@ from robust_accel.data.mapped import MappedImages
 from robust_accel.data.reading import LeftOut, left_out_of
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 
-# Names of the images and of their labels: EDM's files and Carmon et al.'s, and of a folder.
 _CHUNK = 2**16  # labels at a time
+# Names of the images and of their labels: EDM's files and Carmon et al.'s, and of a folder.
 NAMES = {"image": "label", "images": "labels", "data": "extrapolated_targets"}
 
 

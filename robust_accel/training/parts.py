@@ -1,5 +1,6 @@
 """What a run is made of, from its recipe and data."""
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,18 +16,32 @@ def checked_data(
     recipe: Recipe, start: Start, accelerator: Accelerator
 ) -> tuple[Data, dict[str, Any]]:
     """The images, and what a checkpoint says of them; or what is wrong with them."""
-    assert recipe.train is not None
-    seed, ids, number = recipe.train.seed, recipe.evaluate.ids, recipe.model.num_classes
-    data = recipe.checked(
-        "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
-    )
+    data = read_data(recipe)
     identity = data.identity()
     recipe.checked("data", lambda: check_same_data(start, identity, data.test, accelerator))
-    recipe.checked("train", lambda: batches(recipe, data, 0, accelerator.num_processes))
-    recipe.checked("data", lambda: check_labels(recipe, data))
-    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
-        AutoAttackEvaluation(recipe.evaluate, data.num_classes)
+    for check in checks(recipe, data, accelerator.num_processes):
+        check()
     return data, {"data": identity}
+
+
+def read_data(recipe: Recipe) -> Data:
+    """The images that a recipe is about."""
+    assert recipe.train is not None
+    seed, ids, number = recipe.train.seed, recipe.evaluate.ids, recipe.model.num_classes
+    return recipe.checked(
+        "data", lambda: load_data(recipe.data, seed=seed, ids=ids, num_classes=number)
+    )
+
+
+def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], object]]:
+    """What each raises a ValueError where the recipe does not go with its images."""
+    found: list[Callable[[], object]] = [
+        lambda: recipe.checked("train", lambda: batches(recipe, data, 0, num_processes)),
+        lambda: recipe.checked("data", lambda: check_labels(recipe, data)),
+    ]
+    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
+        found.append(lambda: AutoAttackEvaluation(recipe.evaluate, data.num_classes))
+    return found
 
 
 def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:

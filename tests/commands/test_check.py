@@ -24,6 +24,10 @@ def test_what_would_be_trained_is_told(capsys: pytest.CaptureFixture[str]) -> No
     ("settings", "said"),
     [
         (["data.path=no/such/folder"], ["no/such/folder"]),
+        (
+            ["data.classes=[0,1]", "evaluate.autoattack=standard", "train.batch_size=5000"],
+            ["train.batch_size: 5000", "needs at least 4 classes"],  # as train says
+        ),
         (["train.batch_size=5000"], ["train.batch_size: 5000 exceeds the 1293 training images"]),
         (
             ["model.name=wide_resnet10_2x", "train.batch_size=5000"],
