@@ -13,7 +13,14 @@ from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.ids import Ids, IdsError, find_rows
 from robust_accel.data.images import NO_LABEL, FileImages, ImageSet, MemoryImages
 from robust_accel.data.mapped import MappedImages, labels_among
-from robust_accel.data.reading import LeftOut, by, drawn, drawn_order, held_out, read_images
+from robust_accel.data.reading import (
+    LeftOut,
+    by,
+    drawn_order,
+    held_out,
+    read_drawn,
+    read_images,
+)
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 from robust_accel.data.unlabeled import NONE_LEFT_OUT, load_unlabeled, rows_to_label
@@ -111,17 +118,24 @@ def load_data(
     number = test_rows.classes.number  # of plain integers, the test split may have more
     rows = replace(rows, classes=replace(rows.classes, number=number)).of_classes(settings.classes)
     classes = rows.classes
-    read = read_images(rows.pictures, rows.labels, settings, seed, rows.bad)
-    train = read.images
+    train, rest, train_left_out = read_drawn(
+        rows.pictures,
+        rows.labels,
+        settings,
+        seed,
+        rows.bad,
+        size=settings.train_size,
+        key="train_size",
+        rest=any(own.path is None for own in settings.extra),
+    )
     test = _test(test_rows, settings, ids, seed)
     if train.shape != test.images.shape:
         raise ValueError(
             f"path: images of split {settings.train_split} are {by(train.shape)}, of split "
             f"{settings.test_split} {by(test.images.shape)}"
         )
-    train, rest = drawn(train, settings.train_size, "train_size")
     train, validation = held_out(train, settings.validation_size)
-    mixed_in, left_out = [], {"train": read.left_out, "test": test.left_out}
+    mixed_in, left_out = [], {"train": train_left_out, "test": test.left_out}
     for i, own in enumerate(settings.extra):
         key = f"unlabeled.{i}" if isinstance(settings.unlabeled, tuple) else "unlabeled"
         images, left_out[_name(i)] = load_unlabeled(
@@ -178,16 +192,15 @@ def _test(rows: LabeledRows, settings: DataSettings, ids: Ids, seed: int) -> Eva
     if ids is not None:
         rows, selection = _listed(rows, settings, ids)
     rows = rows.of_classes(settings.classes)
-    read = read_images(rows.pictures, rows.labels, settings, seed, rows.bad)
-    images = read.images
-    if settings.test_size is not None:
-        images, _ = drawn(images, settings.test_size, "test_size")
-        selection = f"{settings.test_size} drawn by a fixed seed"
-    if read.left_out is not None:
-        selection += f", {read.left_out.images} bad left out"
-    return EvaluationImages(
-        images, rows.classes.number, rows.classes.names, selection, read.left_out
+    size = settings.test_size
+    images, _, left_out = read_drawn(
+        rows.pictures, rows.labels, settings, seed, rows.bad, size=size, key="test_size"
     )
+    if size is not None:
+        selection = f"{size} drawn by a fixed seed"
+    if left_out is not None:
+        selection += f", {left_out.images} bad left out"
+    return EvaluationImages(images, rows.classes.number, rows.classes.names, selection, left_out)
 
 
 def _listed(

@@ -72,6 +72,31 @@ def read_images(
     return Read(FileImages(pictures.select(kept), labels[kept], settings, seed), kept, left_out)
 
 
+def read_drawn(
+    pictures: Pictures,
+    labels: Tensor,
+    settings: DataSettings,
+    seed: int,
+    bad_rows: Mapping[int, str],
+    *,
+    size: int | None,
+    key: str,
+    rest: bool = False,
+) -> tuple[ImageSet, ImageSet, LeftOut | None]:
+    """So many images, the rest of them where it is wanted, and what is left out of all.
+
+    Only those are decoded; with ``on_bad: skip`` all, since it is drawn from what can be used.
+
+    Raises:
+        ValueError: As ``read_images`` and ``drawn``.
+    """
+    if size is not None and size <= len(pictures) and not rest and settings.on_bad != "skip":
+        order, size = drawn_order(len(pictures))[:size], None
+        pictures, labels = pictures.select(order), labels[order]
+    read = read_images(pictures, labels, settings, seed, bad_rows)
+    return *drawn(read.images, size, key), read.left_out
+
+
 def drawn(images: ImageSet, size: int | None, key: str) -> tuple[ImageSet, ImageSet]:
     """So many images, and the rest."""
     if size is None:

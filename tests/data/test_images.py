@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from robust_accel.data import Data, DataSettings, ImageSet, MemoryImages, load_data, load_test
+from robust_accel.data.decoding import Source
 
 CIFAR = (
     Path(__file__).parent.parent.parent
@@ -282,3 +283,33 @@ def test_cifar10_as_the_hub_stores_it(tmp_path: Path) -> None:
     torch.testing.assert_close(
         x.mean(dim=(0, 2, 3)), torch.tensor([0.491, 0.482, 0.447]), atol=0.02, rtol=0
     )
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_only_images_that_are_drawn_are_decoded(
+    augment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    real = Source.decode
+
+    def counted(self: Source, number: int) -> Image.Image:
+        decoded.append(number)
+        return real(self, number)
+
+    monkeypatch.setattr(Source, "decode", counted)
+    write_parquet(tmp_path, "train", [image(i) for i in range(12)])
+    write_parquet(tmp_path, "test", [image(100 + i) for i in range(4)])
+    some = {"train_size": 5, "test_size": 2, "augment": augment}
+    whole = load_data(settings(str(tmp_path), on_bad="skip", **some))  # draws from what is good
+    assert len(decoded) == 16
+    decoded.clear()
+    drawn = load_data(settings(str(tmp_path), **some))
+    assert len(decoded) == 7
+    assert drawn.identity() == whole.identity()
+    for a, b in ((drawn.train, whole.train), (drawn.test, whole.test)):
+        (one, _), (other, _) = (next(x.batches([torch.arange(2)], CPU, 3)) for x in (a, b))
+        assert torch.equal(one, other)
+    decoded.clear()
+    rest = load_data(settings(str(tmp_path), unlabeled={"path": None, "fraction": 0.5}, **some))
+    assert len(decoded) == 14
+    assert rest.unlabeled is not None and len(rest.unlabeled) == 7
