@@ -1,6 +1,7 @@
 """How fast is the quantiser beside a copy of the same gradient? Prints a table.
 
     python benchmarks/quantizer.py [--repeats 30] [--threads 1 2] [--bits 8 4]
+    python benchmarks/quantizer.py --device cuda --threads 1
     python benchmarks/quantizer.py --workers 2 4 8 16 64 256 [--eager]
 
 The gradient is 11.7 M floats laid out as timm's ResNet-18 in the order of DDP's buckets (last
@@ -38,9 +39,16 @@ def gradient() -> tuple[torch.Tensor, list[Segment]]:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    synchronize()
     start = time.perf_counter()
     function()
+    synchronize()
     return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def worker_seconds(q: Quantizer, num: int, repeats: int) -> dict[str, float]:
@@ -94,6 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--workers", type=int, nargs="+", help="the work of one of so many")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--eager", action="store_true", help="with --workers: not compiled")
     args = parser.parse_args()
     if args.workers:
@@ -101,9 +110,12 @@ def main() -> None:
         return
 
     flat, segments = gradient()
+    flat = flat.to(args.device)
     key = random_key(0, 0, 0, flat.device)
     warm = torch.empty_like(flat)
-    print(f"{flat.numel() / 1e6:.1f} M floats, torch {torch.__version__}, median (fastest) GB/s")
+    where = "CPU" if flat.device.type == "cpu" else torch.cuda.get_device_name(flat.device)
+    print(f"{flat.numel() / 1e6:.1f} M floats, torch {torch.__version__}, {where}")
+    print("median (fastest) GB/s")
     for threads in args.threads:
         torch.set_num_threads(threads)
         for bits in args.bits:
@@ -128,7 +140,7 @@ def main() -> None:
                 speed, best = (flat.nbytes / x / 1e9 for x in (median(t), min(t)))
                 ratio = median(r / x for r, x in zip(reference, t, strict=True))
                 print(
-                    f"  {name:14} {speed:6.2f} ({best:5.2f})   {1e3 * median(t):7.1f} ms   "
+                    f"  {name:14} {speed:6.2f} ({best:5.2f})   {1e3 * median(t):8.2f} ms   "
                     f"{ratio:5.2f} of the {'copy' if 'warm' in name else 'clone'}"
                 )
 
