@@ -204,10 +204,10 @@ class Kernels(Protocol):
 class Eager(Kernels):
     """Tensor code as it is."""
 
-    slab = 1 << 16  # what stays in cache
-
-    def __init__(self, bits: int, norm: BlockNorm) -> None:
+    def __init__(self, bits: int, norm: BlockNorm, device: torch.device) -> None:
         self._bits, self._norm = bits, norm
+        # what stays in cache; on a GPU, what keeps temporaries at some ten times 16 MiB
+        self.slab = 1 << 16 if device.type == "cpu" else 1 << 22
 
     def encode(self, x: Tensor, position: Tensor, key: Tensor, plane: Plane) -> None:
         steps, words = plane
@@ -298,7 +298,7 @@ def _check(kernels: Fused, bits: int, width: int, device: torch.device) -> None:
     rows = 5
     x = torch.linspace(-1, 1, rows * width, device=device).cos().view(rows, width).contiguous()
     position = torch.arange(0, rows * width, width, dtype=torch.int32, device=device)
-    key, eager = random_key(0, 0, 0, device), Eager(bits, "max")
+    key, eager = random_key(0, 0, 0, device), Eager(bits, "max", device)
     for encoder, decoder in ((kernels, eager), (eager, kernels)):
         steps = x.new_empty(rows)
         words = x.new_empty(rows, width * bits // 32, dtype=torch.int32)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 RAW_LIMIT = 4096  # one-dimensional tensors up to this size stay fp32
-LONG_RUN = 1 << 17  # elements from which calls of their own cost less than a copy
+# elements from which kernels of their own cost less than a copy: on a GPU a copy is almost free
+LONG_RUN, LONG_RUN_ON_GPU = 1 << 17, 1 << 24
 
 
 class Segment(NamedTuple):
@@ -159,13 +160,14 @@ def _group(members: list[Run], block: int, unit: int, parts: int, device: torch.
             runs[-1].append(Run(src, position, whole))
         if size > whole:
             runs.append([Run(src + whole, position + whole, size - whole)])
+    long_run = LONG_RUN if device.type == "cpu" else LONG_RUN_ON_GPU
     pieces: list[Piece] = []
     short: list[Run] = []
     num_short = 0
     for run in runs:
         size = sum(r.size for r in run)
         rows = sum(-(-r.size // block) for r in run)
-        if size >= LONG_RUN and size == rows * width:
+        if size >= long_run and size == rows * width:
             pieces.append(Piece(rows, run[0].src))
             continue
         for src, _, length in run:

@@ -319,7 +319,7 @@ class Quantizer:
         # each width is a kernel of its own, made from a thousand such rows
         if fuse and self.norm == "max" and self.block_size is not None and width <= WIDE:
             kernels = fused(self.bits, width, device, torch.get_num_threads())
-        return kernels or Eager(self.bits, self.norm)
+        return kernels or Eager(self.bits, self.norm, device)
 
 
 def _mean(raws: Sequence[Tensor]) -> Tensor:
@@ -334,11 +334,15 @@ def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
 
 
 def _gather(source: Tensor, runs: tuple[Run, ...], out: Tensor) -> None:
-    for src, dst, n in runs:
-        out[dst : dst + n] = source[src : src + n]
+    if runs:
+        torch._foreach_copy_(
+            [out[d : d + n] for _, d, n in runs], [source[s : s + n] for s, _, n in runs]
+        )
 
 
 def _scatter(source: Tensor, runs: tuple[Run, ...], out: Tensor) -> None:
     """Copy runs back from where `_gather` put them."""
-    for src, dst, n in runs:
-        out[src : src + n] = source[dst : dst + n]
+    if runs:
+        torch._foreach_copy_(
+            [out[s : s + n] for s, _, n in runs], [source[d : d + n] for _, d, n in runs]
+        )

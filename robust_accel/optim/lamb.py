@@ -197,8 +197,8 @@ class LAMB(Optimizer):
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
-        for step in steps:
-            step += 1
+        if steps:
+            torch._foreach_add_(steps, 1)
         rows = [
             Row(*row, layer, row[0].ndim)
             for layer, row in enumerate(

@@ -32,8 +32,9 @@ class Row(NamedTuple):
         four = self[:4]
         param = self.param
         return (
-            all(type(t) in (Tensor, nn.Parameter) for t in four)
-            and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in four)
+            param.device.type == "cpu"
+            and all(type(t) in (Tensor, nn.Parameter) for t in four)
+            and all(t.dtype == torch.float32 and t.device == param.device for t in four)
             and all(t.stride() == param.stride() for t in four)
             and (
                 param.is_contiguous()
@@ -49,38 +50,37 @@ class Batch:
     group: dict[str, Any]
     form: Form
     adapt: bool  # a layer-wise factor and weight decay, or a plain step of Adam
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # t of each tensor, this step counted
-    layers: list[int] = field(default_factory=list)  # index of each tensor's layer in its group
+    rows: list[Row] = field(default_factory=list)
     num_elements: int = 0
     workspace: Tensor | None = None  # fp32, for u: batches that take turns share one
     updates: list[Tensor] = field(default_factory=list)
     weight_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
     update_norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [num_tensors]
 
-    def append(self, row: "Row") -> None:
-        self.params.append(row.param)
-        self.grads.append(row.grad)
-        self.exp_avgs.append(row.exp_avg)
-        self.exp_avg_sqs.append(row.exp_avg_sq)
-        self.steps.append(row.step)
-        self.layers.append(row.layer)
+    def append(self, row: Row) -> None:
+        self.rows.append(row)
         self.num_elements += row.param.numel()
 
-    def has_room(self, row: "Row") -> bool:
+    def has_room(self, row: Row) -> bool:
         return self.form != "fused" or self.num_elements + row.param.numel() <= FUSED_BATCH
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [row.param for row in self.rows]
+
+    @property
+    def layers(self) -> list[int]:
+        """The index of each tensor's layer in its group."""
+        return [row.layer for row in self.rows]
 
     @property
     def weight_decay(self) -> float:
         return self.group["weight_decay"] if self.adapt else 0.0
 
     def corrections(self) -> tuple[list[Any], list[Any]]:
-        """1 - beta^t of m and v for each tensor."""
+        """1 - beta^t of m and v for each tensor, this step counted."""
         beta1, beta2 = self.group["betas"]
-        counts = [_count(step) for step in self.steps]
+        counts = _counts([row.step for row in self.rows])
         return [1 - beta1**t for t in counts], [1 - beta2**t for t in counts]
 
 
@@ -106,18 +106,19 @@ def descend(batch: Batch) -> None:
             param.sub_(update.mul_(rate))
 
 
-def _count(step: Tensor) -> Any:
-    # step counts live on the CPU: reading one waits for no GPU. A compiled graph keeps the
-    # tensor, which a number would tie to its value; in fp32, 1 - 0.999 would lose four digits.
-    return step.double() if torch.compiler.is_compiling() else step.item()
+def _counts(steps: list[Tensor]) -> list[Any]:
+    # step counts live on the CPU: reading them waits for no GPU. A compiled graph keeps the
+    # tensors, which numbers would tie to their values; in fp32, 1 - 0.999 would lose four digits.
+    if torch.compiler.is_compiling():
+        return [step.double() for step in steps]
+    return torch.stack(steps).tolist()
 
 
 def _direction_plain(batch: Batch) -> None:
     """Algorithm A2 tensor by tensor: the reference. Advances m and v, computes u."""
     beta1, beta2 = batch.group["betas"]
     corrections1, corrections2 = batch.corrections()
-    for i, param in enumerate(batch.params):
-        grad, exp_avg, exp_avg_sq = batch.grads[i], batch.exp_avgs[i], batch.exp_avg_sqs[i]
+    for i, (param, grad, exp_avg, exp_avg_sq, *_) in enumerate(batch.rows):
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (exp_avg_sq / corrections2[i]).sqrt_().add_(batch.group["eps"])
@@ -131,16 +132,17 @@ def _direction_foreach(batch: Batch) -> None:
     """The same with one kernel for many tensors."""
     beta1, beta2 = batch.group["betas"]
     corrections1, corrections2 = batch.corrections()
-    torch._foreach_lerp_(batch.exp_avgs, batch.grads, 1 - beta1)
-    torch._foreach_mul_(batch.exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(batch.exp_avg_sqs, batch.grads, batch.grads, value=1 - beta2)
-    denominators = torch._foreach_div(batch.exp_avg_sqs, corrections2)
+    params, grads, exp_avgs, exp_avg_sqs, *_ = map(list, zip(*batch.rows, strict=True))
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+    denominators = torch._foreach_div(exp_avg_sqs, corrections2)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, batch.group["eps"])
-    updates = torch._foreach_div(batch.exp_avgs, corrections1)
+    updates = torch._foreach_div(exp_avgs, corrections1)
     torch._foreach_div_(updates, denominators)
     if batch.weight_decay != 0:
-        torch._foreach_add_(updates, batch.params, alpha=batch.weight_decay)
+        torch._foreach_add_(updates, params, alpha=batch.weight_decay)
     batch.updates = list(updates)
 
 
@@ -150,15 +152,16 @@ def _direction_fused(batch: Batch) -> None:
     memory = batch.workspace  # fresh memory costs more than all the arithmetic here
     if memory is None:
         memory = torch.empty(batch.num_elements, dtype=torch.float32, device="cpu")
-    flat = memory[: batch.num_elements].zero_().split([param.numel() for param in batch.params])
-    updates = [u.as_strided(p.shape, p.stride()) for u, p in zip(flat, batch.params, strict=True)]
+    params, grads, exp_avgs, exp_avg_sqs, steps, *_ = map(list, zip(*batch.rows, strict=True))
+    flat = memory[: batch.num_elements].zero_().split([param.numel() for param in params])
+    updates = [u.as_strided(p.shape, p.stride()) for u, p in zip(flat, params, strict=True)]
     torch._fused_adam_(
         updates,
-        batch.grads,
-        batch.exp_avgs,
-        batch.exp_avg_sqs,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        batch.steps,
+        steps,
         lr=-1.0,
         beta1=beta1,
         beta2=beta2,
@@ -168,7 +171,7 @@ def _direction_fused(batch: Batch) -> None:
         maximize=False,
     )
     if batch.weight_decay != 0:
-        torch._foreach_add_(updates, batch.params, alpha=batch.weight_decay)
+        torch._foreach_add_(updates, params, alpha=batch.weight_decay)
     batch.updates = updates
 
 
@@ -185,7 +188,7 @@ def _rates(batch: Batch) -> list[Any]:
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # of one element: a parameter may have no dimension
     if not batch.adapt:
-        return [float(lr) if batch.form == "fused" else lr] * len(batch.params)
+        return [float(lr) if batch.form == "fused" else lr] * len(batch.rows)
     c_l, c_u = batch.group["weight_norm_clamp"]
     tau = batch.weight_norms.clamp(c_l, c_u)
     # 1 where either is zero: see the class; a NaN equals nothing, and passes

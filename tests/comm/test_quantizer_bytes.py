@@ -13,6 +13,7 @@ from roundtrips import (
     sample,
 )
 
+from robust_accel.comm import layout
 from robust_accel.comm.layout import Segment, segment, split
 from robust_accel.comm.quantizer import Message, Quantizer
 
@@ -232,3 +233,26 @@ def test_layouts_go_with_their_owner():
         roundtrip(q, x)
     assert len(q._layouts) == 1 and not other._layouts
     assert q == other
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_message_does_not_depend_on_what_is_copied_first(parts, monkeypatch):
+    """Long runs are read where they lie on a CPU, and copied on a GPU, where a copy is cheap."""
+    sizes = [7, 200_000, 300, 140_032, 131_072]
+    segments, position = [], 0
+    for size in sizes:
+        segments.append(Segment(size, position, raw=size < 10))
+        position += size
+    x, found = sample("gauss", position), []
+    for long_run in (layout.LONG_RUN, layout.LONG_RUN_ON_GPU, 1):
+        monkeypatch.setattr(layout, "LONG_RUN", long_run)
+        quantizer, out = Quantizer(8), torch.empty(position)
+        message = quantizer.encode_parts(x, segments, key(), parts)
+        pieces = quantizer._layout(segments, parts, x.device).groups[0].pieces
+        found.append((len(pieces), *message, out))
+        if parts == 1:
+            quantizer.decode_parts(message, segments, out)
+    assert len({number for number, *_ in found}) > 1
+    for _, floats, words, out in found[1:]:
+        assert torch.equal(floats, found[0][1]) and torch.equal(words, found[0][2])
+        assert parts > 1 or torch.equal(out, found[0][3])
