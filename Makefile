@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest lint audit docs
+.PHONY: quickstart test test-all test-gpu test-oldest lint audit docs
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume
@@ -16,6 +16,10 @@ test: .venv/installed-dev lint
 
 test-all: .venv/installed-dev lint
 	$(BIN)/$(PYTEST)
+
+# on one GPU; the other tests do not see it
+test-gpu: .venv/installed-dev
+	ROBUST_ACCEL_TEST_GPU=1 $(BIN)/$(PYTEST) tests/gpu
 
 # every lower bound of pyproject.toml at once
 test-oldest:

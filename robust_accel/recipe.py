@@ -62,6 +62,8 @@ class TrainSettings(Settings):
         max_steps: Stop after so many optimizer steps; the schedule still counts in epochs.
         seed: Of the weights, the order, the augmentation and the attacks.
         precision: ``auto`` is bf16 where the device computes in it, else fp32.
+        deterministic: Kernels that give the same bits in each run, where GPUs have faster ones;
+            what torch has no such kernel for is refused. On CPUs nothing here needs it.
         attack_mode: Mode of the model during the attack, see ``RobustModel``.
         eps_warmup_epochs: The attack's eps and step size grow linearly, epoch by epoch, to what
             they are: in the k-th of these epochs they are k / eps_warmup_epochs of it.
@@ -98,6 +100,7 @@ class TrainSettings(Settings):
     max_steps: Annotated[Whole, Ge(1)] | None = None
     seed: Annotated[Whole, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    deterministic: Flag = False
     attack_mode: AttackMode = "eval"
     eps_warmup_epochs: Annotated[Whole, Ge(0)] = 0
     awp: AWP | None = None

@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in every process that a test starts
+if "ROBUST_ACCEL_TEST_GPU" not in os.environ:  # make test-gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # a worker has one server to fork from, and imports take longer than what is done in the forks
 multiprocessing.set_forkserver_preload(
     [

@@ -1,6 +1,8 @@
 """The Accelerator of a training run, with DeepSpeed's settings taken from the recipe."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,29 @@ def choose_precision(precision: str) -> str:
             native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
         precision = "bf16" if native else "fp32"
     return "no" if precision == "fp32" else precision
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """``train.deterministic``, from before the first use of a GPU on.
+
+    Raises:
+        ValueError: The training needs what torch has no such kernel for.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" in str(error):
+            raise ValueError(f"train.deterministic: {error}") from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def deepspeed_without_gpu() -> list[Any]:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from robust_accel.data import Data
 from robust_accel.models import PixelClassifier
-from robust_accel.provenance import digest_of, versions
+from robust_accel.provenance import digest_of, hardware, versions
 from robust_accel.recipe import Recipe, TrainSettings
 from robust_accel.training.checkpoint import Progress
 from robust_accel.training.collapse import Fall, falls
@@ -47,6 +47,7 @@ def facts_of_training(
         "skipped_steps": progress.skipped_steps,
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
+        "hardware": hardware(accelerator.device),
         "precision": accelerator.mixed_precision,
         "attack_batchnorm_mode": settings.attack_mode,
         "normalization": {

@@ -33,6 +33,7 @@ from robust_accel.training.accelerator import (
     broadcast_all,
     choose_precision,
     create_accelerator,
+    deterministic,
     share_buffers,
 )
 from robust_accel.training.checkpoint import Checkpoint, Progress
@@ -71,7 +72,8 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
     is_main = os.environ.get("RANK", "0") == "0"
     with Stop(recipe.train.max_time if is_main else None) as stop:
         try:
-            return _train(recipe, stop, resume=resume, quiet=quiet)
+            with deterministic(recipe.train.deterministic):
+                return _train(recipe, stop, resume=resume, quiet=quiet)
         except Stopped as stopped:
             if is_main:
                 kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
