@@ -77,6 +77,8 @@ def test_a_script_that_calls_its_model_with_the_batch(tmp_path: Path) -> None:
 @pytest.mark.launch
 @pytest.mark.parametrize("kind", ["outside", "fsdp2"])
 def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
+    if kind == "fsdp2" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch has FSDP2 on GPUs alone")
     recipe, *settings = RECIPE
     if kind == "outside":
         settings += ["communication.name=qsgd"]
