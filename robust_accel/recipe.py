@@ -74,6 +74,9 @@ class TrainSettings(Settings):
             checkpoint, which is finite; ``skip`` leaves the step out on all processes, at the price
             of a small message a step, and counts it (``skipped_steps``).
         max_skipped_in_a_row: Of more steps than this the run ends; of a loss scaler's (fp16), too.
+        on_collapse: What to do where robust accuracy falls below half of its best, as in
+            catastrophic overfitting: ``warn`` says it; ``stop`` ends the training, and the run
+            leaves its best weights (with ``select: best``).
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
         select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
             train (``data.validation_size``), or ``last``.
@@ -107,6 +110,7 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_a_row: Annotated[Whole, Ge(0)] = 20
+    on_collapse: Literal["warn", "stop"] = "warn"
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     select: Literal["best", "last"] = "last"
     validate_every: Annotated[Whole, Ge(1)] = 1

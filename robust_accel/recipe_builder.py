@@ -165,6 +165,12 @@ class Builder:
                     "0, but train.select: best and train.early_stopping choose on a held-out "
                     "split of train: hold out some images",
                 )
+            if train.on_collapse == "stop" and train.select != "best":
+                self.fault(
+                    "train.on_collapse",
+                    f"stop leaves the weights from before, but train.select is {train.select}: "
+                    "choose best",
+                )
             if train.batch_size % train.gradient_accumulation:
                 self.fault(
                     "train.gradient_accumulation",

@@ -1,10 +1,29 @@
 """Inner maximisation, equation (A1): one file a family of attacks, one line a name."""
 
+from robust_accel.attacks.apgd import APGD
 from robust_accel.attacks.base import Attack, JudgedLoss, LossFn
 from robust_accel.attacks.ddn import DDN
 from robust_accel.attacks.fgsm import FGSMRS, NFGSM
 from robust_accel.attacks.pgd import PGD, NoAttack
 
-ATTACKS = {"none": NoAttack, "pgd": PGD, "fgsm-rs": FGSMRS, "n-fgsm": NFGSM, "ddn": DDN}
+ATTACKS = {
+    "none": NoAttack,
+    "pgd": PGD,
+    "apgd": APGD,
+    "fgsm-rs": FGSMRS,
+    "n-fgsm": NFGSM,
+    "ddn": DDN,
+}
 
-__all__ = ["ATTACKS", "DDN", "FGSMRS", "NFGSM", "PGD", "Attack", "JudgedLoss", "LossFn", "NoAttack"]
+__all__ = [
+    "APGD",
+    "ATTACKS",
+    "DDN",
+    "FGSMRS",
+    "NFGSM",
+    "PGD",
+    "Attack",
+    "JudgedLoss",
+    "LossFn",
+    "NoAttack",
+]

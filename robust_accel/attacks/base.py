@@ -136,6 +136,16 @@ def verdict_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tens
     return wrong, grad
 
 
+def judged_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [B], whether predictions are wrong [B], and the gradient, from one forward pass.
+
+    Of a plain ``LossFn``, which cannot tell, no prediction is wrong.
+    """
+    judged = getattr(loss_fn, "judged", lambda z: (loss_fn(z), None))
+    loss, wrong, grad = _differentiated(judged, x)
+    return loss, torch.zeros_like(loss, dtype=torch.bool) if wrong is None else wrong, grad
+
+
 def _differentiated(
     judged: Callable[[Tensor], tuple[Tensor, Tensor | None]], x: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -24,7 +24,21 @@ class NoAttack(Settings):
         return x.detach()
 
 
-class PGD(Settings):
+class Ball(Settings):
+    """What searches the ball of radius ``eps`` in ``norm``, in pixel units."""
+
+    norm: Norm = "linf"
+    eps: Annotated[Number, Gt(0)] = 8 / 255
+
+    @field_validator("eps")
+    @classmethod
+    def _in_pixel_units(cls, eps: float, info: ValidationInfo) -> float:
+        if info.data.get("norm") == "linf" and eps > 1:
+            raise ValueError("in pixel units an L-inf eps is at most 1, like 8/255")
+        return eps
+
+
+class PGD(Ball):
     """Iterated steepest ascent, projected to the ball; returns the last iterate.
 
     Args:
@@ -41,18 +55,9 @@ class PGD(Settings):
     Source: Madry et al. 2018 (arXiv 1706.06083); (A1) of DAT.
     """
 
-    norm: Norm = "linf"
-    eps: Annotated[Number, Gt(0)] = 8 / 255
     num_steps: Annotated[Whole, Ge(1)] = 10
     step_size: Annotated[Number, Gt(0)] | None = None
     random_start: Flag | Literal["gaussian"] = True
-
-    @field_validator("eps")
-    @classmethod
-    def _in_pixel_units(cls, eps: float, info: ValidationInfo) -> float:
-        if info.data.get("norm") == "linf" and eps > 1:
-            raise ValueError("in pixel units an L-inf eps is at most 1, like 8/255")
-        return eps
 
     @property
     def step_length(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import correct_flags, predictions, under_attack
+from robust_accel.evaluation.accuracy import attacker_of, correct_flags, predictions, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.examples import keep_examples
@@ -109,8 +109,7 @@ def evaluate(
     result: dict[str, Any] = {"function": bench.function}
     pgd = None
     if settings.pgd is not None:
-        attack = settings.make_pgd(settings.pgd.num_steps, settings.pgd.step_size)
-        pgd = under_attack(attack, settings.pgd.restarts)
+        pgd = attacker_of(settings)
 
     def clean_and_pgd(bench: Bench, limit: int | None, prefix: str, purpose: str) -> Any:
         right = bench.clean(limit)
@@ -118,8 +117,11 @@ def evaluate(
         result[name] = told(name, bench.record(purpose, {"name": "none"}, right, right))
         if pgd is not None:
             by_pgd = bench.attacked(pgd, right.first(len(right.index)))
-            name = f"{prefix}pgd_accuracy"
-            result[name] = told(name, bench.record(purpose, pgd.about, right, by_pgd))
+            about = "_".join(
+                [pgd.about["name"], *([pgd.about["loss"]] if "loss" in pgd.about else [])]
+            )
+            record = bench.record(purpose, pgd.about, right, by_pgd)
+            result[f"{prefix}pgd_accuracy"] = told(f"{prefix}{about}_accuracy", record)
         return right, by_pgd
 
     right, by_pgd = clean_and_pgd(bench, settings.images, "", "accuracy")

@@ -7,17 +7,40 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 from torch import Tensor
 
-from robust_accel.attacks import Attack
+from robust_accel.attacks import APGD, Attack
 from robust_accel.data import ImageSet
 from robust_accel.evaluation.bench import Attacker, Bench, Unit
 from robust_accel.evaluation.identity import digest_of_object
-from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.objectives import cross_entropy_of, predicted
+from robust_accel.objectives import AttackLoss, climbed, predicted
 
 
-def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
-    """Perturb by one of this package's attacks on the cross-entropy.
+def attacker_of(
+    settings: EvaluateSettings,
+    *,
+    num_steps: int | None = None,
+    eps: float | None = None,
+    restarts: int | None = None,
+) -> Attacker:
+    """``evaluate.pgd`` (its default where there is none), or the same at another point.
+
+    Args:
+        eps: The steps are as long as the rule of ``PGDSettings`` says for this radius.
+    """
+    pgd = settings.pgd or PGDSettings()
+    number = pgd.num_steps if num_steps is None else num_steps
+    attack: Attack = settings.make_pgd(number, pgd.step_size if eps is None else None, eps)
+    if pgd.attack == "apgd":
+        assert settings.norm is not None
+        radius = settings.eps if eps is None else eps
+        assert radius is not None
+        attack = APGD(norm=settings.norm, eps=radius, num_steps=number)
+    return under_attack(attack, pgd.restarts if restarts is None else restarts, pgd.loss)
+
+
+def under_attack(attack: Attack, restarts: int = 1, loss: AttackLoss = "cross_entropy") -> Attacker:
+    """Perturb by one of this package's attacks on a loss of the logits.
 
     From the second restart on, only images that are still right are attacked.
     """
@@ -27,7 +50,7 @@ def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
         x_adv, left = x, torch.arange(len(x), device=x.device)
         for restart in range(restarts):
             own = labels[left]
-            found = attack(cross_entropy_of(classifier, own), x[left], generator=generator)
+            found = attack(climbed(classifier, own, loss), x[left], generator=generator)
             x_adv = found if restart == 0 else x_adv.index_copy(0, left, found)
             if restart < restarts - 1:
                 with torch.no_grad():
@@ -40,6 +63,8 @@ def under_attack(attack: Attack, restarts: int = 1) -> Attacker:
     if isinstance(attack, BaseModel):
         about = attack.model_dump(mode="json")
     about |= {"name": type(attack).__name__.lower(), "restarts": restarts}
+    if loss != "cross_entropy":
+        about["loss"] = loss
     return Attacker(about, perturb)
 
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from robust_accel.attack_context import attack_context
-from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.outcomes import global_state_kept
-from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
+from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.files import written_whole
 from robust_accel.objectives import predicted
 
@@ -26,8 +26,7 @@ def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
     function = bench.function
     if not bench.accelerator.is_main_process:
         return
-    pgd = settings.pgd or PGDSettings()
-    attacker = under_attack(settings.make_pgd(pgd.num_steps, pgd.step_size))
+    attacker = attacker_of(settings, restarts=1)
     indices = torch.arange(min(NUMBER, len(bench.images)))
     ((x, labels),) = bench.images.batches([indices], bench.accelerator.device)
     with attack_context(bench.classifier, "eval"), global_state_kept(settings.seed):

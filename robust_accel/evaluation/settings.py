@@ -3,9 +3,11 @@
 from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt
+from pydantic import ValidationInfo, field_validator
 
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
+from robust_accel.objectives import AttackLoss
 from robust_accel.settings import Flag, Norm, Number, PathText, Settings, Whole
 
 
@@ -13,6 +15,9 @@ class PGDSettings(Settings):
     """PGD of the evaluation.
 
     Args:
+        attack: ``pgd``, or ``apgd``, which chooses its own step lengths, see ``APGD``.
+        loss: What it climbs: ``cross_entropy``, ``cw`` (PGD on this is what papers call CW-20) or
+            ``dlr``, see ``climbed``.
         num_steps: Steps of a restart.
         step_size: In pixel units; when not given eps / 4, and 2.5 eps / num_steps, at most eps,
             below ten steps. Steps that cannot reach the ball's edge are refused, and such that leap
@@ -20,9 +25,18 @@ class PGDSettings(Settings):
         restarts: Random starts; an image counts as robust if it survives all.
     """
 
+    attack: Literal["pgd", "apgd"] = "pgd"
+    loss: AttackLoss = "cross_entropy"
     num_steps: Annotated[Whole, Ge(1)] = 20
     step_size: Annotated[Number, Gt(0)] | None = None
     restarts: Annotated[Whole, Ge(1)] = 1
+
+    @field_validator("step_size")
+    @classmethod
+    def _of_a_step(cls, step_size: float | None, info: ValidationInfo) -> float | None:
+        if step_size is not None and info.data.get("attack") == "apgd":
+            raise ValueError("apgd chooses the lengths of its steps: leave it out")
+        return step_size
 
 
 class SweepSettings(Settings):

@@ -3,9 +3,11 @@
 from robust_accel.objectives.adversarial import Adversarial
 from robust_accel.objectives.base import (
     NOT_A_NUMBER,
+    AttackLoss,
     Classifier,
     LogitLoss,
     Objective,
+    climbed,
     cross_entropy_of,
     predicted,
 )
@@ -21,12 +23,14 @@ __all__ = [
     "NOT_A_NUMBER",
     "OBJECTIVES",
     "Adversarial",
+    "AttackLoss",
     "Classifier",
     "LogitLoss",
     "Mart",
     "Objective",
     "Smoothing",
     "Trades",
+    "climbed",
     "cross_entropy_of",
     "predicted",
 ]

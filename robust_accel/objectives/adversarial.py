@@ -7,7 +7,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_accel.objectives.base import Classifier, cross_entropy_of
+from robust_accel.objectives.base import AttackLoss, Classifier, climbed
 from robust_accel.settings import Number, Settings
 
 
@@ -18,6 +18,7 @@ class Adversarial(Settings):
         clean_weight: lambda of equation (2), >= 0. 0 is adversarial training (1); the authors'
             published code trains with 1.
         label_smoothing: in [0, 1); of the outer loss only: the attack climbs the plain loss.
+        attack_loss: What the attack climbs, see ``climbed``: ``cross_entropy``, ``cw`` or ``dlr``.
 
     Source: equation (2) of DAT with phi = l(theta, x + delta; y).
     """
@@ -26,11 +27,12 @@ class Adversarial(Settings):
 
     clean_weight: Annotated[Number, Ge(0)] = 0.0
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    attack_loss: AttackLoss = "cross_entropy"
 
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        return cross_entropy_of(classifier, labels)
+        return climbed(classifier, labels, self.attack_loss)
 
     def loss(
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor

@@ -14,6 +14,9 @@ Classifier = Callable[[Tensor], Tensor]
 """x: [B, C, H, W] in [0, 1] -> logits [B, K]."""
 
 
+AttackLoss = Literal["cross_entropy", "cw", "dlr"]
+
+
 class Objective(Protocol):
     """The two levels of min-max problem (2).
 
@@ -78,6 +81,37 @@ def cross_entropy_of(classifier: Classifier, labels: Tensor) -> LogitLoss:
     return LogitLoss(
         classifier, labels, lambda logits: cross_entropy(logits, labels, reduction="none")
     )
+
+
+def climbed(classifier: Classifier, labels: Tensor, loss: AttackLoss) -> LogitLoss:
+    """A loss by its name as an attack climbs it: x_adv -> [B].
+
+    ``cw``: the largest other logit minus that of the label, positive where the prediction is wrong
+    (Carlini and Wagner 2017, arXiv 1608.04644). ``dlr``: the same, divided by the distance between
+    the largest and the third largest logit, so that no scale of the logits hides its gradient
+    (Croce and Hein 2020, arXiv 2003.01690, equation (6)).
+
+    Args:
+        labels: [B] class indices, or [B, K] probabilities, of which the largest is the label.
+
+    Raises:
+        ValueError: ``dlr`` of fewer than three classes.
+    """
+    if loss == "cross_entropy":
+        return cross_entropy_of(classifier, labels)
+    own = labels.argmax(dim=1) if labels.ndim > 1 else labels
+
+    def margins(logits: Tensor) -> Tensor:
+        right = logits.gather(1, own[:, None])
+        margin = logits.scatter(1, own[:, None], -torch.inf).amax(dim=1) - right[:, 0]
+        if loss == "cw":
+            return margin
+        if logits.shape[1] < 3:
+            raise ValueError(f"the loss dlr needs three classes, here are {logits.shape[1]}")
+        top = logits.topk(3, dim=1).values
+        return margin / (top[:, 0] - top[:, 2] + 1e-12)
+
+    return LogitLoss(classifier, own, margins)
 
 
 def predicted(logits: Tensor) -> Tensor:

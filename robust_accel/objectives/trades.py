@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from robust_accel.objectives.base import (
+    AttackLoss,
     Classifier,
     LogitLoss,
-    cross_entropy_of,
+    climbed,
     labeled_cross_entropy,
     logits_of_both,
 )
@@ -34,8 +35,9 @@ class Trades(Settings):
             there, and for dropout, which draws anew.
         online_targets: Take the clean prediction of the second term as a constant target, as the
             online targets of UAT do; TRADES also moves it.
-        attack_loss: What the attack climbs: ``kl``, as the authors do, or the ``cross_entropy`` to
-            the class predicted at x, which needs no label either. While predictions are unsure the
+        attack_loss: What the attack climbs: ``kl``, as the authors do, or the ``cross_entropy`` (or
+            ``cw``, ``dlr``, see ``climbed``) to the class predicted at x, which needs no label
+            either. While predictions are unsure the
             KL grows most where they become surer, which is no attack: a small or young network
             learns little from it, above all in one step.
 
@@ -52,15 +54,15 @@ class Trades(Settings):
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
     batchnorm: Literal["apart", "together"] = "apart"
     online_targets: Flag = False
-    attack_loss: Literal["kl", "cross_entropy"] = "kl"
+    attack_loss: Literal["kl"] | AttackLoss = "kl"
 
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             clean = log_softmax(classifier(x), dim=1)
-        if self.attack_loss == "cross_entropy":
-            return cross_entropy_of(classifier, clean.argmax(dim=1))
+        if self.attack_loss != "kl":
+            return climbed(classifier, clean.argmax(dim=1), self.attack_loss)
         return LogitLoss(
             classifier,
             clean.argmax(dim=1),

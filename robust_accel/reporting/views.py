@@ -147,9 +147,11 @@ def threat_text(threat: dict[str, Any] | None) -> str:
 def attack_text(attack: dict[str, Any]) -> str:
     """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``."""
     name = attack["name"]
-    if name == "pgd":
-        restarts = attack.get("restarts", 1)
-        return f"PGD-{attack['num_steps']}" + (f" x{restarts}" if restarts > 1 else "")
+    if name in ("pgd", "apgd"):
+        restarts, loss = attack.get("restarts", 1), attack.get("loss", "cross_entropy")
+        times = f" x{restarts}" if restarts > 1 else ""
+        of = "" if loss == "cross_entropy" else f" {loss.upper()}"
+        return f"{name.upper()}-{attack['num_steps']}{of}{times}"
     if name == "autoattack":
         search = attack.get("search", "fp32")
         about = f", {search} search" if search != "fp32" else ""
@@ -267,7 +269,7 @@ def quoted(run: Run) -> list[Quoted]:
                     source,
                     threat,
                     clean,
-                    pick(row for row in against if row["attack"]["name"] == "pgd"),
+                    pick(row for row in against if row["attack"]["name"] in ("pgd", "apgd")),
                     pick(row for row in against if row["attack"]["name"] == "autoattack"),
                     (certificate, point) if certificate and point else None,
                 )

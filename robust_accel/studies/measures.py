@@ -7,8 +7,7 @@ taken only from the one that the recipe of the study asks for; else there is non
 import re
 from collections.abc import Callable
 
-from robust_accel.evaluation.accuracy import under_attack
-from robust_accel.evaluation.settings import PGDSettings
+from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.views import Row, Run, pick
@@ -22,11 +21,10 @@ def _clean(run: Run, recipe: Recipe) -> float | None:
 
 
 def _pgd(run: Run, recipe: Recipe) -> float | None:
-    settings, pgd = recipe.evaluate, recipe.evaluate.pgd
-    if pgd is None:
+    settings = recipe.evaluate
+    if settings.pgd is None:
         return None
-    attack = settings.make_pgd(pgd.num_steps, pgd.step_size)
-    return _percent(run, recipe, under_attack(attack, pgd.restarts).about, settings.images)
+    return _percent(run, recipe, attacker_of(settings).about, settings.images)
 
 
 def _autoattack(run: Run, recipe: Recipe) -> float | None:
@@ -146,13 +144,11 @@ def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
         )
         points = [] if row is None else row["radii"]
         return [(point["radius"], 100 * point["accuracy"]) for point in points]
-    settings, pgd = recipe.evaluate, recipe.evaluate.pgd or PGDSettings()
+    settings = recipe.evaluate
     found: dict[float, float] = {}
     for value in () if settings.sweep is None else getattr(settings.sweep, key):
-        steps = int(value) if key == "num_steps" else pgd.num_steps
-        length = pgd.step_size if key == "num_steps" else None
-        eps = value if key == "eps" else settings.eps
-        attack = under_attack(settings.make_pgd(steps, length, eps), pgd.restarts).about
+        at = {"num_steps": int(value)} if key == "num_steps" else {"eps": value}
+        eps, attack = at.get("eps", settings.eps), attacker_of(settings, **at).about
         row = pick(
             row
             for row in run.of("sweep", "pgd")

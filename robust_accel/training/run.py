@@ -265,10 +265,7 @@ class _Run:
                         raise Stopped(request)
                 if progress.to_validate:
                     self.validate(epoch + 1)
-                if self.accelerator.is_main_process:
-                    for fall in falls_of(self.folder.read_metrics(), self.recipe, self.data):
-                        if fall.epoch > epoch:  # the others were told
-                            self.say(fall.text)
+                self.look_for_collapse(epoch)
         self.loop.agreement.close()
 
     def validate(self, epoch: int) -> None:
@@ -318,6 +315,19 @@ class _Run:
             )
         progress.to_validate = False
         self.loop.save()
+
+    def look_for_collapse(self, since: int) -> None:
+        """Tell of robust accuracy that is gone since an epoch, and end the training if asked to."""
+        fallen = decided(
+            lambda: falls_of(self.folder.read_metrics(), self.recipe, self.data), self.accelerator
+        )
+        stops = bool(fallen) and self.settings.on_collapse == "stop"
+        for fall in fallen:
+            if fall.epoch > since:  # the others were told
+                self.say(f"{fall.text}; training ends here" if stops else fall.text)
+        if stops:
+            self.progress.stopped_early = True
+            self.loop.save()
 
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""

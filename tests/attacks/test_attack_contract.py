@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_accel.attacks import ATTACKS, DDN, FGSMRS, NFGSM, PGD, NoAttack
+from robust_accel.attacks import APGD, ATTACKS, DDN, FGSMRS, NFGSM, PGD, NoAttack
 from robust_accel.attacks.base import gradients_seen, input_gradient
 from robust_accel.objectives import cross_entropy_of
 
@@ -15,6 +15,8 @@ BALL_ATTACKS = {
     "pgd-l2": PGD(norm="l2", eps=0.5, step_size=0.2, num_steps=4),
     "pgd-l2-from-x": PGD(norm="l2", eps=0.5, step_size=0.2, num_steps=4, random_start=False),
     "fgsm-rs": FGSMRS(eps=EPS),
+    "apgd-linf": APGD(eps=EPS, num_steps=5),
+    "apgd-l2": APGD(norm="l2", eps=0.5, num_steps=5),
 }
 MOVING = BALL_ATTACKS | {"n-fgsm": NFGSM(eps=EPS)}
 EVERY = MOVING | {"none": NoAttack(), "ddn": DDN(eps=0.5, num_steps=2)}

@@ -255,6 +255,20 @@ def test_robust_accuracy_that_is_gone_is_told_at_once_and_in_the_report(
     assert doubt in capsys.readouterr().out.splitlines()
 
 
+def test_training_ends_where_robust_accuracy_is_gone_with_the_weights_from_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["data.train_size=640", "data.validation_size=128", "train.batch_size=64"]
+    settings += ["train.epochs=5", "evaluate.pgd=null", "optimizer.lr=0.03", "train.select=best"]
+    fault = ["objective.at=[24]", "objective.where=huge"]
+    with pytest.raises(ValueError, match=r"train\.on_collapse: stop .*select is last"):
+        run(tmp_path, *settings[:-1], "train.on_collapse=stop", *fault)
+    report = run(tmp_path / "run", *settings, "train.on_collapse=stop", *fault)
+    assert report["stopped_early"]
+    assert report["selection"]["epoch"] < report["epochs"] < 5
+    assert report["doubts"][0] + "; training ends here" in capsys.readouterr().out.splitlines()
+
+
 def test_what_a_loss_scaler_leaves_out_is_counted_and_no_reason_to_stop(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Linear(2, 1)  # it has no buffers

@@ -19,7 +19,6 @@ from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_model
 from robust_accel.training.facts import falls_of
-from robust_accel.training.loop import Loop
 from robust_accel.training.metrics import share_right
 from robust_accel.training.run import train
 
@@ -378,26 +377,6 @@ def test_mixing_needs_labels_and_says_so_before_training(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"data\.mix: .*have no labels.*pseudo-label"):
         run(tmp_path / "run", *settings)
     assert not (tmp_path / "run").exists()
-
-
-def test_deterministic_holds_during_the_run_and_refuses_what_it_cannot_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    during, step = [], Loop.step
-
-    def watched(loop: Loop, *arguments: object) -> object:
-        during.append(torch.are_deterministic_algorithms_enabled())
-        if len(during) == 13:  # some operation that has no such form
-            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
-        return step(loop, *arguments)
-
-    monkeypatch.setattr(Loop, "step", watched)
-    run(tmp_path / "run", "train.epochs=1", "train.deterministic=true")
-    assert during and all(during) and len(during) < 13
-    assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(ValueError, match=r"train\.deterministic: put_ does not have"):
-        run(tmp_path / "refused", "train.epochs=3", "train.deterministic=true")
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
