@@ -26,7 +26,7 @@ LESS = (
     "evaluate.images=8",
     "evaluate.autoattack=null",
 )
-STAND_IN = ("model.name=test_resnet", "data.num_workers=0")
+STAND_IN = ("model.name=test_resnet", "model.pretrained=false", "data.num_workers=0")
 
 
 def crops(number: int, size: int, seed: int) -> list[Image.Image]:
@@ -93,16 +93,22 @@ def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("name", most_long(names("cifar10"), "dat_pgd", "trades", "mart"))
-def test_cifar10(
-    name: str,
+def recipes_of_cifar() -> list[Any]:
+    found = [f"cifar10/{name}" for name in names("cifar10")]
+    found += [f"cifar100/{name}" for name in names("cifar100")]
+    return most_long(found, "cifar10/dat_pgd", "cifar10/trades", "cifar10/mart", "cifar100/n_fgsm")
+
+
+@pytest.mark.parametrize("path", recipes_of_cifar())
+def test_cifar(
+    path: str,
     small_images: Path,
     more_images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(more_images)  # recipes name files beside the user
-    wide = load_recipe(f"cifar10/{name}").model.name.startswith("wide")
+    wide, name = load_recipe(path).model.name.startswith("wide"), path.split("/")[1]
     settings = [
         *LESS,
         f"output={tmp_path / name}",
@@ -110,13 +116,16 @@ def test_cifar10(
         f"model.options.depth={16 if wide else 10}",
         f"model.options.width={1 if wide else 8}",
     ]
+    if path.startswith("cifar100"):
+        assert load_recipe(path).settings["data"]["label_column"] == "fine_label"
+        settings.append("data.label_column=label")
     if name.startswith("cpu_"):
         settings.append("data.train_size=20")
     if name == "cpu_finetune":
         other = [s for s in settings if not s.startswith("output")]
         train(load_recipe("cifar10/cpu_pretrain", [*other, f"output={tmp_path / 'first'}"]))
         settings.append(f"model.checkpoint={tmp_path / 'first'}")
-    recipe = load_recipe(f"cifar10/{name}", settings)
+    recipe = load_recipe(path, settings)
     if name == "cpu_teacher":
         assert recipe.settings["attack"]["name"] == "none"
     if name == "cpu_teacher" or isinstance(recipe.objective, Smoothing):
@@ -146,7 +155,8 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     assert report["steps"] == 2
     if name == "smooth_at":
         return
-    assert recipe.attack.eps == 2 / 255
+    eps = 4 / 255 if name in ("at_4_255", "convnext_tiny", "vit_small") else 2 / 255
+    assert recipe.attack.eps == recipe.evaluate.eps == eps
     assert report["pgd_accuracy"]["attack"]["num_steps"] == 10
 
 
