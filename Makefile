@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-gpu test-oldest lint audit docs
+.PHONY: quickstart test test-all test-gpu test-oldest lint audit docs release-check
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume
@@ -38,6 +38,18 @@ audit: .venv/installed-dev
 # the site, whole in site/: every link checked, nothing fetched
 docs: .venv/installed-dev
 	$(BIN)/mkdocs build --strict
+
+# what would be released, as a user gets it: built, installed by itself, and its quickstart run
+release-check:
+	rm -rf .venv-release dist
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet build twine
+	.venv-release/bin/python -m build --outdir dist
+	.venv-release/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/pip install --quiet dist/*.whl
+	cd dist && ../.venv-release/bin/robust-accel train quickstart
+	.venv-release/bin/robust-accel report dist/runs/quickstart
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

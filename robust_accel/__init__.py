@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robust_accel.attacks import DDN, FGSMRS, NFGSM, PGD, Attack
+    from robust_accel.attacks import APGD, DDN, FGSMRS, NFGSM, PGD, Attack
     from robust_accel.comm import QSGD, AllReduce, compress_gradients
     from robust_accel.evaluation.measure import measure
     from robust_accel.integrations.in_place import make_robust
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from robust_accel.robust_model import RobustModel
     from robust_accel.trained_model import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _WHERE = {
-    "attacks": ("DDN", "FGSMRS", "NFGSM", "PGD", "Attack"),
+    "attacks": ("APGD", "DDN", "FGSMRS", "NFGSM", "PGD", "Attack"),
     "comm": ("QSGD", "AllReduce", "compress_gradients"),
     "evaluation.measure": ("measure",),
     "integrations.in_place": ("make_robust",),
@@ -34,6 +34,7 @@ _WHERE = {
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "APGD",
     "AWP",
     "DDN",
     "FGSMRS",
