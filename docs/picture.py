@@ -1,6 +1,7 @@
 """The picture of the README: two models under the same attack, which is made for each of them.
 
-    make quickstart && python docs/picture.py runs/quickstart_standard runs/quickstart docs/attack.png
+    make quickstart
+    python docs/picture.py runs/quickstart_standard runs/quickstart docs/attack.png
 
 The images are the first test digits, one of each class, that both models know.
 """
