@@ -46,8 +46,13 @@ def _percent(run: Run, recipe: Recipe, attack: Row, images: int | None) -> float
 
 
 def _is_of(row: Row, recipe: Recipe, attack: Row, images: int | None) -> bool:
-    """Whether a row is of an attack with all its settings, by the seed and images asked for."""
-    by_attack = as_json(attack).items() <= row["attack"].items()
+    """Whether a row is of an attack with all its settings, by the seed and images asked for.
+
+    Its ball stands apart, as ``threat_model``; which attacks AutoAttack has follows.
+    """
+    asked = {key: value for key, value in as_json(attack).items() if key not in ("norm", "eps")}
+    by = {k: v for k, v in row["attack"].items() if k not in ("attacks", "num_targets")}
+    by_attack = asked == by
     same_source = row["images"].get("source") == as_json(recipe.data.source())
     return by_attack and same_source and row["seed"] == recipe.evaluate.seed and _on(row, images)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.ledger import Record
 from robust_accel.studies.execution import Done
 from robust_accel.studies.plan import Plan
@@ -55,8 +55,8 @@ def plan_of(study_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pl
 def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 0.5) -> None:
     """Make a finished run folder with these shares."""
     evaluate = trial.recipe.evaluate
-    attack = evaluate.make_pgd(evaluate.pgd.num_steps, evaluate.pgd.step_size)
-    pgd_about = under_attack(attack, evaluate.pgd.restarts).about
+    pgd = attacker_of(evaluate).about
+    pgd_about = {key: value for key, value in pgd.items() if key not in ("norm", "eps")}
     threat = {"norm": evaluate.norm, "eps": evaluate.eps}
     rows: list[Record] = [
         {"attack": {"name": "none"}, "threat_model": None, "accuracy": clean},

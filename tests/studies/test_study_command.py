@@ -100,6 +100,27 @@ def test_a_study_that_is_ended_goes_on(study_of: Callable[..., Path], tmp_path: 
     }
 
 
+def test_every_column_has_the_number_that_a_real_training_leaves(
+    study_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    columns = {
+        "pgd": "pgd", "aa": "autoattack", "clean": "clean", "held out": "held_out",
+        "at eps": "pgd eps 0.1", "at steps": "pgd num_steps 2", "s": "seconds",
+        "steps": "steps", "certified": "certified 0.1",
+    }  # fmt: skip
+    path = study_of(
+        "runs: {a: {recipe: quickstart, then: [[certify]], settings: {evaluate: {autoattack: quick,"
+        " autoattack_images: 8, pgd: {loss: cw, restarts: 2}, sweep: {eps: [0.1], num_steps: [2]}},"
+        " certify: {sigma: 0.1, n: 100, images: 8, radii: [0.1]}}}}\n"
+        f"columns: {json.dumps(columns)}"
+    )
+    assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 0
+    found = json.loads((tmp_path / "out/tiny" / f"{path.parent.name}.json").read_text())
+    (row,) = found["rows"]
+    assert {name for name, by_seed in row["values"].items() if "0" in by_seed} == set(columns)
+    assert row["values"]["at eps"]["0"] >= row["values"]["pgd"]["0"]
+
+
 def test_one_that_fails_is_named_and_the_others_are_done(
     study_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
