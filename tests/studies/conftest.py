@@ -55,8 +55,8 @@ def plan_of(study_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pl
 def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 0.5) -> None:
     """Make a finished run folder with these shares."""
     evaluate = trial.recipe.evaluate
-    pgd = attacker_of(evaluate).about
-    pgd_about = {key: value for key, value in pgd.items() if key not in ("norm", "eps")}
+    about = attacker_of(evaluate).about
+    pgd_about = {key: value for key, value in about.items() if key not in ("norm", "eps")}
     threat = {"norm": evaluate.norm, "eps": evaluate.eps}
     rows: list[Record] = [
         {"attack": {"name": "none"}, "threat_model": None, "accuracy": clean},
