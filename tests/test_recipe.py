@@ -199,7 +199,7 @@ def test_all_faults_come_at_once(small: Path) -> None:
     [
         ("trian.epochs=1", ("trian: unknown section", "did you mean train?", "allowed: model")),
         ("attack.num_step=1", ("attack.num_step: unknown key", "did you mean num_steps?")),
-        ("evaluate.pgd.num_step=1", ("evaluate.pgd.num_step:", "allowed: num_steps, step_size")),
+        ("evaluate.pgd.num_step=1", ("evaluate.pgd.num_step:", "allowed: attack, loss, num_steps")),
         ("optimizer.beta=1", ("optimizer.beta", "did you mean betas")),
         ("attack.name=pdg", ("attack.name: 'pdg' is unknown (did you mean pgd?)", "n-fgsm")),
         ("attack.name=[1]", ("attack.name: [1] is unknown",)),
