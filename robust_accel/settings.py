@@ -8,8 +8,15 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from annotated_types import Le
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from annotated_types import Ge, Le
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    ValidationError,
+)
 
 from robust_accel.files import check_path
 from robust_accel.messages import cut, shown
@@ -93,6 +100,14 @@ Whole = Annotated[int, BeforeValidator(parse_whole), Le(MOST)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
 PathText = Annotated[str, AfterValidator(check_path)]
 """Names a file or a folder, or what may be one."""
+
+
+class _FirstFault(FailFast):  # that can be hashed, as a union wants of its members
+    __hash__ = object.__hash__
+
+
+RowNumbers = Annotated[tuple[Annotated[Whole, Ge(0)], ...], _FirstFault()]
+"""There may be thousands: of those that are none the first is told."""
 
 
 def not_finite(value: Any) -> bool:

@@ -23,7 +23,7 @@ from robust_accel.evaluation.certify import (
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.files import write_text
-from robust_accel.settings import Number, Settings, Whole
+from robust_accel.settings import Number, PathText, RowNumbers, Settings, Whole
 from robust_accel.statistics import wilson_interval
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's log
@@ -58,7 +58,7 @@ class CertifySettings(Settings):
     alpha: Annotated[Number, Gt(0), Lt(1)] = 0.001
     images: Annotated[Whole, Ge(1)] | None = None
     skip: Annotated[Whole, Ge(1)] = 1
-    ids: str | tuple[Annotated[Whole, Ge(0)], ...] | None = None
+    ids: PathText | RowNumbers | None = None
     batch_size: Annotated[Whole, Ge(1)] = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[Whole, Ge(0)] = 0

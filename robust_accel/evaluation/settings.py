@@ -8,7 +8,7 @@ from pydantic import ValidationInfo, field_validator
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
 from robust_accel.objectives import AttackLoss
-from robust_accel.settings import Flag, Norm, Number, PathText, Settings, Whole
+from robust_accel.settings import Flag, Norm, Number, PathText, RowNumbers, Settings, Whole
 
 
 class PGDSettings(Settings):
@@ -101,7 +101,7 @@ class EvaluateSettings(Settings):
     images: Annotated[Whole, Ge(1)] | None = None
     autoattack_images: Annotated[Whole, Ge(1)] | None = None
     train_images: Annotated[Whole, Ge(1)] | None = None
-    ids: PathText | tuple[Annotated[Whole, Ge(0)], ...] | None = None
+    ids: PathText | RowNumbers | None = None
     draws: Annotated[Whole, Ge(1)] | None = None
     batch_size: Annotated[Whole, Ge(1)] = 250
     seed: Annotated[Whole, Ge(0)] = 0

@@ -188,7 +188,7 @@ SHAPES = [(300,), (40, 30), (7,), (1 << 18,), (9, 9), (5000,), (), (64, 64, 3, 3
 
 @pytest.mark.parametrize("num", [1, 3, 7])
 @pytest.mark.parametrize("block", [256, 100])
-@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("bits", [8, pytest.param(2, marks=pytest.mark.long)])
 def test_servers_give_the_mean_of_whole_messages(bits, block, num):
     segments, size = model_of(SHAPES)
     gradients = [sample("gauss", size) * (m + 1) for m in range(num)]

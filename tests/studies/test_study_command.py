@@ -121,6 +121,7 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     assert row["values"]["at eps"]["0"] >= row["values"]["pgd"]["0"]
 
 
+@pytest.mark.long
 def test_one_that_fails_is_named_and_the_others_are_done(
     study_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ sys.exit("the limit does not hold")
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), dtype=np.uint8)
     file = write_hollow(tmp_path / "made.npz", images, 2**20)

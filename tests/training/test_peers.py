@@ -97,6 +97,7 @@ def test_one_whose_work_hangs_is_named_though_it_answers(tmp_path: Path) -> None
     assert "Unavailable: " in raised
 
 
+@pytest.mark.long
 def test_one_with_more_work_is_waited_for_and_one_that_fails_is_not(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -163,6 +163,7 @@ def test_a_validation_is_stopped_in_the_middle_and_done_again(
     goes_on_to_the_same_end(folder.path, finished)
 
 
+@pytest.mark.long
 def test_a_run_stops_by_itself_before_its_time_is_up(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     process = start(f"output={folder.path}", "train.epochs=500", "train.max_time=15s")
