@@ -156,7 +156,7 @@ def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
         eps, attack = at.get("eps", settings.eps), attacker_of(settings, **at).about
         row = pick(
             row
-            for row in run.of("sweep", "pgd")
+            for row in run.of("sweep", attack["name"])
             if row["point"]["key"] == key
             and row["point"]["value"] == value
             and row["threat_model"] == {"norm": settings.norm, "eps": eps}

@@ -110,7 +110,8 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     }  # fmt: skip
     path = study_of(
         "runs: {a: {recipe: quickstart, then: [[certify]], settings: {evaluate: {autoattack: quick,"
-        " autoattack_images: 8, pgd: {loss: cw, restarts: 2}, sweep: {eps: [0.1], num_steps: [2]}},"
+        " autoattack_images: 8, pgd: {attack: apgd, loss: cw, restarts: 2},"
+        " sweep: {eps: [0.1], num_steps: [2]}},"
         " certify: {sigma: 0.1, n: 100, images: 8, radii: [0.1]}}}}\n"
         f"columns: {json.dumps(columns)}"
     )
