@@ -117,9 +117,7 @@ def evaluate(
         result[name] = told(name, bench.record(purpose, {"name": "none"}, right, right))
         if pgd is not None:
             by_pgd = bench.attacked(pgd, right.first(len(right.index)))
-            about = "_".join(
-                [pgd.about["name"], *([pgd.about["loss"]] if "loss" in pgd.about else [])]
-            )
+            about = "_".join(pgd.about[key] for key in ("name", "loss") if key in pgd.about)
             record = bench.record(purpose, pgd.about, right, by_pgd)
             result[f"{prefix}pgd_accuracy"] = told(f"{prefix}{about}_accuracy", record)
         return right, by_pgd

@@ -30,12 +30,9 @@ def attacker_of(
     """
     pgd = settings.pgd or PGDSettings()
     number = pgd.num_steps if num_steps is None else num_steps
-    attack: Attack = settings.make_pgd(number, pgd.step_size if eps is None else None, eps)
-    if pgd.attack == "apgd":
-        assert settings.norm is not None
-        radius = settings.eps if eps is None else eps
-        assert radius is not None
-        attack = APGD(norm=settings.norm, eps=radius, num_steps=number)
+    steps = settings.make_pgd(number, pgd.step_size if eps is None else None, eps)
+    by_itself = APGD(norm=steps.norm, eps=steps.eps, num_steps=number)
+    attack: Attack = by_itself if pgd.attack == "apgd" else steps
     return under_attack(attack, pgd.restarts if restarts is None else restarts, pgd.loss)
 
 

@@ -38,10 +38,19 @@ def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], 
     found: list[Callable[[], object]] = [
         lambda: recipe.checked("train", lambda: batches(recipe, data, 0, num_processes)),
         lambda: recipe.checked("data", lambda: check_labels(recipe, data)),
+        lambda: check_losses(recipe, data.num_classes),
     ]
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         found.append(lambda: AutoAttackEvaluation(recipe.evaluate, data.num_classes))
     return found
+
+
+def check_losses(recipe: Recipe, num_classes: int) -> None:
+    """Raise ValueError where an attack is to climb a loss that so few classes do not have."""
+    losses = {"objective.attack_loss": recipe.objective, "evaluate.pgd.loss": recipe.evaluate.pgd}
+    for key, part in losses.items():
+        if getattr(part, key.split(".")[-1], None) == "dlr" and num_classes < 3:
+            raise ValueError(f"{key}: dlr ranks three classes, the data have {num_classes}: try cw")
 
 
 def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:

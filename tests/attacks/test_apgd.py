@@ -134,6 +134,15 @@ def test_training_climbs_the_loss_that_was_asked_for(trained):
     assert not torch.equal(ends[0], ends[1])
 
 
+@pytest.mark.parametrize("key", ["objective.attack_loss", "evaluate.pgd.loss"])
+def test_too_few_classes_are_refused_before_training(key: str, tmp_path: Path) -> None:
+    settings = [f"output={tmp_path / 'run'}", "data.classes=[3, 8]", "evaluate.autoattack=null"]
+    recipe = load_recipe("quickstart", [*settings, f"{key}=dlr"])
+    with pytest.raises(ValueError, match=f"{key}: dlr ranks three classes, the data have 2"):
+        train(recipe, quiet=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_recipe_trains_and_measures_by_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
