@@ -11,30 +11,17 @@ are those of the eager and the compiled step, attack and update's gradient toget
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
 import timm
 import torch
+from _clock import seconds
 from torch.nn.functional import cross_entropy
 
 import robust_accel.models  # noqa: F401  (registers the CIFAR models with timm)
 from robust_accel import PGD, RobustModel
 from robust_accel.attack_context import attack_context
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

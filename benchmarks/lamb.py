@@ -17,6 +17,7 @@ import time
 import timm
 import timm.optim
 import torch
+from _clock import synchronize
 from torch import nn
 from torch.optim import Optimizer
 
@@ -40,11 +41,6 @@ def make_optimizers(model: str, device: torch.device) -> dict[str, Optimizer]:
         "timm Lamb foreach": timm.optim.Lamb(params, max_grad_norm=None, foreach=True, **options),
         "torch AdamW fused": torch.optim.AdamW(params, fused=True, **options),
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(model: str, device: torch.device, num_threads: int, repeats: int) -> None:

@@ -22,6 +22,7 @@ from statistics import median
 
 import timm
 import torch
+from _clock import seconds
 
 from robust_accel.comm.collectives import _slices
 from robust_accel.comm.draws import random_key
@@ -36,19 +37,6 @@ def gradient() -> tuple[torch.Tensor, list[Segment]]:
         segments.append(segment(parameter.shape, position))
         position += parameter.numel()
     return torch.randn(position, generator=torch.Generator().manual_seed(0)), segments[::-1]
-
-
-def seconds(function: Callable[[], object]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def worker_seconds(q: Quantizer, num: int, repeats: int) -> dict[str, float]:
@@ -120,7 +108,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for bits in args.bits:
             q = Quantizer(bits, block_size=256 if bits >= 8 else 128, compile=True)
-            compile_seconds = seconds(lambda q=q: q.encode(flat, segments, key))
+            compile_seconds = seconds(lambda q=q: q.encode(flat, segments, key), flat.device)
             message = q.encode(flat, segments, key)
             jobs: dict[str, Callable[[], object]] = {
                 "clone": lambda: flat.clone(),
@@ -133,7 +121,7 @@ def main() -> None:
             times: dict[str, list[float]] = {name: [] for name in jobs}
             for _ in range(args.repeats):
                 for name, job in jobs.items():
-                    times[name].append(seconds(job))
+                    times[name].append(seconds(job, flat.device))
             print(f"\n{bits} bits, {threads} thread(s), first call {compile_seconds:.1f} s")
             for name, t in times.items():
                 reference = times["copy (warm)" if "warm" in name else "clone"]
