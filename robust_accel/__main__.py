@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +24,8 @@ from robust_accel.exit_codes import (
     Unavailable,
     Unwritable,
 )
+from robust_accel.files import check_path
+from robust_accel.messages import one_line, shown
 from robust_accel.training.stopping import (
     Stop,
     end_without_launcher,
@@ -33,8 +37,9 @@ from robust_accel.training.stopping import (
 EXIT_CODES = (
     f"Exit codes: {NOT_FINITE} numbers that are not finite ended a training, or a fault of ours; "
     f"{USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
-    f"process hangs or is gone; {UNWRITABLE} the disk is full or the run folder is gone; {STOPPED} "
-    f"stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume goes on."
+    f"process hangs or is gone; {UNWRITABLE} the disk is full, or a file or folder cannot be used; "
+    f"{STOPPED} stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume "
+    "goes on."
 )
 
 
@@ -75,11 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
         return UNWRITABLE
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        said = f"{error.filename}: {error.strerror}"  # a folder that is not ours to read or write
+        if error.errno in OF_THE_DISK:
+            place = f"{error.filename or 'a file'} cannot be written"
+            said = f"{place}: {error.strerror}; what was there before is there still"
+        elif error.filename is None:
             raise
-        place = f"{error.filename or 'a file'} cannot be written"
-        said = f"{place}: {error.strerror}; what was there before is there still"
-        print(f"\nrobust-accel: {said}", file=sys.stderr, flush=True)
+        print(f"\nrobust-accel: {one_line(said)}", file=sys.stderr, flush=True)
         return UNWRITABLE
 
 
@@ -89,9 +96,27 @@ def _numbers(text: str) -> list[float]:
 
 def _positive(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is wanted, got {text}")
+    if not 1 <= number < 2**31:
+        wanted = "a whole number from 1 to 2^31 - 1 is wanted"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {shown(text)}")
     return number
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(check_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not allowed: {error}") from None
+
+
+def _launcher(text: str) -> str:
+    try:
+        (program, *_) = shlex.split(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no command") from None
+    if shutil.which(program) is None:
+        raise argparse.ArgumentTypeError(f"there is no program {shown(program)}")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,10 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     label.set_defaults(command="robust_accel.commands.pseudo_label")
 
     report = commands.add_parser("report", help="write reports, and compare runs side by side")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--csv", type=Path, metavar="FILE", help="every measurement, a line each")
-    report.add_argument("--latex", type=Path, metavar="FILE", help="the comparison, for booktabs")
-    report.add_argument("--html", type=Path, metavar="FILE", help="one page for all these runs")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN")
+    report.add_argument("--csv", type=_path, metavar="FILE", help="every measurement, a line each")
+    report.add_argument("--latex", type=_path, metavar="FILE", help="the comparison, for booktabs")
+    report.add_argument("--html", type=_path, metavar="FILE", help="one page for all these runs")
     report.add_argument(
         "--all",
         action="store_true",
@@ -168,13 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", type=_positive, metavar="N", help="0 to N - 1")
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="trainings at a time")
     study.add_argument(
-        "--output", type=Path, default=Path("runs/studies"), metavar="DIR", help="of all its runs"
+        "--output", type=_path, default=Path("runs/studies"), metavar="DIR", help="of all its runs"
     )
-    study.add_argument("--write", type=Path, metavar="DIR", help="the page, written here as well")
+    study.add_argument("--write", type=_path, metavar="DIR", help="the page, written here as well")
     study.add_argument("--table", action="store_true", help="only show what is there")
     study.add_argument(
         "--launcher",
         metavar="COMMAND",
+        type=_launcher,
         help='what starts a training, say "accelerate launch --num_processes {processes}"',
     )
     study.set_defaults(command="robust_accel.commands.study")
@@ -190,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, name in ((show, "show"), (copy, "copy")):
         verb.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
         if name == "copy":
-            verb.add_argument("file", type=Path, help="where to")
+            verb.add_argument("file", type=_path, help="where to")
         verb.add_argument("settings", nargs="*", help=settings_help)
         verb.set_defaults(command=f"robust_accel.commands.recipes:{name}")
 

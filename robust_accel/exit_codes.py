@@ -10,7 +10,7 @@ USAGE = 2
 UNAVAILABLE = 69
 """A process of the run does not answer or is gone, or the network: one line names it."""
 UNWRITABLE = 74
-"""The disk is full, or a folder cannot be written."""
+"""The disk is full, or a file or folder cannot be read or written, or is gone."""
 STOPPED = 75
 """Ended as asked (SIGTERM, SIGUSR1, SIGHUP, ``train.max_time``): ``--resume`` goes on."""
 INTERRUPTED = 130

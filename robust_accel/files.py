@@ -24,8 +24,11 @@ def check_path(path: str) -> str:
 
     Raises:
         ValueError: It, or a part of it, is too long, or it holds a NUL. Or it begins with a ``~``,
-            which only a shell turns into a home: a folder of that name would be made.
+            which only a shell turns into a home: a folder of that name would be made. Or it is
+            empty.
     """
+    if not path:
+        raise ValueError("an empty text names no file")
     if path.startswith("~"):
         raise ValueError("a ~ is not expanded here: write the folder out, or ./~")
     content = path.encode(errors="surrogatepass")
@@ -50,8 +53,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         OSError: It cannot be written; names ``path`` where that could not be told before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, file = _created_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, file = _created_beside(path)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the other name
+        raise
     try:
         yield temporary
         # some libraries make a file of their own, for its owner alone

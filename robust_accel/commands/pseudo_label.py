@@ -17,6 +17,7 @@ from robust_accel.evaluation import predictions
 from robust_accel.files import check_path, written_whole
 from robust_accel.messages import shown
 from robust_accel.trained_model import load_classifier, recipe_of
+from robust_accel.training.disk import check_writable
 from robust_accel.training.peers import check_same_images, together
 
 
@@ -53,6 +54,7 @@ def pseudo_label(
     if out.suffix != ".parquet" or os.path.lexists(out):
         found = "is there already" if os.path.lexists(out) else "does not end in .parquet"
         raise ValueError(f"--out: {out} {found}: choose another name")
+    check_writable(out.parent, "--out")
     if data is not None:
         overrides = [f"data.unlabeled.path={data}", *overrides]
     recipe = recipe_of(

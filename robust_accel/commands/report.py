@@ -9,6 +9,7 @@ from robust_accel.reporting.report import write_report
 from robust_accel.reporting.tables import comparison
 from robust_accel.reporting.views import read_runs
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.disk import check_writable
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     named = {name: found for name, found in exports.items() if found[0] is not None}
     for name, (path, suffix, _) in named.items():
         check_export(name, path, suffix)
+        check_writable(path.parent, name)
     runs = read_runs(options.runs, everything=options.all)  # all of them, before one is written
     for folder in options.runs:
         write_report(RunFolder(folder), everything=options.all)

@@ -17,34 +17,37 @@ from robust_accel.run_folder import RunFolder
 _LONGEST_PATH, _INSIDE = 4096, 512  # bytes that Linux has room for, and of the names in it
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an output folder that cannot be made or written, before anything is spent.
+def check_writable(path: Path, key: str = "output") -> None:
+    """Refuse a folder that cannot be made or written, before anything is spent.
+
+    Args:
+        key: What names it.
 
     Raises:
-        ValueError: ``output: ...``: it is a link to nothing, lies under a file, is read-only, has
+        ValueError: ``key: ...``: it is a link to nothing, lies under a file, is read-only, has
             too long a path for the files in it, or the disk is full.
     """
     longest, length = _LONGEST_PATH - _INSIDE, len(os.fsencode(path))
     if length > longest:
         raise ValueError(
-            f"output: {shown(str(path))} is too long a path for what a run writes into it: "
+            f"{key}: {shown(str(path))} is too long a path for what a run writes into it: "
             f"{length:,} bytes, allowed are {longest:,}"
         )
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise ValueError(
-                f"output: {place} is a link to {os.readlink(place)}, which is not there: make that "
-                "folder, or choose another output"
+                f"{key}: {place} is a link to {os.readlink(place)}, which is not there: make that "
+                "folder, or choose another"
             )
         if place.exists():
             break
     if not place.is_dir():
-        raise ValueError(f"output: {place} is no folder, so {path} cannot be made: choose another")
+        raise ValueError(f"{key}: {place} is no folder, so {path} cannot be made: choose another")
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))
     except OSError as error:
-        raise ValueError(f"output: {place} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{key}: {place} cannot be written: {error.strerror}") from error
 
 
 def check_room(folder: RunFolder, model: nn.Module, optimizer: Optimizer, ema: bool) -> str | None:

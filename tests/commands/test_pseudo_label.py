@@ -91,6 +91,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     cases = [
         ([str(teacher), "--out", str(taken)], "--out: .*is there already"),
         ([str(teacher), "--out", str(tmp_path / "a.csv")], r"does not end in \.parquet"),
+        (["test_resnet", "--out", str(taken / "a.parquet")], "--out: .* is no folder"),
         (
             [str(teacher), "--out", str(tmp_path / "a.parquet"), "data.train_size=null"],
             "data.unlabeled.path: not given, and data.train_size leaves no image out",

@@ -8,7 +8,7 @@ from disks import fill
 from reporting_rows import clean, pgd, write_run, write_whole
 
 from robust_accel.__main__ import main
-from robust_accel.exit_codes import UNWRITABLE
+from robust_accel.exit_codes import UNWRITABLE, USAGE
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,33 @@ def test_a_report_on_a_full_disk(
         assert after[path] == before[path], path
 
 
-def test_an_export_to_a_full_disk(
-    disk: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "why"), [("rw", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_an_export_is_refused_before_anything_is_drawn(
+    disk: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    why: str,
 ) -> None:
-    folder, file = write_run(tmp_path / "run", [clean(), pgd()]), disk(100_000) / "rows.csv"
-    file.write_text("as it was")
-    fill(file.with_name("filler"))
-    assert main(["report", str(folder.path), "--csv", str(file)]) == UNWRITABLE
-    assert f"robust-accel: {file} cannot be written: No space left" in capsys.readouterr().err
-    assert file.read_text() == "as it was"
+    folder, file = write_run(tmp_path / "run", [clean(), pgd()]), disk(100_000, option) / "rows.csv"
+    if option == "rw":
+        file.write_text("as it was")
+        fill(file.with_name("filler"))
+    assert main(["report", str(folder.path), "--csv", str(file)]) == USAGE
+    said = capsys.readouterr().err.strip()
+    assert said == f"robust-accel: --csv: {file.parent} cannot be written: {why}"
+    assert not (folder.path / "report.md").exists()
+    assert option == "ro" or file.read_text() == "as it was"
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_whole(tmp_path / "run")
+    (folder.path / "figures").write_text("no folder")
+    assert main(["report", str(folder.path)]) == UNWRITABLE
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"robust-accel: {folder.path / 'figures'}/")
+    assert said.endswith(": Not a directory")
