@@ -10,14 +10,19 @@ from robust_accel.commands import say
 from robust_accel.exit_codes import Stopped
 from robust_accel.files import read_json
 from robust_accel.locks import locked
+from robust_accel.plain_yaml import MOST_LEVELS, RecipeError
 from robust_accel.studies.execution import Done, Runner, stale
 from robust_accel.studies.page import table, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.study_file import FILE, find_study, read_study
+from robust_accel.training.disk import check_writable
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.write is not None:
+        check_writable(options.write, "--write")
+    check_writable(options.output, "--output")
     paths = _studies(find_study(options.study), options.scale)
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
     broken: list[str] = []
@@ -29,11 +34,18 @@ def run(options: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def _studies(path: Path, scale: str | None) -> list[Path]:
-    """The study itself; or those that it names, as far as they have the scale."""
+def _studies(path: Path, scale: str | None, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The study itself; or those that it names, as far as they have the scale.
+
+    Args:
+        above: Those by which it is named, resolved.
+    """
     study, _ = read_study(path, None)
     if not study.studies:
         return [path]
+    above += (path.resolve(),)
+    if len(above) > MOST_LEVELS or above[-1] in above[:-1]:
+        raise RecipeError(f"{path}: studies: it names itself, or others deeper than {MOST_LEVELS}")
     inner = [_inner(path, name) for name in study.studies]
     known = [
         found for found in inner if scale is None or scale in read_study(found, None)[0].scales
@@ -43,7 +55,8 @@ def _studies(path: Path, scale: str | None) -> list[Path]:
     for found in inner:
         if found not in known:
             say(f"{_name(found)}: left out, for it has no scale {scale}")
-    return [more for found in known for more in _studies(found, scale)]
+    every = (more for found in known for more in _studies(found, scale, above))
+    return list(dict.fromkeys(every))
 
 
 def _inner(path: Path, name: str) -> Path:

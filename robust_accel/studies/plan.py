@@ -7,6 +7,7 @@ old one is taken for it.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from robust_accel.studies.study_file import (
 )
 from robust_accel.studies.trial import Cell, Trial, digest_of, flat, slug
 
+MOST_TRAININGS = 10_000
+_OWN = {"output", "train.seed", "communication.seed"}  # settings of each training that differ
 _ENDS = {"first": 0, "last": -1}
 
 
@@ -45,7 +48,7 @@ class Plan:
         launcher: What starts the trainings, see ``Runner``.
 
     Raises:
-        RecipeError: One of the recipes cannot run: all faults.
+        RecipeError: One of the recipes cannot run: all faults; or there are too many.
     """
 
     def __init__(
@@ -60,19 +63,25 @@ class Plan:
         launcher: str | None = None,
     ) -> None:
         self.path, self.study, self.scale, self.root = path, study, scale, root
-        self.overrides, self.seeds, self.launcher = tuple(overrides), tuple(seeds), launcher
+        self.overrides, self.seeds, self.launcher = tuple(overrides), seeds, launcher
         runs = {name: run_at_scale(study, name, scale, str(path)) for name in study.runs}
         self.runs = {name: run for name, run in runs.items() if not run.skip}
         self.axes = {name: scale.grid.get(name, axis.values) for name, axis in study.grid.items()}
+        if self.number > MOST_TRAININGS:
+            said = f"{self.number:,} trainings; a study has at most {MOST_TRAININGS:,}"
+            raise RecipeError(f"{path}: {said}: fewer seeds, values to try or labels of the grid")
         self.cells = [cell for name in self.runs for cell in self._cells_of(name)]
         self._known: dict[Any, Trial] = {}
         self._check()
 
     def _cells_of(self, name: str) -> Iterator[Cell]:
-        own = self.runs[name].grid
-        axes = [axis for axis in self.axes if own is None or axis in own]
+        axes = self._axes_of(name)
         for labels in itertools.product(*(self.axes[axis] for axis in axes)):
             yield Cell(name, tuple(zip(axes, labels, strict=True)))
+
+    def _axes_of(self, name: str) -> list[str]:
+        own = self.runs[name].grid
+        return [axis for axis in self.axes if own is None or axis in own]
 
     def cell(self, text: str) -> Cell:
         """The row that a claim names: ``run``, or ``run, LABEL, ...`` with ``first`` and ``last``.
@@ -102,7 +111,11 @@ class Plan:
     @property
     def number(self) -> int:
         """Of all trainings."""
-        return sum(len(self.tries(cell)) + len(self.seeds) - 1 for cell in self.cells)
+        number = 0
+        for name, run in self.runs.items():
+            cells = math.prod(len(self.axes[axis]) for axis in self._axes_of(name))
+            number += cells * (math.prod(map(len, run.tune.values())) + len(self.seeds) - 1)
+        return number
 
     def known(self, chosen: Chosen) -> list[Trial]:
         """The trainings that can be named yet: seeds but the first wait for the tuning.
@@ -202,18 +215,24 @@ class Plan:
         raise RecipeError(f"{self.path}: runs.{cell.run}: {name} has no cell like {cell.name}")
 
     def _contradictions(self) -> Iterator[str]:
-        """What would make rows or seeds equal that are told apart."""
-        varied = {"train.seed", "communication.seed"}
-        for run in self.runs.values():
+        """What would make rows or seeds equal that are told apart, or not be followed."""
+        given: list[tuple[str, Values]] = [("scales", self.scale.settings)]
+        varied = set(_OWN)
+        for name, run in self.runs.items():
+            given += [(f"runs.{name}", run.settings), (f"runs.{name}.tune", run.tune)]
             varied |= set(run.tune)
-        for values in self.axes.values():
+        for axis, values in self.axes.items():
             for settings in values.values():
+                given.append((f"grid.{axis}", settings))
                 varied |= set(flat(_tree("", settings, {})))
         for override in self.overrides:
             key = override.partition("=")[0]
             for name in sorted(varied):
                 if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."):
                     yield f"command line: {cut(key)}: the study itself varies {name}"
+        for place, settings in given:
+            for key in sorted(_OWN.intersection(flat(settings))):
+                yield f"{self.path}: {place}: {key}: the study itself varies it: leave it out"
         for figure in self.study.figures:
             for label in self.axes.get(figure.x, ()):
                 if number(label) is None:

@@ -160,6 +160,9 @@ def test_two_studies_do_not_run_in_one_folder(
         (["no_such"], "no_such: no such study"),
         (["paper", "--scale", "huge"], "there is no 'huge'"),
         (["paper/table1", "train.epoks=3"], "train.epoks: unknown key"),
+        (["paper/table1", "output=x"], "output: the study itself varies output"),
+        (["paper/table1", "--seeds", "99999"], "trainings; a study has at most 10,000"),
+        (["paper/table1", "--write", "/dev/null/x"], "--write: /dev/null is no folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(
@@ -180,3 +183,36 @@ def test_several_processes_are_started_by_the_launcher(
     assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 0
     report = json.loads(next((tmp_path / "out/tiny").glob("*/report.json")).read_text())
     assert report["num_processes"] == 2 and report["bytes_sent_per_step"] > 0
+
+
+def test_a_study_that_names_itself_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text(f"title: t\nstudies: [../{other}]\n")
+    assert main(["study", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "a/study.yaml: studies: it names itself" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--output", "~/x", "a ~ is not expanded here"),
+        ("--output", "", "an empty text names no file"),
+        ("--write", "x" * 300, "has at most 255 bytes"),
+        ("--seeds", "9" * 12, "a whole number from 1 to"),
+        ("--launcher", "no_such_program -n 3", "there is no program 'no_such_program'"),
+        ("--launcher", "a 'b", "is no command"),
+        ("--launcher", "", "is no command"),
+    ],
+)
+def test_an_option_that_nothing_can_use_is_refused_by_name(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["study", "paper/table1", f"{option}={value}"])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {option}: " in last and said in last

@@ -105,6 +105,15 @@ def test_a_fault_names_file_and_key(text: str, said: str, study_of: Callable[...
             "claims: [{text: t, run: a, than: 'a, 1', columns: [clean (%)]}]",
             "'a' must name one row, got a, 1; a, 2",
         ),
+        ("runs: {a: {recipe: quickstart, settings: {output: x}}}", "runs.a: output: the study"),
+        ("runs: {a: {recipe: quickstart, settings: {train: {seed: 7}}}}", "train.seed: the study"),
+        ("runs: {a: {recipe: quickstart, tune: {train.seed: [1, 2]}}}", "runs.a.tune: train.seed"),
+        (
+            "runs: {a: {recipe: quickstart, tune: {"
+            + ", ".join(f"x{i}: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" for i in range(30))
+            + "}}}",
+            ",001 trainings; a study has at most 10,000",
+        ),
     ],
 )
 def test_every_recipe_is_built_before_the_first_is_trained(
