@@ -225,6 +225,7 @@ def load_recipe(
     *,
     layers: Iterable[Path | tuple[str, dict[str, Any]]] = (),
     required: Iterable[str] = FOR_TRAINING,
+    trust: bool = True,
 ) -> Recipe:
     """Read a recipe and check it whole.
 
@@ -235,6 +236,7 @@ def load_recipe(
         layers: What is laid over the recipe before the overrides, each over the ones before: files,
             or settings with the words for where they stand.
         required: Sections that must be there.
+        trust: Import and call the classes that it names; else it can be looked at, not trained.
 
     Raises:
         RecipeError: All faults at once, a line each.
@@ -247,7 +249,7 @@ def load_recipe(
         else:
             values.merge(layer[1], layer[0])
     values.override(overrides)
-    return _recipe(values, SECTIONS, f"runs/{path.stem}", required, trust=True)
+    return _recipe(values, SECTIONS, f"runs/{path.stem}", required, trust=trust)
 
 
 def recipe_of_use(

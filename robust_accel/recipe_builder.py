@@ -58,7 +58,8 @@ class Builder:
         Raises:
             RecipeError: All faults at once.
         """
-        output = self.values.pop("output", None) or default_output
+        output = self.values.pop("output", None)
+        output = default_output if output is None else output
         output = output.text if isinstance(output, Written) else output
         if not isinstance(output, str):
             self.fault("output", f"must be a folder, got {shown(plain(output))}")
@@ -177,14 +178,15 @@ class Builder:
                     f"{train.gradient_accumulation} does not divide train.batch_size "
                     f"{train.batch_size}",
                 )
-            try:
-                built["schedule"].check(train.epochs)
-            except ValueError as error:
-                self.fault_of("schedule", error)
+            if not isinstance(built["schedule"], NotImported):
+                try:
+                    built["schedule"].check(train.epochs)
+                except ValueError as error:
+                    self.fault_of("schedule", error)
         objective = built["objective"]
         if (
             getattr(data, "mix", None) is not None
-            and objective is not None
+            and not isinstance(objective, NotImported | None)
             and not getattr(objective, "takes_soft_labels", False)
         ):
             self.fault(

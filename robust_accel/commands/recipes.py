@@ -4,13 +4,16 @@ import argparse
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from robust_accel.commands import say
 from robust_accel.files import write_text
 from robust_accel.recipe_file import RECIPES, find_recipe, origin_of, packaged_recipes
+
+if TYPE_CHECKING:
+    from robust_accel.recipe import Recipe
 
 _ABOUT = ("Cost", "Reached")
 """Comments at a recipe's head: ``# Cost: ...`` and ``# Reached: ...`` (what, by whom, where)."""
@@ -38,9 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print all settings of a recipe, and where each was set."""
-    from robust_accel.recipe import load_recipe  # imports torch
-
-    recipe = load_recipe(options.recipe, options.settings)
+    recipe = _looked_at(options)
     lines = [*_lines(recipe.settings, recipe.origins)]
     width = min(60, max(len(text) for text, _ in lines) + 2)
     for text, origin in lines:
@@ -50,12 +51,10 @@ def show(options: argparse.Namespace) -> int:
 
 def copy(options: argparse.Namespace) -> int:
     """Write a recipe as one file of its own: what it and its bases set, without the defaults."""
-    from robust_accel.recipe import load_recipe
-
     target: Path = options.file
     if target.exists():
         raise ValueError(f"{target}: is there already: choose another file")
-    recipe = load_recipe(options.recipe, options.settings)
+    recipe = _looked_at(options)
     source = find_recipe(options.recipe)
     head = [
         f"# {_head(source)['']}",
@@ -64,6 +63,14 @@ def copy(options: argparse.Namespace) -> int:
     write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
     say(f"{target}: robust-accel train {target}")
     return 0
+
+
+def _looked_at(options: argparse.Namespace) -> "Recipe":
+    """The recipe, maybe a stranger's: no class that it names is imported."""
+    from robust_accel.recipe import FOR_TRAINING, load_recipe  # imports torch
+
+    required = {*FOR_TRAINING} - {"evaluate"}  # its eps may be known to such a class alone
+    return load_recipe(options.recipe, options.settings, required=required, trust=False)
 
 
 def _head(path: Path) -> dict[str, str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from robust_accel.__main__ import main
+from robust_accel.exit_codes import UNWRITABLE
+from robust_accel.plain_yaml import read_plain
 from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import packaged_recipes
 
@@ -56,6 +58,42 @@ def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     copy = tmp_path / f"{Path(name).name}.yaml"
     assert main(["recipe", "copy", name, str(copy)]) == 0
     assert load_recipe(copy).settings == load_recipe(name).settings
+
+
+def test_what_is_looked_at_is_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's recipe is code where it names classes: to read it before must not run it."""
+    done, own, copy = tmp_path / "executed", tmp_path / "own.yaml", tmp_path / "copy.yaml"
+    (tmp_path / "hostile_module.py").write_text(f"open({str(done)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own.write_text(
+        "base: quickstart\nattack: {name: 'hostile_module:A', eps: 8/255, own: [1]}\n"
+        + "".join(
+            f"{section}: {{name: 'hostile_module:A'}}\n"
+            for section in ("objective", "schedule", "communication")
+        )
+        + "data: {mix: {mixup: 1}}\n"
+    )
+    assert main(["recipe", "show", str(own)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["name:", "hostile_module:A", "#", str(own)] in shown
+    assert ["own:", "[1]", "#", str(own)] in shown
+    assert main(["recipe", "copy", str(own), str(copy)]) == 0
+    assert read_plain(copy)["attack"] == {"name": "hostile_module:A", "eps": "8/255", "own": [1]}
+    assert not done.exists()
+    assert main(["check", str(own)]) == 2  # it tells what train would
+    assert done.exists()
+
+
+def test_a_copy_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "own.yaml"
+    assert main(["recipe", "copy", "quickstart", str(target)]) == UNWRITABLE
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said == f"robust-accel: {target}: Not a directory"
 
 
 def test_a_copy_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
