@@ -89,6 +89,14 @@ def read_whole(folder: Path) -> Manifest:
     Raises:
         ValueError: Which of them is not, or the manifest.
     """
+    try:
+        return _read_whole(folder)
+    except OSError as error:  # a disk that is going bad, or what others may not read
+        name = Path(error.filename or folder / MANIFEST).name
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _read_whole(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{MANIFEST} is missing")
