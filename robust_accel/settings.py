@@ -127,11 +127,11 @@ def parse_duration(value: object) -> object:
     """
     seconds = value
     if isinstance(value, str):
-        parts = re.fullmatch(
-            r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip(), re.ASCII
-        )
+        # 3h50 is nothing: whoever writes it means minutes
+        pattern = r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?|(\d+(?:\.\d+)?)"
+        parts = re.fullmatch(pattern, value.strip(), re.ASCII)
         found = [float(part or 0) for part in parts.groups()] if parts else [0.0]
-        seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1), strict=False))
+        seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1, 1), strict=False))
     if (
         isinstance(seconds, bool)
         or not isinstance(seconds, int | float)

@@ -7,7 +7,15 @@ from robust_accel.recipe import RecipeError, load_recipe
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("3h50m", 13800), ("90m", 5400), ("2h", 7200), ("45s", 45), ("1d1s", 86401), ("12.5", 12.5)],
+    [
+        ("3h50m", 13800),
+        ("90m", 5400),
+        ("2h", 7200),
+        ("45s", 45),
+        ("1d1s", 86401),
+        ("12.5", 12.5),
+        ("'9'", 9),
+    ],
 )
 def test_a_duration_is_seconds(text: str, seconds: float) -> None:
     recipe = load_recipe("quickstart", [f"train.max_time={text}"])
@@ -17,7 +25,8 @@ def test_a_duration_is_seconds(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["soon", "3 hours", "0", "-5", "50m3h", "h", "true", "[1]", ".inf", ".nan", "1e30"]
+    "text",
+    ["soon", "3 hours", "0", "-5", "50m3h", "3h50", "h", "true", "[1]", ".inf", ".nan", "1e30"],
 )
 def test_anything_else_is_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(RecipeError) as refused:
