@@ -14,10 +14,12 @@ from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 from robust_accel.training.manifest import Manifest, read_whole, restore_replaced
 from robust_accel.training.peers import check_same_images, images_in_words
 
-# what a run may change on the way: where it lies, how it is measured, kept and ended
+# what a run may change on the way: where it lies, how its images are decoded, how it is measured,
+# logged, kept and ended
 _FREE = (
-    "output", "evaluate", "certify", "train.keep", "train.max_time", "train.timeout",
-    "train.on_nonfinite", "train.max_skipped_in_a_row",
+    "output", "evaluate", "certify", "data.num_workers", "train.keep", "train.checkpoint_every",
+    "train.log_every", "train.log_with", "train.max_time", "train.timeout", "train.on_nonfinite",
+    "train.max_skipped_in_a_row",
 )  # fmt: skip
 # of the accuracy that chooses weights
 _CHOOSING = ("evaluate.norm", "evaluate.eps", "evaluate.seed", "evaluate.batch_size")

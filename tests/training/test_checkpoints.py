@@ -1,5 +1,6 @@
 """Checkpoints are whole or not used: whatever happens to one, a run goes on exactly."""
 
+import errno
 import json
 import os
 import shutil
@@ -152,6 +153,25 @@ def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
     assert copied.best.read_bytes() == finished.best.read_bytes()
 
 
+def test_one_that_a_bad_disk_does_not_give_is_named(
+    copied: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the one before is used."""
+    before, last = copied.steps()
+    opened = Path.open
+
+    def bad(path: Path, *how: Any, **more: Any) -> Any:
+        if path == last / "optimizer.bin":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", bad)
+    start = start_of(copied)
+    assert start.checkpoint == before.name
+    said = f"{last}: optimizer.bin cannot be read: Input/output error: it is not used"
+    assert start.notes == (said,)
+
+
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(copied: RunFolder) -> None:
     for step in copied.steps():
         FAULTS["flipped"](step / "random_states_0.pkl")
@@ -180,6 +200,10 @@ def test_what_makes_it_another_run_is_refused_and_the_rest_said(copied: RunFolde
     assert start_of(copied, "evaluate.eps=0.2", "output=elsewhere").notes == ()  # as it was
     assert start_of(copied, "train.keep=3", "evaluate.images=10").notes == (
         "changed since the checkpoint: evaluate.images: None, now 10; train.keep: 2, now 3",
+    )
+    assert start_of(copied, "data.num_workers=0", "train.checkpoint_every=5").notes == (
+        "changed since the checkpoint: data.num_workers: 4, now 0; "
+        "train.checkpoint_every: 3, now 5",
     )
 
 
