@@ -24,6 +24,7 @@ from robust_accel.training.stopping import OVERSEER, process_mark
 
 _PAUSE = 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # through no link to another file
 
 
 class Done:
@@ -184,8 +185,8 @@ class Runner:
         rest = left_behind(trial, command)
         if rest is not None:  # of one that ended before it was written down
             rest.unlink(missing_ok=True)
-        with log.open("ab") as file:
-            said = file.tell()
+        with os.fdopen(os.open(log, _APPEND, 0o666), "ab") as file:
+            said = file.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 [*self._launch(trial), *self._words(trial, command)],
                 env=environment,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
-from robust_accel.reporting.views import Row, Run, pick
+from robust_accel.reporting.views import Row, Run, pick, refused_by_name
 from robust_accel.settings import listed, parse_number
 
 Measured = Callable[[Run, Recipe], float | None]
@@ -75,8 +75,9 @@ def _from_report(key: str, scale: float = 1.0) -> Measured:
 def held_out(run: Run, recipe: Recipe) -> float | None:
     """Robust accuracy in percent on the split that is held out of train, of the weights kept."""
     assert recipe.train is not None
-    kept = run.report.get("best_against_last", {}).get(recipe.train.select)
-    return None if kept is None else 100 * kept
+    with refused_by_name(run.folder):
+        kept = run.report.get("best_against_last", {}).get(recipe.train.select)
+        return None if kept is None else 100 * float(kept)
 
 
 def _certified(row: Row, skip: int, images: int | None) -> bool:
@@ -128,7 +129,9 @@ def measure(name: str, run: Run, recipe: Recipe) -> float | None:
     """
     point = _POINT.fullmatch(name)
     if point is None:
-        return MEASURES[name](run, recipe)
+        with refused_by_name(run.folder):
+            found = MEASURES[name](run, recipe)
+            return None if found is None else float(found)
     return dict(curve(_KEYS[point[1]], run, recipe)).get(parse_number(point[2]))
 
 
@@ -138,6 +141,11 @@ def curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
     Args:
         key: ``eps``, ``num_steps`` or ``radius``.
     """
+    with refused_by_name(run.folder):
+        return [(float(at), float(percent)) for at, percent in _curve(key, run, recipe)]
+
+
+def _curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
     if key == "radius":
         asked_for, number = as_json(recipe.certify.about), recipe.certify.images
         row = pick(

@@ -10,6 +10,7 @@ from robust_accel.files import write_json, write_text
 from robust_accel.reporting.charts import Line, Lines
 from robust_accel.reporting.figures import draw
 from robust_accel.reporting.tables import Table, escaped
+from robust_accel.reporting.views import refused_by_name
 from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.study_file import FigureSettings
 from robust_accel.studies.trial import Cell
@@ -149,18 +150,17 @@ def _tuning(tuned: Sequence[Tuned]) -> Table:
 def _how(results: Results) -> str:
     """On what, with what, and how long."""
     runs = [run for c in results.plan.cells for t in results.trials(c) if (run := results.run(t))]
-    hardware = dict.fromkeys(
-        row["hardware"] for run in runs for row in run.rows if "hardware" in row
-    )
-    versions = dict.fromkeys(
-        f"{name} {version}"
-        for run in runs
-        for name, version in run.report.get("versions", {}).items()
-    )
+    hardware: dict[str, None] = {}
+    versions: dict[str, None] = {}
+    for run in runs:
+        with refused_by_name(run.folder):
+            hardware |= {str(row["hardware"]): None for row in run.rows if "hardware" in row}
+            found = run.report.get("versions", {}).items()
+            versions |= {f"{name} {version}": None for name, version in found}
     seconds = sum(results.done.seconds(results.plan.known(results.chosen)).values())
     return (
         f"{len(results.plan.known(results.chosen))} trainings, {seconds / 3600:.1f} hours of "
-        f"processes in all, on {'; '.join(map(str, hardware)) or 'unknown hardware'}; "
+        f"processes in all, on {'; '.join(hardware) or 'unknown hardware'}; "
         f"{', '.join(versions)}; {date.today().isoformat()}."
     )
 

@@ -1,6 +1,7 @@
 """What a study starts, and with what."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,3 +60,16 @@ def test_a_training_that_was_stopped_is_not_called_failed(
     runner.run(lambda cell: ())
     assert len(started) == 4 and len(runner.broken) == 4
     assert all("was stopped; the same command goes on" in text for text in said)
+
+
+def test_no_log_is_written_through_a_link(
+    started: list[dict[str, str]], plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan, victim = plan_of(FOUR, seeds=range(1)), tmp_path / "victim"
+    victim.write_text("mine")
+    folder = plan.known(lambda cell: ())[0].folder
+    folder.parent.mkdir()
+    folder.with_name(f"{folder.name}.log").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        Runner(plan, Done(plan.root), jobs=1, launcher=None, say=print).run(lambda cell: ())
+    assert victim.read_text() == "mine" and not started

@@ -198,3 +198,29 @@ def test_seeds_that_were_not_finite_are_counted_and_decide_no_claim(
     assert results.verdicts()[0].outcome == "open"
     assert "(1 of 3 not finite)" in table(results).markdown()
     assert results.missing() == []
+
+
+CHANGES: dict[str, Callable[[dict], object]] = {
+    "a row without a number": lambda report: report["measurements"][0].pop("accuracy"),
+    "a row of another kind": lambda report: report["measurements"][0].update(attack=["none"]),
+    "a list": lambda report: report.update(best_against_last=[1]),
+    "a word": lambda report: report.update(best_against_last={"last": "much", "best": "much"}),
+    "a mapping": lambda report: report.update(train_seconds_per_epoch={"a": 1}),
+    "versions": lambda report: report.update(versions=["torch"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_report_of_another_shape_is_refused_by_its_folder(
+    plan_of: Callable[..., Plan], tmp_path: Path, name: str
+) -> None:
+    text = f"{TUNED}\ncolumns: {{c: clean, h: held_out, s: seconds}}"
+    results = filled(plan_of(text, seeds=range(1)), lambda t: (0.5, 0.5))
+    trial = results.trials(results.plan.cells[1])[0]
+    path = trial.folder / "report.json"
+    report = json.loads(path.read_text())
+    CHANGES[name](report)
+    path.write_text(json.dumps(report))
+    fresh = Results(results.plan, Done(results.plan.root))
+    with pytest.raises(ValueError, match=f"^{trial.folder}"):
+        write_page(fresh, tmp_path / "page", "study", "")
