@@ -5,6 +5,7 @@ import json
 import textwrap
 
 from robust_accel.commands import say
+from robust_accel.messages import shown
 from robust_accel.reference import Key, about, all_keys, members, schema
 from robust_accel.settings import close_to
 
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if not found and not family:
         known = [*sections, *(key.dotted for key in keys), *(key.component for key in keys)]
-        raise ValueError(f"explain: {asked!r} is no key of a recipe{close_to(asked, known)}")
+        raise ValueError(f"explain: {shown(asked)} is no key of a recipe{close_to(asked, known)}")
     for section in family:
         text = about(section, asked) if asked in members(section) else _family(section)
         say(text.replace("``", "") + "\n")

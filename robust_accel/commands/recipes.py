@@ -10,6 +10,7 @@ import yaml
 
 from robust_accel.commands import say
 from robust_accel.files import write_text
+from robust_accel.messages import shown
 from robust_accel.recipe_file import RECIPES, find_recipe, origin_of, packaged_recipes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         if word in f"{name} {' '.join(head.values())}".lower()
     }
     if not found:
-        raise ValueError(f"recipes: none has {options.word!r} in its name or its sentence")
+        raise ValueError(f"recipes: none has {shown(options.word)} in its name or its sentence")
     width = max(map(len, found)) + 2
     for name, head in found.items():
         say(f"{name:{width}}{head['']}")

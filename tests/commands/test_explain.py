@@ -31,6 +31,9 @@ def test_it_is_explained(asked: str, said: list[str], capsys: pytest.CaptureFixt
 def test_what_is_no_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "train.epoch"]) == 2
     assert "(did you mean train.epochs?)" in capsys.readouterr().err
+    for command in ("explain", "recipes"):
+        assert main([command, 5000 * "x"]) == 2
+        assert len(capsys.readouterr().err) < 300
 
 
 def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
