@@ -12,9 +12,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from annotated_types import Gt
 from pydantic import ValidationError
 
 from robust_accel.attacks import Attack
@@ -22,7 +21,7 @@ from robust_accel.comm import Collective
 from robust_accel.exit_codes import Stopped
 from robust_accel.messages import shown, told
 from robust_accel.objectives import Objective
-from robust_accel.settings import Norm, Number, Settings, close_to, listed
+from robust_accel.settings import Norm, OptionalPixels, Settings, close_to, default, listed
 
 _IMPORT_LIMIT_S = 60  # of the trial
 _IMPORTED = b"+"
@@ -60,8 +59,8 @@ class NotImported(Settings):
 
     name: str
     norm: Norm | None = None
-    eps: Annotated[Number, Gt(0)] | None = None
-    sigma: Annotated[Number, Gt(0)] | None = None
+    eps: OptionalPixels = default(None)
+    sigma: OptionalPixels = default(None)
 
     @classmethod
     def of(cls, name: str, values: dict[str, Any]) -> "NotImported":

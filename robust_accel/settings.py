@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Iterable
 from numbers import Real
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -98,6 +98,27 @@ MOST = 2**31 - 1  # to seeds, numbers of processes and units are added yet
 Number = Annotated[float, BeforeValidator(parse_number)]
 Whole = Annotated[int, BeforeValidator(parse_whole), Le(MOST)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
+if TYPE_CHECKING:
+    # a type checker sees what may be given, and what is read: PGD(eps="8/255").eps is a float
+
+    class Pixels:
+        def __get__(self, owner: Any, cls: Any = None) -> float: ...
+        def __set__(self, owner: Any, value: float | str) -> None: ...
+
+    class OptionalPixels:
+        def __get__(self, owner: Any, cls: Any = None) -> float | None: ...
+        def __set__(self, owner: Any, value: float | str | None) -> None: ...
+else:
+    Pixels = Annotated[Number, Gt(0)]
+    """A length in pixel units (a pixel is in [0, 1]): 0.03 or "8/255"."""
+    OptionalPixels = Pixels | None
+
+
+def default(value: Any) -> Any:
+    """The default of a field of these two: to a type checker it is neither."""
+    return value
+
+
 PathText = Annotated[str, AfterValidator(check_path)]
 """Names a file or a folder, or what may be one."""
 
