@@ -14,14 +14,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn, Protocol
 
-from pydantic import ValidationError
-
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective
 from robust_accel.exit_codes import Stopped
-from robust_accel.messages import shown, told
+from robust_accel.messages import close_to, shown, told
 from robust_accel.objectives import Objective
-from robust_accel.settings import Norm, OptionalPixels, Settings, close_to, default, listed
+from robust_accel.settings import Norm, OptionalPixels, Settings, default, listed
 
 _IMPORT_LIMIT_S = 60  # of the trial
 _IMPORTED = b"+"
@@ -68,7 +66,7 @@ class NotImported(Settings):
         for key in ("norm", "eps", "sigma"):
             try:
                 known[key] = getattr(cls(name=name, **{key: values.get(key)}), key)
-            except ValidationError:  # it means something else there
+            except ValueError:  # it means something else there
                 continue
         if known.get("norm") is None:
             known["eps"] = None

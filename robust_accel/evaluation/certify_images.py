@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
 from torch import Tensor
 
-from robust_accel.data import seeded_generator
+from robust_accel.data import ImageSet, seeded_generator
 from robust_accel.evaluation.bench import Bench, Unit
 from robust_accel.evaluation.certify import (
     Sequential,
@@ -76,6 +76,10 @@ class CertifySettings(Settings):
         if self.n < self.n0:
             raise ValueError(f"n: {self.n} is fewer than n0: {self.n0}")
         return self
+
+    def index(self, images: ImageSet) -> Tensor:
+        """Which images are certified: [N]."""
+        return torch.arange(0, len(images), self.skip)[: self.images]
 
     @property
     def about(self) -> dict[str, Any]:
