@@ -252,7 +252,13 @@ def evaluate(
         labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
         settings: With an eps: ``EvaluateSettings(eps="8/255", autoattack="standard")``.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
-        how: ``mean``, ``std``, ``size``, ``folder`` and ``accelerator``, see ``How``.
+        how: All by name. ``mean``, ``std``: by which images are normalised inside, one number a
+            channel or one for all; both or neither. Not with a ``PixelClassifier``
+            (``load_model``) or ``RobustModel``, which have their own. ``size``: height and width to
+            which images are resized inside; eps is at their own. The same. ``folder``: where
+            records and outcomes are kept, so that a killed evaluation goes on and nothing is done
+            twice; ``robust-accel report FOLDER`` shows them. ``accelerator``: the script's own, if
+            it has one.
 
     Raises:
         ValueError: Model, images, labels or settings are not as said above.

@@ -32,17 +32,7 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | None
 
 
 class How(TypedDict, total=False):
-    """How a module is brought onto pixels, and where results are kept.
-
-    Attributes:
-        mean, std: By which images are normalised inside, one number a channel or one for all; both
-            or neither. Not with a ``PixelClassifier`` (``load_model``) or ``RobustModel``, which
-            have their own.
-        size: Height and width to which images are resized inside; eps is at their own. The same.
-        folder: Where records and outcomes are kept, so that a killed evaluation goes on and nothing
-            is done twice; ``robust-accel report FOLDER`` shows them.
-        accelerator: The script's own, if it has one.
-    """
+    """What else ``robust_accel.evaluate`` and ``certify`` take, and say what it means."""
 
     mean: Statistic
     std: Statistic
