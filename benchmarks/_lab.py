@@ -85,7 +85,7 @@ class Lab:
 
     def start(self, folder: RunFolder, *more: str) -> Forked:
         number, environment = ENGINES[self.engine]
-        command = (*RUN, f"output={folder.path}", "--quiet", *more)
+        command = (*RUN, f"output={folder.path}", *more)
         return Forked(*command, num_processes=number, environment=environment)
 
     def resumed(self, folder: RunFolder, row: Row, *more: str) -> None:

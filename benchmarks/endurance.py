@@ -21,7 +21,7 @@ import psutil
 from robust_accel.files import read_lines
 
 RUN = shlex.split("""
-    train quickstart --quiet communication.name=qsgd communication.bits=8 train.batch_size=64
+    train quickstart communication.name=qsgd communication.bits=8 train.batch_size=64
     data.validation_size=137 train.log_every=10 train.checkpoint_every=50 train.validation_steps=2
     train.select=best attack.num_steps=1 attack.step_size=0.2 evaluate.autoattack=quick
     evaluate.autoattack_images=40 evaluate.pgd.num_steps=5

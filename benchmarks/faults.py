@@ -120,7 +120,7 @@ def launcher_killed(lab: Lab, times: int) -> Row:
     row = Row("launcher killed, DDP")
     for _ in range(times):
         folder = lab.folder()
-        process = Launched(*RUN, f"output={folder.path}", "--quiet")
+        process = Launched(*RUN, f"output={folder.path}")
         while process.running() and not folder.steps():
             time.sleep(0.02)
         ranks = psutil.Process(process.process.pid).children(recursive=True)
@@ -145,7 +145,7 @@ def link_cut(lab: Lab, times: int) -> Row:
             common = {"MASTER_ADDR": f"{_network.SUBNET}.1", "MASTER_PORT": "29513"}
             ranks = [
                 Inside(
-                    node, "robust_accel", *RUN, f"output={folder.path}", "--quiet", SOON,
+                    node, "robust_accel", *RUN, f"output={folder.path}", SOON,
                     log=lab.root / f"node{rank}.log", RANK=str(rank), LOCAL_RANK="0",
                     WORLD_SIZE="2", **common,
                 )

@@ -8,9 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from robust_accel import measure
-from robust_accel.evaluation.certify import SmoothedClassifier
-from robust_accel.models import PixelClassifier
+from robust_accel import CertifySettings, EvaluateSettings, certify, evaluate
 
 
 def train_a_model(x: torch.Tensor, labels: torch.Tensor, noise: float) -> nn.Module:
@@ -32,15 +30,16 @@ def main() -> dict[str, float]:
     labels = torch.tensor(digits.target)
     model = train_a_model(x[:1400], labels[:1400], noise=0.25)
 
-    found = measure(model, x[1400:1500], labels[1400:1500], eps=0.05, autoattack="quick")
-    accuracies = {name: found[f"{name}_accuracy"]["accuracy"] for name in ("clean", "autoattack")}
-    print(accuracies)
+    test = x[1400:1500], labels[1400:1500]
+    found = evaluate(model, *test, EvaluateSettings(eps=0.05, autoattack="quick"))
+    print(found)
 
-    smoothed = SmoothedClassifier(PixelClassifier(model), sigma=0.25, batch_size=1000)
-    generator = torch.Generator().manual_seed(0)
-    certificate = smoothed.certify(x[1400], n0=100, n=10_000, alpha=0.001, generator=generator)
-    print(certificate, "label", int(labels[1400]))
-    return accuracies | {"radius": certificate.radius}
+    few = x[1400:1410], labels[1400:1410]
+    certified = certify(model, *few, CertifySettings(sigma=0.25, n=10_000, radii=(0.1, 0.5)))
+    print(certified.certificate)
+    accuracies = {"clean": found.clean, "autoattack": found.autoattack}
+    at = {f"radius {p['radius']}": p["accuracy"] for p in certified.certificate.record["radii"]}
+    return {name: one.accuracy for name, one in accuracies.items()} | at
 
 
 if __name__ == "__main__":

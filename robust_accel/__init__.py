@@ -8,9 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robust_accel.api import Measured, Measurement, Run, certify, evaluate, load_run, train
     from robust_accel.attacks import APGD, DDN, FGSMRS, NFGSM, PGD, Attack
     from robust_accel.comm import QSGD, AllReduce, compress_gradients
-    from robust_accel.evaluation.measure import measure
+    from robust_accel.evaluation.certify_images import CertifySettings
+    from robust_accel.evaluation.settings import EvaluateSettings
     from robust_accel.integrations.in_place import make_robust
     from robust_accel.models import PixelClassifier
     from robust_accel.objectives import AWP, Adversarial, Mart, Objective, Smoothing, Trades
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _WHERE = {
+    "api": ("Measured", "Measurement", "Run", "certify", "evaluate", "load_run", "train"),
     "attacks": ("APGD", "DDN", "FGSMRS", "NFGSM", "PGD", "Attack"),
     "comm": ("QSGD", "AllReduce", "compress_gradients"),
-    "evaluation.measure": ("measure",),
+    "evaluation.certify_images": ("CertifySettings",),
+    "evaluation.settings": ("EvaluateSettings",),
     "integrations.in_place": ("make_robust",),
     "models": ("PixelClassifier",),
     "objectives": ("AWP", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
@@ -45,16 +49,24 @@ __all__ = [
     "Adversarial",
     "AllReduce",
     "Attack",
+    "CertifySettings",
+    "EvaluateSettings",
     "Mart",
+    "Measured",
+    "Measurement",
     "Objective",
     "PixelClassifier",
     "RobustModel",
+    "Run",
     "Smoothing",
     "Trades",
+    "certify",
     "compress_gradients",
+    "evaluate",
     "load_model",
+    "load_run",
     "make_robust",
-    "measure",
+    "train",
 ]
 
 

@@ -3,15 +3,19 @@
 import argparse
 import importlib
 import os
+import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from robust_accel.commands import is_setting, say
+from robust_accel.console import LEVELS, shown
 from robust_accel.exit_codes import (
     INTERRUPTED,
     NOT_FINITE,
@@ -25,7 +29,8 @@ from robust_accel.exit_codes import (
     Unwritable,
 )
 from robust_accel.files import check_path
-from robust_accel.messages import one_line, shown
+from robust_accel.messages import close_to, one_line
+from robust_accel.messages import shown as value_shown
 from robust_accel.training.stopping import (
     Stop,
     end_without_launcher,
@@ -54,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.settings += rest
     end_without_launcher(UNAVAILABLE)
     try:
-        # a script's own way to be interrupted is left to it
-        with nullcontext() if options.command.endswith(".wrap") else Stop():
+        with ExitStack() as stack:
+            if not options.command.endswith(".wrap"):  # a script has its own ways of both
+                stack.enter_context(Stop())
+                stack.enter_context(shown("warning" if options.quiet else options.log_level))
             try:
                 # late: a command imports what only it needs
                 module, _, name = options.command.partition(":")
@@ -98,7 +105,7 @@ def _positive(text: str) -> int:
     number = int(text)
     if not 1 <= number < 2**31:
         wanted = "a whole number from 1 to 2^31 - 1 is wanted"
-        raise argparse.ArgumentTypeError(f"{wanted}, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
     return number
 
 
@@ -106,39 +113,99 @@ def _path(text: str) -> Path:
     try:
         return Path(check_path(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not allowed: {error}") from None
+        raise argparse.ArgumentTypeError(f"{value_shown(text)} is not allowed: {error}") from None
 
 
 def _launcher(text: str) -> str:
     try:
         (program, *_) = shlex.split(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no command") from None
+        raise argparse.ArgumentTypeError(f"{value_shown(text)} is no command") from None
     if shutil.which(program) is None:
-        raise argparse.ArgumentTypeError(f"there is no program {shown(program)}")
+        raise argparse.ArgumentTypeError(f"there is no program {value_shown(program)}")
     return text
 
 
+_GROUPS = {
+    "Train and measure": ("train", "wrap", "evaluate", "certify", "pseudo-label"),
+    "Compare": ("report", "study"),
+    "Look up": ("recipes", "recipe", "explain", "check", "env", "schema"),
+}
+_EXAMPLES = {
+    "train": "robust-accel train quickstart train.epochs=4 output=runs/short",
+    "wrap": "accelerate launch -m robust_accel wrap --recipe cifar10/dat_pgd train.py --lr 0.1",
+    "evaluate": "robust-accel evaluate runs/quickstart evaluate.autoattack=standard",
+    "certify": "robust-accel certify runs/smooth certify.skip=20 certify.n=10000",
+    "pseudo-label": "robust-accel pseudo-label runs/teacher --out labels.parquet",
+    "report": "robust-accel report runs/seed0 runs/seed1 --html both.html",
+    "study": "robust-accel study paper/table1 --scale cpu --jobs 2",
+    "recipes": "robust-accel recipes cifar10",
+    "recipe": "robust-accel recipe show cifar10/at attack.num_steps=20",
+    "explain": "robust-accel explain train.ema_decay",
+    "check": "robust-accel check my.yaml data.path=images",
+    "env": "robust-accel env",
+    "schema": "robust-accel schema > schema.json",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Also what was meant, where a command is misspelt."""
+        wrong = re.search("invalid choice: '(.*?)' ", message)
+        super().error(message + (close_to(wrong[1], _EXAMPLES) if wrong else ""))
+
+
+def _overview(helps: dict[str, str]) -> str:
+    """The commands by what they are for, and how they are called."""
+    lines = [str(__doc__)]
+    for title, names in _GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:13} {helps[name]}" for name in names)]
+    examples = [f"  {_EXAMPLES[name]}" for name in ("train", "evaluate", "wrap", "study")]
+    more = "COMMAND --help has its arguments; most settings are the recipe's: explain, recipe show."
+    return "\n".join([*lines, "", "Examples:", *examples, "", more])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="robust-accel", description=__doc__, epilog=EXIT_CODES)
+    parser = _Parser(
+        prog="robust-accel",
+        usage="%(prog)s COMMAND ...",
+        epilog="\n".join(textwrap.wrap(EXIT_CODES, 100)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {version('robust-accel')}"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(log_level="info", quiet=False)
+    commands = parser.add_subparsers(
+        required=True,
+        prog="robust-accel",
+        metavar="COMMAND",
+        help=argparse.SUPPRESS,
+        parser_class=argparse.ArgumentParser,
+    )
+    helps: dict[str, str] = {}
+
+    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        helps[name] = text
+        example = f"Example: {_EXAMPLES[name]}"
+        return commands.add_parser(name, description=text, epilog=example, parents=parents)
+
+    telling = argparse.ArgumentParser(add_help=False)
+    telling.add_argument("--quiet", action="store_true", help="warnings and the result only")
+    telling.add_argument("--log-level", choices=LEVELS, default="info", help="what is told")
     settings_help = "settings that replace the recipe's, as section.key=value"
     trust_help = (
         "import and run the code that the run's recipe names (package.module:Class), with your "
         "rights: only for run folders whose every file you trust"
     )
 
-    train = commands.add_parser("train", help="train a robust model by a recipe")
+    train = command("train", "train a robust model by a recipe", telling)
     train.add_argument("recipe", help="a YAML file, or a packaged recipe's name (quickstart)")
     train.add_argument("settings", nargs="*", help=settings_help)
     train.add_argument("--resume", action="store_true", help="continue the run, if there is one")
-    train.add_argument("--quiet", action="store_true", help="lines instead of a progress bar")
     train.set_defaults(command="robust_accel.commands.train")
 
-    wrap = commands.add_parser("wrap", help="run a training script, its model made robust")
+    wrap = command("wrap", "run a training script, its model made robust")
     wrap.add_argument("--recipe", required=True, help="its attack, objective and communication")
     for name in ("mean", "std"):
         wrap.add_argument(
@@ -155,26 +222,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     wrap.set_defaults(command="robust_accel.commands.wrap")
 
-    evaluate = commands.add_parser("evaluate", help="measure a run or any timm checkpoint")
+    evaluate = command("evaluate", "measure a run or any timm checkpoint", telling)
     evaluate.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     evaluate.add_argument("settings", nargs="*", help=settings_help)
     evaluate.add_argument("--trust", action="store_true", help=trust_help)
     evaluate.set_defaults(command="robust_accel.commands.evaluate")
 
-    certify = commands.add_parser("certify", help="certify L2 radii under Gaussian noise")
+    certify = command("certify", "certify L2 radii under Gaussian noise", telling)
     certify.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     certify.add_argument("settings", nargs="*", help=settings_help)
     certify.add_argument("--trust", action="store_true", help=trust_help)
     certify.set_defaults(command="robust_accel.commands.certify")
 
-    label = commands.add_parser("pseudo-label", help="label images by a trained model")
+    label = command("pseudo-label", "label images by a trained model", telling)
     label.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     label.add_argument("settings", nargs="*", help=settings_help)
     label.add_argument("--data", help="what to label; if not given, what the run left out")
     label.add_argument("--out", required=True, help="the parquet file to write")
     label.set_defaults(command="robust_accel.commands.pseudo_label")
 
-    report = commands.add_parser("report", help="write reports, and compare runs side by side")
+    report = command("report", "write reports, and compare runs side by side")
     report.add_argument("runs", nargs="+", type=_path, metavar="RUN")
     report.add_argument("--csv", type=_path, metavar="FILE", help="every measurement, a line each")
     report.add_argument("--latex", type=_path, metavar="FILE", help="the comparison, for booktabs")
@@ -186,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command="robust_accel.commands.report")
 
-    study = commands.add_parser("study", help="many runs by one file: table, figures, claims")
+    study = command("study", "many runs by one file: table, figures, claims", telling)
     study.add_argument("study", help="a study file, a folder with one, or a packaged one's name")
     study.add_argument("settings", nargs="*", help="for all its runs, as section.key=value")
     study.add_argument("--scale", help="which of the file's scales; the first when not given")
@@ -205,11 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.set_defaults(command="robust_accel.commands.study")
 
-    recipes = commands.add_parser("recipes", help="list the packaged recipes")
+    recipes = command("recipes", "list the packaged recipes")
     recipes.add_argument("word", nargs="?", help="only those with it in their name or sentence")
     recipes.set_defaults(command="robust_accel.commands.recipes")
 
-    recipe = commands.add_parser("recipe", help="show one, or copy it to begin with")
+    recipe = command("recipe", "show one, or copy it to begin with")
     verbs = recipe.add_subparsers(required=True, metavar="VERB")
     show = verbs.add_parser("show", help="all its settings, and where each was set")
     copy = verbs.add_parser("copy", help="a file of your own, without its bases")
@@ -220,19 +287,20 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("settings", nargs="*", help=settings_help)
         verb.set_defaults(command=f"robust_accel.commands.recipes:{name}")
 
-    explain = commands.add_parser("explain", help="what a recipe's key or section means")
+    explain = command("explain", "what a recipe's key or section means")
     explain.add_argument("key", help="attack.eps, eps, attack, or pgd")
     explain.set_defaults(command="robust_accel.commands.explain")
 
-    check = commands.add_parser("check", help="all that is wrong with a recipe, its data and model")
+    check = command("check", "all that is wrong with a recipe, its data and model", telling)
     check.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
     check.add_argument("settings", nargs="*", help=settings_help)
     check.set_defaults(command="robust_accel.commands.check")
 
-    env = commands.add_parser("env", help="versions and devices, for reports of faults")
+    env = command("env", "versions and devices, for reports of faults")
     env.set_defaults(command="robust_accel.commands.env")
-    schema = commands.add_parser("schema", help="the JSON schema of recipes, for editors")
+    schema = command("schema", "the JSON schema of recipes, for editors")
     schema.set_defaults(command="robust_accel.commands.explain:print_schema")
+    parser.description = _overview(helps)
     return parser
 
 

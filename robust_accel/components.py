@@ -12,17 +12,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn, Protocol
-
-from annotated_types import Gt
-from pydantic import ValidationError
+from typing import Any, NoReturn, Protocol
 
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective
 from robust_accel.exit_codes import Stopped
-from robust_accel.messages import shown, told
+from robust_accel.messages import close_to, shown, told
 from robust_accel.objectives import Objective
-from robust_accel.settings import Norm, Number, Settings, close_to, listed
+from robust_accel.settings import Norm, OptionalPixels, Settings, default, listed
 
 _IMPORT_LIMIT_S = 60  # of the trial
 _IMPORTED = b"+"
@@ -60,8 +57,8 @@ class NotImported(Settings):
 
     name: str
     norm: Norm | None = None
-    eps: Annotated[Number, Gt(0)] | None = None
-    sigma: Annotated[Number, Gt(0)] | None = None
+    eps: OptionalPixels = default(None)
+    sigma: OptionalPixels = default(None)
 
     @classmethod
     def of(cls, name: str, values: dict[str, Any]) -> "NotImported":
@@ -69,7 +66,7 @@ class NotImported(Settings):
         for key in ("norm", "eps", "sigma"):
             try:
                 known[key] = getattr(cls(name=name, **{key: values.get(key)}), key)
-            except ValidationError:  # it means something else there
+            except ValueError:  # it means something else there
                 continue
         if known.get("norm") is None:
             known["eps"] = None

@@ -20,17 +20,17 @@ _FULL = 2**16  # a disk with fewer free bytes
 
 
 def check_path(path: str) -> str:
-    """The path, if a file can have it: the system calls raise ``OSError`` where none can.
+    """The path, ``~`` written out, if a file can have it: else system calls raise ``OSError``.
 
     Raises:
-        ValueError: It, or a part of it, is too long, or it holds a NUL. Or it begins with a ``~``,
-            which only a shell turns into a home: a folder of that name would be made. Or it is
-            empty.
+        ValueError: It is empty, it or a part of it is too long, or it holds a NUL; or nobody has
+            this ``~``.
     """
     if not path:
         raise ValueError("an empty text names no file")
+    path = os.path.expanduser(path)
     if path.startswith("~"):
-        raise ValueError("a ~ is not expanded here: write the folder out, or ./~")
+        raise ValueError("a ~ stands for somebody's home, and nobody here has this name; or ./~")
     content = path.encode(errors="surrogatepass")
     longest = max(map(len, content.split(b"/")))
     if longest > _LONGEST_PART:

@@ -2,13 +2,16 @@
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 OWNER = "owner.lock"  # in the folder, for as long as somebody owns it
 _HELD = {errno.EACCES, errno.EAGAIN}
@@ -27,22 +30,19 @@ os.register_at_fork(after_in_child=_disown)
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
+def locked(folder: Path) -> Iterator[str]:
     """Own a folder, which is made if it is not there; gives what ``owner.lock`` says of the owner.
 
     The kernel lets go when this process ends, in whatever way; a file that is left behind means
     nothing. Processes that it forks own nothing. On NFS the server keeps the lock, so that it holds
     between machines; a file system without locks is said to have none, and is used.
 
-    Args:
-        say: Told that there are no locks.
-
     Raises:
         ValueError: ``output: ...``: another process owns it, or it cannot be written to.
     """
     is_new = not folder.exists()
     try:
-        file = _open_locked(folder, say)
+        file = _open_locked(folder)
         text = f"{_about_this_process()}\n{secrets.token_hex(16)}\n"
         os.truncate(file, 0)
         os.write(file, text.encode())
@@ -62,7 +62,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[str]:
         os.close(file)
 
 
-def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
+def _open_locked(folder: Path) -> int:
     path = folder / OWNER
     for _ in range(100):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,9 @@ def _open_locked(folder: Path, say: Callable[[str], None]) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                say(f"{folder}: its file system has no locks: see that no second run writes there")
+                logger.warning(
+                    f"{folder}: its file system has no locks: see that no second run writes there"
+                )
                 return file
             holder = os.read(file, 1000).decode(errors="replace").split("\n")[0]
             os.close(file)

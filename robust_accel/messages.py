@@ -1,7 +1,8 @@
 """What somebody else has written, in messages: on one line, and cut where it is long."""
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _LONGEST_VALUE = 120
@@ -47,3 +48,11 @@ def printable(text: str) -> str:
     """The text of several lines, without what ``UNPRINTABLE`` finds but tabs and line feeds."""
     keep = lambda found: found[0] if found[0] in "\t\n" else "\N{REPLACEMENT CHARACTER}"  # noqa: E731
     return UNPRINTABLE.sub(keep, text)
+
+
+def close_to(name: object, known: Iterable[str], most: int = 1) -> str:
+    """`` (did you mean ...?)`` with the names that are close, capitals or not, or nothing."""
+    by_lower = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(cut(str(name)).lower(), list(by_lower), n=most)
+    close = [by_lower[other] for other in found]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,5 +1,6 @@
 """The first process decides, and tells the others; it owns the folder that they write."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from robust_accel.locks import OWNER, locked
 from robust_accel.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 Decided = TypeVar("Decided")
 
@@ -28,22 +31,17 @@ def decided(decide: Callable[[], Decided], accelerator: Accelerator) -> Decided:
 
 
 @contextmanager
-def owned(
-    folder: RunFolder, accelerator: Accelerator, say: Callable[[str], None]
-) -> Iterator[None]:
+def owned(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Keep all other runs out of a folder, and find out which processes see it.
 
     Those that do not (``folder.absent``: on machines that do not share its disk) get what they need
     of it from the first process, and write nothing.
 
-    Args:
-        say: Told what a user should know, on all processes.
-
     Raises:
         ValueError: On all processes: another run owns it, or it cannot be written to.
     """
     with ExitStack() as stack:
-        text = decided(lambda: stack.enter_context(locked(folder.path, say)), accelerator)
+        text = decided(lambda: stack.enter_context(locked(folder.path)), accelerator)
         try:
             is_seen = (folder.path / OWNER).read_text() == text
         except OSError:
@@ -52,5 +50,9 @@ def owned(
         folder.absent = tuple(rank for rank, sees in enumerate(seen) if not sees)
         if folder.absent:
             ranks = ", ".join(map(str, folder.absent))
-            say(f"{folder.path} is not on a disk of processes {ranks}: process 0 keeps their files")
+            logger.info(
+                "%s is not on a disk of processes %s: process 0 keeps their files",
+                folder.path,
+                ranks,
+            )
         yield

@@ -157,6 +157,31 @@ class MemoryFormat(Settings):
     channels_last: Flag = False
 
 
+Section = Settings | Mapping[str, Any]
+
+
+def as_section(section: str, given: Section) -> dict[str, Any]:
+    """A recipe's section as plain values, of settings those that were given.
+
+    Raises:
+        ValueError: ``section: ...``: the settings are of no class that a recipe knows by name.
+    """
+    if not isinstance(given, Settings):
+        return dict(given)
+    values = given.model_dump(mode="json", exclude_unset=True)
+    spec = SECTIONS[section]
+    family: Mapping[str, type] = spec if isinstance(spec, Mapping) else {}
+    names = [name for name, cls in family.items() if cls is type(given)]
+    if not names and type(given) is not spec:
+        known = [spec] if isinstance(spec, type) else family.values()
+        wanted = listed(cls.__name__ for cls in known)
+        raise ValueError(
+            f"{section}: a {type(given).__name__} is not allowed; allowed: {wanted}, or a mapping"
+            + (' with name="package.module:Class"' if family else "")
+        )
+    return {"name": names[0], **values} if names else values
+
+
 # What commands that use a model build: of the run's own classes only what they need.
 USED: dict[str, SectionSpec] = {
     key: SECTIONS[key] for key in ("model", "data", "attack", "objective", "evaluate", "certify")

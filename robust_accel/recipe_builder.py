@@ -11,11 +11,11 @@ from pydantic import BaseModel, ValidationError
 from robust_accel.components import NotImported, find_component, is_custom
 from robust_accel.exit_codes import Stopped
 from robust_accel.files import as_json, check_path
-from robust_accel.messages import cut, shown, told
+from robust_accel.messages import close_to, cut, shown, told
 from robust_accel.optim import OptimizerSettings, with_defaults
 from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
 from robust_accel.recipe_file import RecipeValues, origin_of
-from robust_accel.settings import Settings, close_to, faults_of, listed
+from robust_accel.settings import Settings, faults_of, listed
 
 SectionSpec: TypeAlias = type[Settings] | Mapping[str, type]
 """A section's settings, or the family whose member its ``name`` chooses."""
@@ -65,7 +65,7 @@ class Builder:
             self.fault("output", f"must be a folder, got {shown(plain(output))}")
         else:
             try:
-                check_path(output)
+                output = check_path(output)
             except ValueError as error:
                 self.fault("output", f"{shown(output)} is not allowed: {error}")
         self._refuse_unread()
@@ -141,7 +141,9 @@ class Builder:
             component = built(spec, tree)
             values = _settings_of(component, plain(tree))
         except ValidationError as error:
-            for dotted, message in faults_of(error, spec):
+            found = faults_of(error, spec)
+            # what hangs on a name that is wrong, is not known
+            for dotted, message in [f for f in found if f[0] == "name"] or found:
                 self.fault(f"{key}.{dotted}".rstrip("."), message)
         except (TypeError, ValueError) as error:  # an optimizer, or a user's own class
             self.fault_of(key, error)
@@ -251,15 +253,16 @@ class Builder:
 def built(spec: Any, tree: dict[str, Any]) -> Any:
     """The component; what is no text is taken as it was written where a text is wanted."""
     values = plain(tree)
+    build = spec.model_validate if issubclass(spec, Settings) else lambda found: spec(**found)
     try:
-        component = spec(**values)
+        component = build(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
         places = [fault["loc"] for fault in found if fault["type"] == "string_type"]
         written = with_texts(tree, places) if places else values
         if written == values:  # there may be thousands of faults: once is enough
             raise
-        component = spec(**written)
+        component = build(written)
     if not isinstance(component, spec):  # a user's own ``__new__``
         raise ValueError(f"calling {shown(spec)} gives {shown(component)}, no instance of it")
     return with_defaults(component) if isinstance(component, OptimizerSettings) else component

@@ -1,12 +1,13 @@
 """Recipe files: YAML, inherited by ``base:``, overridden on the command line."""
 
 import copy
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_accel.messages import cut, shown
+from robust_accel.messages import close_to, cut, shown
 from robust_accel.plain_yaml import (
     MOST_LEVELS,
     RecipeError,
@@ -29,11 +30,13 @@ _MOST_BASES = 8
 
 def find_recipe(source: str | Path) -> Path:
     """Path of a recipe given as a path or as the name of a packaged one."""
-    for candidate in (Path(source), RECIPES / source, RECIPES / f"{source}.yaml"):
+    own = Path(os.path.expanduser(source))
+    for candidate in (own, RECIPES / source, RECIPES / f"{source}.yaml"):
         if os.path.exists(candidate) and not candidate.is_dir():
             return candidate
-    names = ", ".join(packaged_recipes())
-    raise RecipeError(f"{cut(str(source))}: no such file, nor a packaged recipe ({names})")
+    close = close_to(source, packaged_recipes(), 3)
+    said = f"no such file, nor a packaged recipe{close}; robust-accel recipes lists them"
+    raise RecipeError(f"{cut(str(source))}: {said}")
 
 
 def beside(path: Path, source: str, key: str) -> Path:
@@ -42,6 +45,7 @@ def beside(path: Path, source: str, key: str) -> Path:
     Raises:
         RecipeError: There is none; it names the file and the key.
     """
+    source = os.path.expanduser(source)
     for folder in (path.parent, RECIPES):
         for candidate in (folder / source, folder / f"{source}.yaml"):
             if os.path.exists(candidate) and not candidate.is_dir():
@@ -67,6 +71,15 @@ def origin_of(origins: dict[str, str], dotted: str) -> str:
     parts = dotted.split(".")
     prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
     return next((origins[p] for p in prefixes if p in origins), "recipe")
+
+
+def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Plain values as a command line has them: ``section.key=value``."""
+    return [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in settings.items()
+        for key, value in values.items()
+    ]
 
 
 class RecipeValues:

@@ -1,14 +1,13 @@
 """What every component's settings share: kinds of values, and faults in one form each."""
 
-import difflib
 import inspect
 import math
 import re
 from collections.abc import Iterable
 from numbers import Real
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,15 +18,37 @@ from pydantic import (
 )
 
 from robust_accel.files import check_path
-from robust_accel.messages import cut, shown
+from robust_accel.messages import close_to, cut, shown
 from robust_accel.plain_yaml import MOST_FAULTS, number
 
-AnySettings = TypeVar("AnySettings", bound="Settings")
 Norm = Literal["linf", "l2"]
 
 
-class Settings(BaseModel):
-    """Base of every component that a recipe can name: its fields are the recipe's keys."""
+if TYPE_CHECKING:
+    _Model = BaseModel
+else:
+
+    class _Telling(type(BaseModel)):
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            """Build one; what is wrong is said as of a recipe."""
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                faults = faults_of(error, cls)
+            said = (f"{key}: {message}".removeprefix(": ") for key, message in faults)
+            raise ValueError("; ".join(said))
+
+    class _Model(BaseModel, metaclass=_Telling):
+        pass
+
+
+class Settings(_Model):
+    """Base of every component that a recipe can name: its fields are the recipe's keys.
+
+    Raises:
+        ValueError: All faults, ``key: what was found, what is allowed`` each. (``model_validate``
+            raises pydantic's error.)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,6 +119,27 @@ MOST = 2**31 - 1  # to seeds, numbers of processes and units are added yet
 Number = Annotated[float, BeforeValidator(parse_number)]
 Whole = Annotated[int, BeforeValidator(parse_whole), Le(MOST)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
+if TYPE_CHECKING:
+    # a type checker sees what may be given, and what is read: PGD(eps="8/255").eps is a float
+
+    class Pixels:
+        def __get__(self, owner: Any, cls: Any = None) -> float: ...
+        def __set__(self, owner: Any, value: float | str) -> None: ...
+
+    class OptionalPixels:
+        def __get__(self, owner: Any, cls: Any = None) -> float | None: ...
+        def __set__(self, owner: Any, value: float | str | None) -> None: ...
+else:
+    Pixels = Annotated[Number, Gt(0)]
+    """A length in pixel units (a pixel is in [0, 1]): 0.03 or "8/255"."""
+    OptionalPixels = Pixels | None
+
+
+def default(value: Any) -> Any:
+    """The default of a field of these two: to a type checker it is neither."""
+    return value
+
+
 PathText = Annotated[str, AfterValidator(check_path)]
 """Names a file or a folder, or what may be one."""
 
@@ -143,19 +185,6 @@ def parse_duration(value: object) -> object:
 
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 """Seconds, in recipes also as ``3h50m``."""
-
-
-def checked(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
-    """The settings of these values.
-
-    Raises:
-        ValueError: All faults, ``key: what was found, what is allowed`` each.
-    """
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        faults = faults_of(error, cls)
-    raise ValueError("; ".join(f"{key}: {message}".removeprefix(": ") for key, message in faults))
 
 
 def faults_of(error: ValidationError, spec: Any) -> list[tuple[str, str]]:
@@ -219,14 +248,6 @@ def _nested(annotation: Any) -> Any:
         if inspect.isclass(member) and issubclass(member, BaseModel):
             return member
     return None
-
-
-def close_to(name: object, known: Iterable[str], most: int = 1) -> str:
-    """`` (did you mean ...?)`` with the names that are close, capitals or not, or nothing."""
-    by_lower = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(cut(str(name)).lower(), list(by_lower), n=most)
-    close = [by_lower[other] for other in found]
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def listed(names: Iterable[str]) -> str:

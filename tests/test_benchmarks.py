@@ -14,7 +14,7 @@ import timm
 import torch
 
 from robust_accel.evaluation import EvaluateSettings
-from robust_accel.evaluation.measure import TensorImages
+from robust_accel.evaluation.any_module import TensorImages
 from robust_accel.models import PixelClassifier
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -31,7 +31,7 @@ def test_measure_a_model() -> None:
     found = load("measure_a_model").main()
     assert found["clean"] > 0.8
     assert 0.1 < found["autoattack"] < found["clean"]
-    assert 0 < found["radius"] < 1
+    assert 1 >= found["radius 0.1"] >= found["radius 0.5"] > 0.2
 
 
 @pytest.mark.long
@@ -59,7 +59,7 @@ def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     settings += ["evaluate.autoattack=null", "evaluate.pgd=null", f"output={tmp_path / 'run'}"]
     recipe = load_recipe("quickstart", settings)
     assert recipe.objective.margin == 2.0
-    assert train(recipe, quiet=True)["clean_accuracy"]["accuracy"] > 0.5
+    assert train(recipe)["clean_accuracy"]["accuracy"] > 0.5
 
 
 def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

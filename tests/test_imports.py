@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "robust_accel"
 # From the ground up: a file imports its own floor's room and what lies below, nothing above.
 FLOORS = (
     {"files", "messages", "locks", "exit_codes", "hub"},
-    {"plain_yaml"},
+    {"plain_yaml", "console"},
     {
         "settings",
         "statistics",
@@ -30,6 +30,7 @@ FLOORS = (
     {"training"},
     {"studies"},
     {"commands"},
+    {"api"},
     {"__init__", "__main__", "trainer"},  # the doors
 )
 LEAVES = sorted(FLOORS[3])

@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("fork")
 
 def hold(folder: Path, said: Any) -> None:
     """Own a folder until killed."""
-    with locked(folder, print):
+    with locked(folder):
         said.send(os.getpid())
         said.recv()
 
@@ -42,11 +42,11 @@ def test_a_second_owner_is_refused_by_name_until_the_first_is_gone(
     holder = f"process {other.pid} on {socket.gethostname()} since "
     for _ in range(2):  # a refusal takes nothing away
         with pytest.raises(ValueError, match=f"^output: {folder} is in use by {holder}"):
-            locked(folder, print).__enter__()
+            locked(folder).__enter__()
     other.kill()
     other.join()
     assert (folder / OWNER).exists()
-    with locked(folder, print) as text:
+    with locked(folder) as text:
         assert f"process {os.getpid()} " in text
         assert (folder / OWNER).read_text() == text
     assert not (folder / OWNER).exists()
@@ -54,12 +54,12 @@ def test_a_second_owner_is_refused_by_name_until_the_first_is_gone(
 
 def test_who_reads_the_lock_or_is_forked_changes_nothing(tmp_path: Path) -> None:
     child = CONTEXT.Process(target=time.sleep, args=(60,))
-    with locked(tmp_path, print):
+    with locked(tmp_path):
         (tmp_path / OWNER).read_text()  # a lock of another kind is lost by this
         child.start()
         with pytest.raises(ValueError, match="is in use"):
-            locked(tmp_path, print).__enter__()
-    with locked(tmp_path, print):
+            locked(tmp_path).__enter__()
+    with locked(tmp_path):
         assert child.is_alive()
     child.kill()
     child.join()
@@ -68,7 +68,7 @@ def test_who_reads_the_lock_or_is_forked_changes_nothing(tmp_path: Path) -> None
 def contend(folder: Path, together: Any, won: Any) -> None:
     together.wait()
     try:
-        with locked(folder, print):
+        with locked(folder):
             with won.get_lock():
                 won.value += 1
             together.wait()
@@ -90,12 +90,12 @@ def test_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
-    with locked(tmp_path / "run", print):
+    with locked(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
-    with locked(tmp_path, print):  # it was there, and is empty
+    with locked(tmp_path):  # it was there, and is empty
         pass
-    with locked(tmp_path / "run", print):
+    with locked(tmp_path / "run"):
         (tmp_path / "run" / "recipe.yaml").touch()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
@@ -103,24 +103,23 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_owned_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ValueError, match=r"^output: .*file is no folder"):
-        locked(tmp_path / "file", print).__enter__()
+        locked(tmp_path / "file").__enter__()
     (tmp_path / OWNER).symlink_to(tmp_path / "file")
     with pytest.raises(ValueError, match=r"^output: .* cannot be written to"):
-        locked(tmp_path, print).__enter__()
+        locked(tmp_path).__enter__()
     assert (tmp_path / "file").read_text() == "a file"
 
 
 def test_a_file_system_without_locks_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    said: list[str] = []
-    with locked(tmp_path, said.append):
+    with locked(tmp_path):
         pass
-    assert len(said) == 1 and "no locks" in said[0]
+    assert len(caplog.messages) == 1 and "no locks" in caplog.messages[0]
 
 
 def test_a_lock_that_is_another_file_too_leaves_that_alone(tmp_path: Path) -> None:
@@ -128,6 +127,6 @@ def test_a_lock_that_is_another_file_too_leaves_that_alone(tmp_path: Path) -> No
     folder.mkdir()
     victim.write_text("mine")
     (folder / OWNER).hardlink_to(victim)
-    with locked(folder, print) as text:
+    with locked(folder) as text:
         assert (folder / OWNER).read_text() == text
     assert victim.read_text() == "mine"

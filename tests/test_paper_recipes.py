@@ -129,10 +129,10 @@ def test_cifar(
     if name == "cpu_teacher":
         assert recipe.settings["attack"]["name"] == "none"
     if name == "cpu_teacher" or isinstance(recipe.objective, Smoothing):
-        assert train(recipe, quiet=True)["steps"] == 2
+        assert train(recipe)["steps"] == 2
         return
     assert recipe.attack.eps == 8 / 255
-    report = train(recipe, quiet=True)
+    report = train(recipe)
     assert report["steps"] == 2
     pgd = report["pgd_accuracy"]
     assert pgd["threat_model"] == {"norm": "linf", "eps": 8 / 255}
@@ -151,7 +151,7 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
             *(["data.num_workers=1"] if name == "dat_pgd" else STAND_IN),
         ],
     )
-    report = train(recipe, quiet=True)
+    report = train(recipe)
     assert report["steps"] == 2
     if name == "smooth_at":
         return
@@ -174,7 +174,7 @@ def test_finetune(name: str, small_images: Path, tmp_path: Path) -> None:
     recipe = load_recipe(f"finetune/{name}", settings)
     assert recipe.train.epochs == 3
     assert load_recipe(f"finetune/{name}").model.new_head
-    assert train(recipe, quiet=True)["steps"] == 2
+    assert train(recipe)["steps"] == 2
 
 
 def test_baselines_differ_from_dat_in_what_they_are_named_for() -> None:

@@ -149,12 +149,21 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert faults(path)[0].startswith(f"{path}: not YAML")
 
 
-def test_a_missing_recipe_lists_the_packaged_ones() -> None:
-    fault = only_fault("nowhere/at_all.yaml")
-    listed = re.search(r"\((.*)\)", fault)
-    assert fault.startswith("nowhere/at_all.yaml: no such file")
-    assert listed is not None
-    assert listed[1].split(", ") == PACKAGED
+def test_a_missing_recipe_is_told_from_a_misspelt_one() -> None:
+    said = "no such file, nor a packaged recipe"
+    assert only_fault("nowhere/at_all.yaml") == (
+        f"nowhere/at_all.yaml: {said}; robust-accel recipes lists them"
+    )
+    assert f"{said} (did you mean cifar10/trades" in only_fault("cifar10/trade")
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "base.yaml", SMALL)
+    write(tmp_path / "my own.yaml", "base: ~/base.yaml")
+    recipe = load_recipe("~/my own.yaml", ["output=~/runs", "data.path=~/images"])
+    assert (recipe.output, recipe.data.path) == (tmp_path / "runs", f"{tmp_path}/images")
+    assert recipe.settings["output"] == f"{tmp_path}/runs"
 
 
 # ---- where a fault comes from ------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import pytest
 
-from robust_accel import measure
 from robust_accel.attacks import DDN, FGSMRS, PGD
+from robust_accel.evaluation.any_module import measure
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.recipe import RecipeError, load_recipe
 from robust_accel.training.loop import Loop
@@ -91,9 +91,9 @@ def test_the_evaluations_own_steps_reach_the_edge(norm, num_steps):
 
 def test_measuring_refuses_them_before_anything_is_spent():
     with pytest.raises(ValueError, match=r"^pgd.step_size: 20 steps of 0.007843 get no further"):
-        measure(None, None, None, norm="l2", eps=0.5, pgd={"step_size": "2/255"})
+        measure(None, None, None, EvaluateSettings(norm="l2", eps=0.5, pgd={"step_size": "2/255"}))
     with pytest.raises(ValueError, match=r"^eps: 8.0 is not allowed: in pixel units"):
-        measure(None, None, None, eps=8)
+        measure(None, None, None, EvaluateSettings(eps=8))
     with pytest.raises(ValueError, match=r"pgd\.step_size"):
         EvaluateSettings(norm="l2", eps=0.5).make_pgd(3, 0.01)
 

@@ -61,7 +61,7 @@ def run(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "own"
     settings = ["attack.name=own_parts:Signed", "attack.eps=0.2", "train.epochs=1"]
     settings += ["data.train_size=600", "evaluate.autoattack=null", "evaluate.pgd=null"]
-    train(load_recipe("quickstart", [*settings, f"output={folder}"]), quiet=True)
+    train(load_recipe("quickstart", [*settings, f"output={folder}"]))
     assert code.read_text() == "called"
     return folder
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, verdict_and_input_gradient
 from robust_accel.attacks.norms import ascent_direction, project
-from robust_accel.settings import Number, Settings, Whole
+from robust_accel.settings import Number, OptionalPixels, Pixels, Settings, Whole, default
 
 
 class DDN(Settings):
@@ -36,10 +36,10 @@ class DDN(Settings):
 
     may_stay: ClassVar[bool] = True  # the shortest perturbation of a wrong image is none
 
-    eps: Annotated[Number, Gt(0)]
+    eps: Pixels
     num_steps: Annotated[Whole, Ge(1)] = 10
     gamma: Annotated[Number, Gt(0), Lt(1)] = 0.05
-    init_norm: Annotated[Number, Gt(0)] | None = None
+    init_norm: OptionalPixels = default(None)
 
     @property
     def norm(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import project, random_start
 from robust_accel.attacks.steps import unfit_step
-from robust_accel.settings import Number, Settings
+from robust_accel.settings import Number, OptionalPixels, Pixels, Settings, default
 
 
 class FGSMRS(Settings):
@@ -24,8 +24,8 @@ class FGSMRS(Settings):
     Source: Wong et al. 2020 (arXiv 2001.03994), the one-shot oracle of DAT-FGSM.
     """
 
-    eps: Annotated[Number, Gt(0), Le(1)] = 8 / 255
-    step_size: Annotated[Number, Gt(0)] | None = None
+    eps: Annotated[Pixels, Le(1)] = default(8 / 255)
+    step_size: OptionalPixels = default(None)
 
     @property
     def step_length(self) -> float:
@@ -73,7 +73,7 @@ class NFGSM(Settings):
     Source: de Jorge et al. 2022 (arXiv 2202.01181).
     """
 
-    eps: Annotated[Number, Gt(0), Le(1)] = 8 / 255
+    eps: Annotated[Pixels, Le(1)] = default(8 / 255)
     noise_scale: Annotated[Number, Gt(0)] = 2.0
 
     @property

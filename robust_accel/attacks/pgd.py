@@ -3,14 +3,14 @@
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from robust_accel.attacks.base import LossFn, input_gradient
 from robust_accel.attacks.norms import ascent_direction, project, random_start
 from robust_accel.attacks.steps import default_step, unfit_step
-from robust_accel.settings import Flag, Norm, Number, Settings, Whole
+from robust_accel.settings import Flag, Norm, OptionalPixels, Pixels, Settings, Whole, default
 
 _GAUSSIAN_START = 0.001  # Zhang et al. 2019 (arXiv 1901.08573), Algorithm 1
 
@@ -28,7 +28,7 @@ class Ball(Settings):
     """What searches the ball of radius ``eps`` in ``norm``, in pixel units."""
 
     norm: Norm = "linf"
-    eps: Annotated[Number, Gt(0)] = 8 / 255
+    eps: Pixels = default(8 / 255)
 
     @field_validator("eps")
     @classmethod
@@ -56,7 +56,7 @@ class PGD(Ball):
     """
 
     num_steps: Annotated[Whole, Ge(1)] = 10
-    step_size: Annotated[Number, Gt(0)] | None = None
+    step_size: OptionalPixels = default(None)
     random_start: Flag | Literal["gaussian"] = True
 
     @property

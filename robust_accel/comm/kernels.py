@@ -280,10 +280,6 @@ class Fused(Kernels):
 @torch.no_grad()
 def fused(bits: int, width: int, device: torch.device, threads: int) -> Fused | None:
     """Kernels for `norm="max"`; None, said once, where there is no compiler or it errs."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        # its code rounds otherwise, and writes where it must not: a process may end in an abort
-        _say_eager(f"torch {torch.__version__} makes wrong code of it")
-        return None
     try:
         kernels = Fused(bits, width, device)
         _check(kernels, bits, width, device)

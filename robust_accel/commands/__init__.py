@@ -1,22 +1,17 @@
 """The commands: each checks what it was given and calls the parts below."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from robust_accel.console import is_main
 from robust_accel.messages import printable
 
 if TYPE_CHECKING:  # --help imports nothing
     from robust_accel.recipe import Recipe
     from robust_accel.run_folder import RunFolder
     from robust_accel.trained_model import Subject
-
-
-def is_main() -> bool:
-    """Whether this is the one of the launcher's processes that speaks, and has written last."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -1,13 +1,14 @@
 """The certify command: certified L2 radii of a run or any timm checkpoint under Gaussian noise."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
-from robust_accel.commands import folder_for, is_main, say
+from robust_accel.commands import folder_for
+from robust_accel.console import is_main
 from robust_accel.data import identity_of
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import certify_images, write_table
@@ -19,12 +20,15 @@ from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_subject, recipe_of
 from robust_accel.training.peers import check_same_images, together
 
+logger = logging.getLogger(__name__)
+
 
 def run(options: argparse.Namespace) -> int:
     with together():
         folder = certify_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print("\n".join(certified_table(folder.read_report())))
+        logger.info("report: %s", folder.path / "report.html")
     return 0
 
 
@@ -46,16 +50,15 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
     recipe = recipe_of(model, overrides, required=("model", "data", "certify"), trust=trust)
     settings = recipe.certify
     if settings.doubt:
-        say(settings.doubt)
+        logger.warning(settings.doubt)
     subject = load_subject(recipe, model, settings.ids, "certify")
     for text in subject.notes:
-        say(text)
+        logger.warning(text)
     classifier, images = subject.classifier.eval(), subject.images
-    index = torch.arange(0, len(images), settings.skip)[: settings.images]
     folder = folder_for(model, recipe, subject, overrides, "certify")
     accelerator = Accelerator()
     recipe.checked("data", lambda: check_same_images(lambda: identity_of(test=images), accelerator))
-    with owned(folder, accelerator, say):
+    with owned(folder, accelerator):
         classifier.to(accelerator.device)
         bench = Bench(
             classifier,
@@ -68,7 +71,7 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
             source=recipe.data.source(),
             kind=subject.selection,
         )
-        record = certify_images(bench, index, settings)
+        record = certify_images(bench, settings.index(images), settings)
         if accelerator.is_main_process:
             write_table(folder.certify / "certify.tsv", record)
             facts = {"function": bench.function, **facts_of(classifier, Path(model).name)}

@@ -1,12 +1,14 @@
 """The evaluate command: measure a run's own model, or any timm checkpoint."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import folder_for, is_main, say
+from robust_accel.commands import folder_for
+from robust_accel.console import is_main
 from robust_accel.data import identity_of, load_data
 from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
@@ -19,12 +21,15 @@ from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, load_subject, recipe_of
 from robust_accel.training.peers import check_same_images, together
 
+logger = logging.getLogger(__name__)
+
 
 def run(options: argparse.Namespace) -> int:
     with together():
         folder = evaluate_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print(comparison_table([folder.path]))
+        logger.info("report: %s", folder.path / "report.html")
     return 0
 
 
@@ -33,7 +38,9 @@ def _has_training_images(recipe: Recipe) -> bool:
     by_hand = {key for key, origin in recipe.origins.items() if origin == "command line"}
     if "evaluate.train_images" in by_hand or not by_hand & {"data.path", "data.config"}:
         return True
-    say("evaluate.train_images: left out, for these are not the data that the run was trained on")
+    logger.info(
+        "evaluate.train_images: left out: these are not the data that the run was trained on"
+    )
     return False
 
 
@@ -71,13 +78,13 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
         train = subject.of_model(data.train)
     folder = folder_for(model, recipe, subject, overrides, "evaluate")
     for text in (*subject.notes, *recipe.doubts):
-        say(text)
+        logger.warning(text)
     accelerator = Accelerator()
     recipe.checked(
         "data",
         lambda: check_same_images(lambda: identity_of(test=images, train=train), accelerator),
     )
-    with owned(folder, accelerator, say):
+    with owned(folder, accelerator):
         if other is not None:
             other.to(accelerator.device).eval()
         classifier.to(accelerator.device).eval()
@@ -94,7 +101,6 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             source=recipe.data.source(),
             train_source=recipe.data.source("train"),
             kind=subject.selection,
-            say=say,
         )
         if accelerator.is_main_process:
             facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}

@@ -5,9 +5,8 @@ import json
 import textwrap
 
 from robust_accel.commands import say
-from robust_accel.messages import shown
+from robust_accel.messages import close_to, shown
 from robust_accel.reference import Key, about, all_keys, members, schema
-from robust_accel.settings import close_to
 
 _WIDTH = 100
 

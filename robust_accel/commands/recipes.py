@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def copy(options: argparse.Namespace) -> int:
         f"# From {options.recipe} of robust-accel {version('robust-accel')}.",
     ]
     write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
-    say(f"{target}: robust-accel train {target}")
+    say(f"{target}: robust-accel train {shlex.quote(str(target))}")
     return 0
 
 

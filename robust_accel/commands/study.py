@@ -1,6 +1,7 @@
 """The study command: many runs by one file, and what they come to."""
 
 import argparse
+import logging
 import shlex
 import sys
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ from robust_accel.studies.results import Results
 from robust_accel.studies.study_file import FILE, find_study, read_study
 from robust_accel.training.disk import check_writable
 
+logger = logging.getLogger(__name__)
+
 
 def run(options: argparse.Namespace) -> int:
     if options.write is not None:
@@ -27,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
     broken: list[str] = []
     for path, plan in zip(paths, plans, strict=True):
-        with nullcontext() if options.table else locked(plan.root, say):
+        with nullcontext() if options.table else locked(plan.root):
             broken += _run(path, plan, options)
     for text in broken:
         say(f"failed: {text}", file=sys.stderr)
@@ -54,7 +57,7 @@ def _studies(path: Path, scale: str | None, above: tuple[Path, ...] = ()) -> lis
         read_study(inner[0], scale)  # says which scales there are
     for found in inner:
         if found not in known:
-            say(f"{_name(found)}: left out, for it has no scale {scale}")
+            logger.warning(f"{_name(found)}: left out, for it has no scale {scale}")
     every = (more for found in known for more in _studies(found, scale, above))
     return list(dict.fromkeys(every))
 
@@ -83,18 +86,20 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
     done = Done(plan.root)
     results = Results(plan, done)
     name = _name(path)
-    say(f"{plan.study.title}: {plan.number} trainings")
+    logger.info(f"{plan.study.title}: {plan.number} trainings")
     summary = plan.root / f"{name}.json"
     if summary.exists():
         known = read_json(summary).get("trainings", [])
         for changed in stale(plan.known(results.chosen), known):
-            say(f"{changed}: its recipe has changed since the last table: it is trained anew")
-    runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher, say=say)
+            logger.warning(
+                f"{changed}: its recipe has changed since the last table: it is trained anew"
+            )
+    runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher)
     try:
         if not options.table:
             runner.run(results.chosen)
     except Stopped as stopped:
-        say(f"stopped ({stopped.reason}): the same command goes on")
+        logger.warning("stopped (%s): the same command goes on", stopped.reason)
         raise
     finally:
         for folder in filter(None, dict.fromkeys((plan.root, options.write))):
@@ -102,7 +107,7 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
     print(table(results).markdown())
     say(f"{page}")
     if runner.broken:
-        say(f"not finished: {'; '.join(results.missing())}")
+        logger.warning(f"not finished: {'; '.join(results.missing())}")
     return list(runner.broken.values())
 
 

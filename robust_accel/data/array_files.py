@@ -227,12 +227,13 @@ def _unpacked(path: str, member: zipfile.ZipInfo) -> Path:
                     f"{member.file_size:,} bytes that it has unpacked ({free:,} are free): set "
                     "HF_DATASETS_CACHE, or save the file by numpy.savez"
                 )
-            logger.warning(  # by the one that does it, whichever that is
+            logger.warning(
                 "%s of %s is compressed: it is unpacked once, into %s (%s bytes)",
                 member.filename,
                 path,
                 folder,
                 f"{member.file_size:,}",
+                extra={"of_one_process": True},
             )
             with (
                 written_whole(copy) as place,

@@ -1,6 +1,7 @@
 """Measure a classifier: clean, PGD and AutoAttack accuracy, exact on any number of processes."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = [
     "under_attack",
 ]
 
+logger = logging.getLogger(__name__)
+
 DRAWS = 21  # of a randomised model, if no number is asked for; odd, so that two classes cannot tie
 
 
@@ -44,7 +47,6 @@ def evaluate(
     source: dict[str, Any] | None = None,
     train_source: dict[str, Any] | None = None,
     kind: str = "all",
-    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
 
@@ -60,7 +62,6 @@ def evaluate(
         class_names: Of the classifier's outputs.
         source, kind: Where the images are from, and which of them they are, see ``Bench``.
         train_source: The same of ``train``.
-        say: Told each result when it is there.
 
     Returns:
         The records of this evaluation: ``clean_accuracy``, ``pgd_accuracy`` and
@@ -72,9 +73,11 @@ def evaluate(
         low, high = (100 * bound for bound in record["interval"])
         share, number = 100 * record["accuracy"], record["images"]["n"]
         known = f", measured before, {record['time']}" if record["time"] < began else ""
-        say(f"{name}: {share:.2f}% of {number} images (95%: {low:.1f} to {high:.1f}){known}")
+        logger.info(
+            f"{name}: {share:.2f}% of {number} images (95%: {low:.1f} to {high:.1f}){known}"
+        )
         for where, found in record.get("non_finite", {}).items():
-            say(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
+            logger.warning(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
         return record
 
     def bench_of(images: ImageSet, draws: int, **about: Any) -> Bench:
@@ -99,11 +102,13 @@ def evaluate(
     bench = bench_of(images, 1, source=source, kind=kind)
     if bench.is_randomised(settings.batch_size):
         bench.draws = settings.draws or DRAWS
-        say(f"the model is randomised: each verdict is of {bench.draws} draws")
+        logger.info(f"the model is randomised: each verdict is of {bench.draws} draws")
         if not bench.is_repeatable(settings.batch_size):
-            say("its draws follow none of torch's, NumPy's and Python's generators: numbers vary")
+            logger.warning(
+                "its draws follow none of torch's, NumPy's and Python's generators: numbers vary"
+            )
     elif (settings.draws or 1) > 1:
-        say(
+        logger.warning(
             f"evaluate.draws: {settings.draws}, but the model always answers the same: one is taken"
         )
     result: dict[str, Any] = {"function": bench.function}
@@ -134,12 +139,12 @@ def evaluate(
     if autoattack is not None:
         limit = min(settings.autoattack_images or len(right.index), len(images))
         before = (right if limit <= len(right.index) else bench.clean(limit)).first(limit)
-        by_autoattack, about = autoattack.run(bench, before, say)
+        by_autoattack, about = autoattack.run(bench, before)
         record = bench.record("accuracy", autoattack.about, before, by_autoattack, **about)
         result["autoattack_accuracy"] = told("autoattack_accuracy", record)
     if settings.sanity:
         both = None if by_pgd is None or by_autoattack is None else (by_pgd, by_autoattack)
-        result["sanity"] = sanity(bench, settings, autoattack=both, other=other, say=say)
+        result["sanity"] = sanity(bench, settings, autoattack=both, other=other)
     if folder is not None:
         keep_examples(bench, settings, folder.examples)
     return result

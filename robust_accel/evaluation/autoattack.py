@@ -6,8 +6,8 @@ an image's fate does not depend on how many processes there are. Every unit's ou
 down when it is known, so that a killed evaluation goes on where it was.
 """
 
+import logging
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from robust_accel.evaluation.bench import Attacker, Bench, Unit
 from robust_accel.evaluation.outcomes import Collector, Outcomes, global_state_kept
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
+
+logger = logging.getLogger(__name__)
 
 ATTACKS_OF = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -79,9 +81,7 @@ class AutoAttackEvaluation:
             "eps": settings.eps,
         }
 
-    def run(
-        self, bench: Bench, before: Outcomes, say: Callable[[str], None] = lambda _: None
-    ) -> tuple[Outcomes, dict[str, Any]]:
+    def run(self, bench: Bench, before: Outcomes) -> tuple[Outcomes, dict[str, Any]]:
         """Attack what is right.
 
         Returns:
@@ -103,7 +103,9 @@ class AutoAttackEvaluation:
                 )
             outcomes = found
             after.append({"attack": name, "accuracy": found.accuracy, "broken": broken})
-            say(f"after {name}: {100 * found.accuracy:.2f}% of {len(before.index)} images")
+            logger.info(
+                "after %s: %.2f%% of %d images", name, 100 * found.accuracy, len(before.index)
+            )
         known = bench.seconds_known - known
         seconds = time.perf_counter() - start + known / bench.accelerator.num_processes
         return outcomes, {"after": after, "warnings": warnings, "wall_seconds": seconds}

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import gradients_seen
+from robust_accel.console import shows_bars
 from robust_accel.data import ImageSet, seeded_generator
 from robust_accel.evaluation.identity import (
     answers,
@@ -235,7 +236,7 @@ class Bench:
             total=len(mine),
             desc=title,
             leave=False,
-            disable=not self.accelerator.is_local_main_process or len(mine) < 2,
+            disable=not shows_bars() or len(mine) < 2,
         )
         own: dict[int, dict[str, Any]] = {}
         with attack_context(self.classifier, "eval"):

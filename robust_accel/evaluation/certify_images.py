@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
 from torch import Tensor
 
-from robust_accel.data import seeded_generator
+from robust_accel.data import ImageSet, seeded_generator
 from robust_accel.evaluation.bench import Bench, Unit
 from robust_accel.evaluation.certify import (
     Sequential,
@@ -23,7 +23,15 @@ from robust_accel.evaluation.certify import (
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.files import write_text
-from robust_accel.settings import Number, PathText, RowNumbers, Settings, Whole
+from robust_accel.settings import (
+    Number,
+    OptionalPixels,
+    PathText,
+    RowNumbers,
+    Settings,
+    Whole,
+    default,
+)
 from robust_accel.statistics import wilson_interval
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's log
@@ -48,7 +56,7 @@ class CertifySettings(Settings):
         seed: Of the noise.
     """
 
-    sigma: Annotated[Number, Gt(0)] | None = None
+    sigma: OptionalPixels = default(None)
     method: Literal["cohen", "sequential"] = "cohen"
     radii: Annotated[tuple[Annotated[Number, Gt(0)], ...], Len(1)] = (
         0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
@@ -68,6 +76,10 @@ class CertifySettings(Settings):
         if self.n < self.n0:
             raise ValueError(f"n: {self.n} is fewer than n0: {self.n0}")
         return self
+
+    def index(self, images: ImageSet) -> Tensor:
+        """Which images are certified: [N]."""
+        return torch.arange(0, len(images), self.skip)[: self.images]
 
     @property
     def about(self) -> dict[str, Any]:

@@ -4,8 +4,9 @@ They follow Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (arXi
 gradients that mislead an attack are found by attacks that need none, or by what more effort does.
 """
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["pass", "warn", "fail", "not run"]
 
@@ -47,7 +50,6 @@ def sanity(
     *,
     autoattack: tuple[Outcomes, Outcomes] | None = None,
     other: PixelClassifier | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Run all checks on the first ``settings.sanity.images`` images.
 
@@ -90,7 +92,7 @@ def sanity(
         _finite(tried),
     ]
     for check in checks:
-        say(f"{check.status.upper():>7}  {check.name}: {check.sentence}")
+        logger.info("%7s  %s: %s", check.status.upper(), check.name, check.sentence)
     result = {
         "checks": [asdict(check) for check in checks],
         "surface": loss_surface(bench, settings),

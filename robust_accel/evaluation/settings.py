@@ -8,7 +8,17 @@ from pydantic import ValidationInfo, field_validator
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
 from robust_accel.objectives import AttackLoss
-from robust_accel.settings import Flag, Norm, Number, PathText, RowNumbers, Settings, Whole
+from robust_accel.settings import (
+    Flag,
+    Norm,
+    Number,
+    OptionalPixels,
+    PathText,
+    RowNumbers,
+    Settings,
+    Whole,
+    default,
+)
 
 
 class PGDSettings(Settings):
@@ -28,7 +38,7 @@ class PGDSettings(Settings):
     attack: Literal["pgd", "apgd"] = "pgd"
     loss: AttackLoss = "cross_entropy"
     num_steps: Annotated[Whole, Ge(1)] = 20
-    step_size: Annotated[Number, Gt(0)] | None = None
+    step_size: OptionalPixels = default(None)
     restarts: Annotated[Whole, Ge(1)] = 1
 
     @field_validator("step_size")
@@ -92,7 +102,7 @@ class EvaluateSettings(Settings):
     """
 
     norm: Norm | None = None
-    eps: Annotated[Number, Gt(0)] | None = None
+    eps: OptionalPixels = default(None)
     pgd: PGDSettings | None = PGDSettings()
     sweep: SweepSettings | None = None
     autoattack: Literal["standard", "quick", "rand"] | None = None

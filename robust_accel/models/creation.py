@@ -45,8 +45,8 @@ _NEW_STEM = "the plain network's, below a new stem"
 
 def check_name(name: str) -> str:
     """A model's name, if a file can have it; raises ValueError else."""
-    check_path(name.removeprefix(_LOCAL))
-    return name
+    prefix = _LOCAL if name.startswith(_LOCAL) else ""
+    return prefix + check_path(name.removeprefix(prefix))
 
 
 def _finite(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from robust_accel.objectives.base import Classifier, cross_entropy_of
-from robust_accel.settings import Number, Settings, Whole
+from robust_accel.settings import Number, Pixels, Settings, Whole
 
 
 class Smoothing(Settings):
@@ -39,7 +39,7 @@ class Smoothing(Settings):
 
     takes_soft_labels: ClassVar[bool] = True
 
-    sigma: Annotated[Number, Gt(0)]
+    sigma: Pixels
     num_noise: Annotated[Whole, Ge(1)] = 1
     consistency: Annotated[Number, Ge(0)] = 0.0
     entropy: Annotated[Number, Ge(0)] = 0.5

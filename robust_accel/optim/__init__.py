@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import timm.optim
 from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 from torch import nn
 from torch.optim import Optimizer
 
-from robust_accel.messages import cut, shown
+from robust_accel.messages import close_to, cut, shown
 from robust_accel.optim.lamb import LAMB, Piece
 from robust_accel.optim.schedules import (
     SCHEDULES,
@@ -21,7 +21,7 @@ from robust_accel.optim.schedules import (
     Schedule,
     make_scheduler,
 )
-from robust_accel.settings import Number, Settings, close_to, parse_flag, parse_number
+from robust_accel.settings import Number, Settings, listed, parse_flag, parse_number
 
 __all__ = [
     "LAMB",
@@ -38,6 +38,15 @@ __all__ = [
     "make_scheduler",
     "with_defaults",
 ]
+
+
+def _known_name(name: str) -> str:
+    names = sorted({"lamb", *map(str, timm.optim.list_optimizers())})
+    if name not in names:
+        raise ValueError(
+            f"no optimizer has this name{close_to(name, names, 3)}; allowed: {listed(names)}"
+        )
+    return name
 
 
 _HOW_NOT_WHAT = {"foreach", "fused", "capturable", "differentiable", "verbose"}  # same result
@@ -61,7 +70,7 @@ class OptimizerSettings(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = "lamb"
+    name: Annotated[str, AfterValidator(_known_name)] = "lamb"
     lr: Annotated[Number, Gt(0)]
     weight_decay: Annotated[Number, Ge(0)] = 0.0
     layer_decay: Annotated[Number, Gt(0), Le(1)] | None = None
@@ -150,12 +159,6 @@ def _known_options(name: str) -> dict[str, Any]:
     """Names of options, and their defaults."""
     if name == "lamb":
         return _keywords(LAMB)
-    names = [str(known) for known in timm.optim.list_optimizers()]
-    if name not in names:
-        raise ValueError(
-            f"optimizer.name: unknown optimizer {shown(name)}{close_to(name, names, 3)};"
-            f" allowed: {', '.join(names)}"
-        )
     if timm.optim.get_optimizer_info(name).second_order:
         raise ValueError(f"optimizer.name: {name} needs second derivatives; training makes none")
     try:

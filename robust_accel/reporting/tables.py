@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from robust_accel.reporting.views import (
@@ -33,10 +34,17 @@ class Table:
     def markdown(self) -> str:
         """Aligned, so that it is readable in a terminal, too."""
         cells = [[escaped(text) for text in line] for line in (self.head, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
         padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells]
-        padded.insert(1, ["-" * max(3, width) for width in widths])
+        padded.insert(1, ["-" * width for width in widths])
         return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+    def html(self) -> str:
+        """For a notebook."""
+        head = "".join(f"<th>{escape(text)}</th>" for text in self.head)
+        rows = ("".join(f"<td>{escape(text)}</td>" for text in row) for row in self.rows)
+        body = "".join(f"<tr>{cells}</tr>" for cells in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def escaped(text: str) -> str:
@@ -153,11 +161,23 @@ def _but_for_the_seed(recipe: dict[str, Any]) -> tuple[str, str]:
     return json.dumps(recipe, sort_keys=True, default=str), json.dumps(seeds)
 
 
+def short_table(rows: Sequence[Row]) -> Table:
+    """Every row, by what it is known by."""
+    lines = [_measurement(row) for row in rows]
+    kept = [i for i, name in enumerate(_COLUMNS) if name in _SHORT]
+    return Table(_SHORT, [[line[i] for i in kept] for line in lines])
+
+
 def measurement_table(rows: Sequence[Row]) -> Table:
     """Every row, with what it was measured by and what it cost."""
-    head = ["purpose", "attack", "settings", "threat model", "n", "images", "accuracy (%)"]
-    head += ["clean, same images (%)", "seed", "seconds", "forward passes", "hardware"]
-    return Table(head, [_measurement(row) for row in rows])
+    return Table(_COLUMNS, [_measurement(row) for row in rows])
+
+
+_COLUMNS = (
+    "purpose", "attack", "settings", "threat model", "n", "images", "accuracy (%)",
+    "clean, same images (%)", "seed", "seconds", "forward passes", "hardware",
+)  # fmt: skip
+_SHORT = ("purpose", "attack", "threat model", "n", "accuracy (%)")
 
 
 def _measurement(row: Row) -> list[str]:

@@ -1,5 +1,6 @@
 """Runs what a study lacks: processes of this package's own commands, some at a time."""
 
+import logging
 import os
 import shlex
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,8 @@ from robust_accel.files import append_line, read_lines
 from robust_accel.studies.plan import Chosen, Plan
 from robust_accel.studies.trial import Command, Trial
 from robust_accel.training.stopping import OVERSEER, process_mark
+
+logger = logging.getLogger(__name__)
 
 _PAUSE = 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -117,7 +120,6 @@ class Runner:
         jobs: How many at a time, spread over the GPUs that are visible.
         launcher: What starts a training instead of ``python -m robust_accel``, with ``{processes}``
             where their number belongs: a cluster's ``accelerate launch ...``.
-        say: Told how it goes.
     """
 
     def __init__(
@@ -127,10 +129,8 @@ class Runner:
         *,
         jobs: int,
         launcher: str | None,
-        say: Callable[[str], None],
     ) -> None:
-        self.plan, self.done, self.jobs, self.say = plan, done, jobs, say
-        self.launcher = launcher
+        self.plan, self.done, self.jobs, self.launcher = plan, done, jobs, launcher
         self.broken: dict[Path, str] = {}  # folder -> where its log is
         self._running: list[_Job] = []
 
@@ -223,7 +223,7 @@ class Runner:
         if name == "train":
             recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
             trial.recipe.save(recipe)
-            return ["train", str(recipe), f"output={trial.folder}", "--resume", "--quiet"]
+            return ["train", str(recipe), f"output={trial.folder}", "--resume"]
         words = [word.replace("{run}", str(trial.folder)) for word in words]
         return [name, str(trial.folder), *words]
 
@@ -241,7 +241,7 @@ class Runner:
             self.broken[job.trial.folder] = f"{name} {why}, see {job.log}"
         ended = "done" if code == 0 else "met numbers that are not finite"
         how = self.broken.get(job.trial.folder, f"{name} {ended}")
-        self.say(f"{how}, {_span(seconds)}; {self._outlook(chosen)}")
+        logger.info(f"{how}, {_span(seconds)}; {self._outlook(chosen)}")
 
     def _outlook(self, chosen: Chosen) -> str:
         """How many trainings are done, and the time that is left, by what such trainings took."""

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_accel.messages import cut
+from robust_accel.messages import close_to, cut
 from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import beside
-from robust_accel.settings import close_to, listed
+from robust_accel.settings import listed
 from robust_accel.studies.study_file import (
     PROCESSES,
     RunSettings,

@@ -55,9 +55,9 @@ def check_first_step(
     return found
 
 
-def in_words(robust_model: RobustModel, found: dict[str, Any]) -> str:
-    """The same as one line of the run's log."""
-    parts = [f"first step: {robust_model.min_max.applied}"]
+def in_words(found: dict[str, Any]) -> str:
+    """The rest of it, as one line of the run's log."""
+    parts = []  # the attack has said what it did
     if "bytes_sent" in found:
         number = found["processes_with_equal_parameters"]
         parts.append(f"{found['bytes_sent']} bytes sent, parameters equal on {number} processes")

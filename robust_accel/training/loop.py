@@ -1,5 +1,6 @@
 """The training step, marked below, and the epoch around it: Algorithm A1 on Accelerate."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from robust_accel.attacks import Attack
 from robust_accel.comm import Collective, GradientCompression
@@ -22,6 +22,8 @@ from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.metrics import Averages, Metrics, share_right
 from robust_accel.training.stopping import Stop
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,8 +143,8 @@ class Loop:
             self.watch.check,
         )
         self.progress.applied = self.progress.applied or self.applied
-        if self.applied is not None and self.accelerator.is_main_process:
-            tqdm.write(in_words(self.robust_model, self.applied))
+        if self.applied is not None and (said := in_words(self.applied)):
+            logger.info("first step: %s", said)
 
     def _attack_in(self, epoch: int) -> Attack:
         """The recipe's attack, weaker in its warm-up."""

@@ -1,5 +1,6 @@
 """What a run tells while it trains: averages, clocks, the meter's counts, lines, bar, trackers."""
 
+import logging
 import math
 import resource
 import time
@@ -12,11 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from robust_accel.comm import Meter
+from robust_accel.console import shows_bars
 from robust_accel.data import NO_LABEL
 from robust_accel.files import append_line
 from robust_accel.objectives import predicted
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.checkpoint import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -25,7 +29,6 @@ class Metrics:
     Args:
         progress: Gets the seconds and bytes.
         trackers: Whether Accelerate has any.
-        quiet: Lines instead of a bar.
     """
 
     def __init__(
@@ -37,11 +40,10 @@ class Metrics:
         *,
         steps_per_epoch: int,
         trackers: bool,
-        quiet: bool,
     ) -> None:
         self._folder, self._accelerator, self._progress = folder, accelerator, progress
         self._meter, self._steps_per_epoch = meter, steps_per_epoch
-        self._trackers, self._quiet = trackers, quiet
+        self._trackers = trackers
         self._bar: tqdm = tqdm(disable=True)
         self._sent = 0  # bytes, before the step under way
         self._continues = False  # whether it is the first one after a restart
@@ -54,7 +56,7 @@ class Metrics:
             initial=self._progress.step,
             desc=self._folder.path.name,
             unit="step",
-            disable=self._quiet or not self._accelerator.is_main_process,
+            disable=not shows_bars(),
         )
         return self._bar
 
@@ -105,8 +107,8 @@ class Metrics:
             where = {"step": step, "epoch": step / self._steps_per_epoch}
             told = {"nonfinite": nonfinite} if nonfinite else {}
             append_line(self._folder.metrics, where | line | told)
-            if self._quiet:
-                print(f"step {step} " + " ".join(f"{k}={v:.5g}" for k, v in line.items()))
+            if self._bar.disable:  # else it shows them
+                logger.info("step %d %s", step, " ".join(f"{k}={v:.5g}" for k, v in line.items()))
         if self._trackers:
             finite = {name: value for name, value in line.items() if name not in nonfinite}
             self._accelerator.log(finite, step=step)

@@ -1,5 +1,6 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
+import logging
 import os
 import signal
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
-from tqdm.auto import tqdm
 
 from robust_accel.comm import compress_gradients
 from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
+from robust_accel.console import is_main
 from robust_accel.data import Data
 from robust_accel.evaluation import evaluate, under_attack
 from robust_accel.evaluation.bench import Bench
@@ -48,14 +49,15 @@ from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 from robust_accel.training.takeover import take_over
 
+logger = logging.getLogger(__name__)
 
-def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """Train by a recipe, measure, and leave a run folder.
 
     Args:
         recipe: From ``load_recipe``.
         resume: Continue the run that the folder holds; start it if there is none.
-        quiet: Lines instead of a progress bar.
 
     Returns:
         How the weights were made, as in ``report.json``, and what ``evaluate`` has measured.
@@ -69,22 +71,21 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         Unwritable: The disk is full, or the run folder is gone; the last checkpoint is kept.
     """
     assert recipe.train is not None
-    is_main = os.environ.get("RANK", "0") == "0"
-    with Stop(recipe.train.max_time if is_main else None) as stop:
+    with Stop(recipe.train.max_time if is_main() else None) as stop:
         try:
             with deterministic(recipe.train.deterministic):
-                return _train(recipe, stop, resume=resume, quiet=quiet)
+                return _train(recipe, stop, resume=resume)
         except Stopped as stopped:
-            if is_main:
+            if is_main():
                 kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
                 where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
-                tqdm.write(f"stopped ({stopped.reason}): {where}; --resume goes on")
+                logger.warning("stopped (%s): %s; --resume goes on", stopped.reason, where)
             if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
                 refuse_restart()
             raise
 
 
-def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str, Any]:
+def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
     settings = recipe.train
     assert settings is not None
     folder = RunFolder(recipe.output)
@@ -95,19 +96,19 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool, quiet: bool) -> dict[str
         accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
     with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
         decided(lambda: _check_output(folder), accelerator)
-        with owned(folder, accelerator, lambda text: _say(text, accelerator)):
+        with owned(folder, accelerator):
             engine = engine_of(accelerator)
             # one that was started again goes on, with all that were not
             resume = any(gather_object([resume]))
             if resume:
-                take_over(recipe, folder, engine, accelerator, lambda text: _say(text, accelerator))
+                take_over(recipe, folder, engine, accelerator)
             start = decided(lambda: find_start(recipe, folder, engine, resume=resume), accelerator)
             data, about = checked_data(recipe, start, accelerator)
             torch.manual_seed(settings.seed)  # the same first weights on every process
             classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
             about |= {"settings": recipe.settings, "engine": engine}
             common = (recipe, data, about, classifier, folder, accelerator)
-            run = _Run(*common, stop, heartbeat, quiet=quiet)
+            run = _Run(*common, stop, heartbeat)
             run.open(start)
             run.fit()
             return run.finish()
@@ -131,8 +132,6 @@ class _Run:
         accelerator: Accelerator,
         stop: Stop,
         heartbeat: Heartbeat,
-        *,
-        quiet: bool,
     ) -> None:
         settings = recipe.train
         assert settings is not None and recipe.optimizer is not None
@@ -156,7 +155,7 @@ class _Run:
         has_average = settings.ema_decay is not None
         tight = decided(lambda: check_room(folder, classifier, optimizer, has_average), accelerator)
         if tight is not None:
-            self.say(tight)
+            logger.warning(tight)
         schedule = make_scheduler(
             optimizer,
             recipe.schedule,
@@ -193,7 +192,6 @@ class _Run:
             compression.meter,
             steps_per_epoch=self.batches.steps_per_epoch,
             trackers=bool(settings.log_with),
-            quiet=quiet,
         )
         self.loop = Loop(
             accelerator=accelerator,
@@ -221,13 +219,13 @@ class _Run:
         """Make or continue the run folder."""
         set_seed(self.settings.seed, device_specific=True)  # attacks differ between processes
         for note in start.notes:
-            self.say(note)
+            logger.info(note)
         if start.checkpoint is not None:
             self.checkpoint.load(start.checkpoint)
             self.watch.check(loaded=self.folder.checkpoints / start.checkpoint)
-            self.say(f"continuing {self.folder.path} at step {self.progress.step}")
+            logger.info("continuing %s at step %d", self.folder.path, self.progress.step)
         for doubt in self.recipe.doubts:
-            self.say(doubt)
+            logger.warning(doubt)
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             remove_incomplete(self.folder.path)
@@ -298,10 +296,9 @@ class _Run:
     ) -> None:
         self.metrics.write(line)
         robust, progress = line["validation_robust_accuracy"], self.progress
-        self.say(
-            f"epoch {epoch}: held-out clean {100 * line['validation_clean_accuracy']:.2f}%, "
-            f"robust {100 * robust:.2f}%"
-        )
+        clean = line["validation_clean_accuracy"]
+        said = f"epoch {epoch}: held-out clean {100 * clean:.2f}%, robust {100 * robust:.2f}%"
+        logger.info(said)
         if robust > progress.best_accuracy:
             progress.best_accuracy, progress.best_epoch = robust, epoch
             progress.validations_since_best = 0
@@ -324,7 +321,7 @@ class _Run:
         stops = bool(fallen) and self.settings.on_collapse == "stop"
         for fall in fallen:
             if fall.epoch > since:  # the others were told
-                self.say(f"{fall.text}; training ends here" if stops else fall.text)
+                logger.warning(f"{fall.text}; training ends here" if stops else fall.text)
         if stops:
             self.progress.stopped_early = True
             self.loop.save()
@@ -371,7 +368,6 @@ class _Run:
             source=self.recipe.data.source(),
             train_source=self.recipe.data.source("train"),
             kind=self.data.selection,
-            say=self.say,
         )
         if self.accelerator.is_main_process:
             about = facts_of(classifier, self.folder.path.name)
@@ -383,18 +379,9 @@ class _Run:
         self.accelerator.end_training()
         return facts | result
 
-    def say(self, text: str) -> None:
-        """Tell the user, from one process, without breaking the progress bar."""
-        _say(text, self.accelerator)
-
     def _weights_to_measure(self) -> PixelClassifier:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
         classifier = self.classifier if self.ema is None else self.ema.module
         # each process updates its own statistics; the first one's count, as in DDP's forward
         broadcast_all(list(classifier.buffers()))
         return classifier
-
-
-def _say(text: str, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        tqdm.write(text)

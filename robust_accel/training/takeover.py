@@ -1,7 +1,7 @@
 """A machine in a lost one's place may become the first: it takes the run from another's disk."""
 
+import logging
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,6 +15,8 @@ from robust_accel.run_folder import RunFolder
 from robust_accel.training.courier import Courier
 from robust_accel.training.start import find_start
 
+logger = logging.getLogger(__name__)
+
 _NONE, _REFUSED = -1, -2
 
 
@@ -23,7 +25,6 @@ def take_over(
     folder: RunFolder,
     engine: dict[str, Any],
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> None:
     """Where the first process has no run, but others have on disks of their own: copy the furthest.
 
@@ -33,7 +34,6 @@ def take_over(
     Args:
         folder: Owned by the first process.
         engine: From ``engine_of``.
-        say: Told whose run it is, or why it is not taken.
 
     Raises:
         ValueError: ``output: ...``: the first process's folder holds other files.
@@ -50,12 +50,14 @@ def take_over(
     found = gather_object([_step(recipe, folder, engine) if is_absent else (_NONE, "")])
     for rank, (step, fault) in enumerate(found):
         if step == _REFUSED:
-            say(f"what process {rank} has on its disk is not gone on with: {fault}")
+            logger.warning("what process %d has on its disk is not gone on with: %s", rank, fault)
     holder = max(folder.absent, key=lambda rank: found[rank][0])
     step = found[holder][0]
     if step < 0:
         return
-    say(f"{folder.path} is taken over at step {step} from the disk of process {holder}")
+    logger.info(
+        "%s is taken over at step %d from the disk of process %d", folder.path, step, holder
+    )
     own = folder.path if accelerator.process_index == holder else place
     Courier(accelerator, folder.absent).bring(own, holder, accelerator.is_main_process)
 

@@ -139,7 +139,7 @@ def test_too_few_classes_are_refused_before_training(key: str, tmp_path: Path) -
     settings = [f"output={tmp_path / 'run'}", "data.classes=[3, 8]", "evaluate.autoattack=null"]
     recipe = load_recipe("quickstart", [*settings, f"{key}=dlr"])
     with pytest.raises(ValueError, match=f"{key}: dlr ranks three classes, the data have 2"):
-        train(recipe, quiet=True)
+        train(recipe)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -156,7 +156,7 @@ def test_a_recipe_trains_and_measures_by_them(
     with pytest.raises(ValueError, match=r"evaluate\.pgd\.step_size: .*apgd chooses the lengths"):
         load_recipe("quickstart", settings("evaluate.pgd={attack: apgd, step_size: 0.1}"))
     recipe = load_recipe("quickstart", settings("evaluate.pgd={attack: apgd, loss: dlr}"))
-    train(recipe, quiet=True)
+    train(recipe)
     rows = json.loads((tmp_path / "report.json").read_text())["measurements"]
     (row,) = [row for row in rows if row["attack"]["name"] != "none"]
     assert (row["attack"]["name"], row["attack"]["loss"]) == ("apgd", "dlr")

@@ -6,7 +6,6 @@ import processes
 import pytest
 import torch
 from ddp_training import PROTOCOLS, Recorder, check_mean, get, make_model, params, train, wrap
-from pydantic import ValidationError
 
 from robust_accel.comm import (
     COLLECTIVES,
@@ -221,12 +220,12 @@ def test_uneven_machines_are_one_group(three):
 
 def test_settings_name_the_allowed_values():
     assert COLLECTIVES["qsgd"](bits=4, sides=1).bits == 4
-    with pytest.raises(ValidationError, match="16, 8, 4 or 2"):
+    with pytest.raises(ValueError, match="16, 8, 4 or 2"):
         QSGD(bits=7)
-    with pytest.raises(ValidationError, match="fp32"):
+    with pytest.raises(ValueError, match="fp32"):
         AllReduce(dtype="fp8")
-    with pytest.raises(ValidationError, match="bit"):
+    with pytest.raises(ValueError, match="bit"):
         QSGD(bit=8)
     for bad in ({"block_size": 0}, {"sides": 3}, {"seed": -1}, {"norm": "l1"}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: .* is not allowed"):
             QSGD(**bad)

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     settings = ["train.epochs=2", "attack.num_steps=1", "attack.step_size=0.2"]
     settings += ["data.train_size=600", "evaluate.autoattack=null", "evaluate.pgd=null"]
-    train(load_recipe("quickstart", [*settings, f"output={folder}"]), quiet=True)
+    train(load_recipe("quickstart", [*settings, f"output={folder}"]))
     return folder
 
 

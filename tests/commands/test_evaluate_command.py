@@ -43,7 +43,7 @@ def run(insects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [f"data.path={insects}", "data.validation_size=0", "attack.eps=0.05"]
     settings += ["train.epochs=40", "train.batch_size=24", "evaluate.autoattack=null"]
     settings += ["attack.num_steps=2", "evaluate.pgd.num_steps=3", f"output={folder}"]
-    train(load_recipe("quickstart", settings), quiet=True)
+    train(load_recipe("quickstart", settings))
     return folder
 
 

@@ -34,7 +34,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    train(load_recipe("quickstart", [*SMALL, f"output={folder}"]), quiet=True)
+    train(load_recipe("quickstart", [*SMALL, f"output={folder}"]))
     return folder
 
 
@@ -61,7 +61,7 @@ def test_what_a_run_left_out_is_labeled_and_trained_on(teacher: Path, tmp_path: 
     assert data.unlabeled.labels.tolist() == rows["pseudo_label"][:]
 
     settings = [*SMALL, f"output={tmp_path / 'student'}", f"data.unlabeled.path={out}"]
-    student = train(load_recipe("quickstart", settings), quiet=True)
+    student = train(load_recipe("quickstart", settings))
     assert student["clean_accuracy"]["accuracy"] > 0.5
 
 

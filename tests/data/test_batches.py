@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robust_accel.data import NO_LABEL, Data, Sampler, TrainingBatches
-from robust_accel.evaluation.measure import TensorImages
+from robust_accel.evaluation.any_module import TensorImages
 
 
 def deal(

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "honest"
     settings = ["train.epochs=5", "attack.num_steps=3", "attack.step_size=0.1"]
     settings += ["evaluate.autoattack=null", "evaluate.pgd.num_steps=1", f"output={folder}"]
-    train(load_recipe("quickstart", settings), quiet=True)
+    train(load_recipe("quickstart", settings))
     return folder
 
 

@@ -15,7 +15,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree
 from transformers import ViTConfig, ViTForImageClassification
 
-from robust_accel import AWP, PGD, Adversarial, RobustModel, Trades, make_robust, measure
+from robust_accel import AWP, PGD, Adversarial, RobustModel, Trades, make_robust
+from robust_accel.evaluation.any_module import measure
+from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.integrations.in_place import Output, robust_training
 
 EPS = 8 / 255
@@ -260,8 +262,8 @@ UNKNOWN = {
 
 
 def outcomes_of(model):
-    """What `measure` finds of each image, clean and attacked."""
-    found = measure(model, X, LABELS, eps=EPS, pgd={"num_steps": 2})
+    """What `evaluate` finds of each image, clean and attacked."""
+    found = measure(model, X, LABELS, EvaluateSettings(eps=EPS, pgd={"num_steps": 2}))
     return [found[f"{name}_accuracy"]["outcomes"] for name in ("clean", "pgd")]
 
 
@@ -282,7 +284,7 @@ def test_other_outputs_are_refused_by_name(how):
     for call in (
         lambda: RobustModel(Returns(function), ATTACK)(X, LABELS),
         lambda: make_robust(Returns(function), ATTACK)(X),
-        lambda: measure(Returns(function), X, LABELS, eps=EPS),
+        lambda: measure(Returns(function), X, LABELS, EvaluateSettings(eps=EPS)),
     ):
         with pytest.raises(TypeError, match=f"Returns is no classifier.*{message}"):
             call()

@@ -5,7 +5,6 @@ import math
 import pytest
 import timm.optim
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from robust_accel.optim import LAMB, OptimizerSettings, create_optimizer, with_defaults
@@ -79,8 +78,8 @@ def test_every_optimizer_of_timm_is_checked_and_built(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sdg"}, r"optimizer.name: unknown optimizer 'sdg' \(did you mean sgd"),
-        ({"name": "lookahead_sgd"}, "unknown optimizer 'lookahead_sgd'"),
+        ({"name": "sdg"}, r"^name: 'sdg' is not allowed: no optimizer .* \(did you mean sgd"),
+        ({"name": "lookahead_sgd"}, "'lookahead_sgd' is not allowed: no optimizer"),
         ({"name": "sgd", "eps": 1e-8}, "optimizer.eps is not an option of sgd; allowed: .*nester"),
         ({"name": "adamw", "beta": 1}, r"optimizer.beta is not .* adamw \(did you mean betas\?\)"),
         ({"name": "adamw", "momentum": 0.9}, "optimizer.momentum is not an option of adamw"),
@@ -116,7 +115,7 @@ def test_an_optimizer_whose_package_is_missing(name):
 
 @pytest.mark.parametrize("values", [{"lr": 0}, {"lr": "fast"}, {"lr": 1, "weight_decay": -1}, {}])
 def test_learning_rate_and_decay_have_ranges(values):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match=r"^(lr|weight_decay): "):
         OptimizerSettings(**values)
 
 

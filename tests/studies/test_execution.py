@@ -47,19 +47,20 @@ def test_trainings_are_spread_over_gpus(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     plan = plan_of(FOUR, seeds=range(1))
-    Runner(plan, Done(plan.root), jobs=4, launcher=None, say=print).run(lambda cell: ())
+    Runner(plan, Done(plan.root), jobs=4, launcher=None).run(lambda cell: ())
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in started] == expected
 
 
 def test_a_training_that_was_stopped_is_not_called_failed(
-    started: list[dict[str, str]], plan_of: Callable[..., Plan]
+    started: list[dict[str, str]], plan_of: Callable[..., Plan], caplog: pytest.LogCaptureFixture
 ) -> None:
-    said: list[str] = []
+    caplog.set_level("INFO")
     plan = plan_of(FOUR, seeds=range(1))
-    runner = Runner(plan, Done(plan.root), jobs=4, launcher=None, say=said.append)
+    runner = Runner(plan, Done(plan.root), jobs=4, launcher=None)
     runner.run(lambda cell: ())
     assert len(started) == 4 and len(runner.broken) == 4
-    assert all("was stopped; the same command goes on" in text for text in said)
+    told = [text for text in caplog.messages if "was stopped" in text]
+    assert len(told) == 4 and all("the same command goes on" in text for text in told)
 
 
 def test_no_log_is_written_through_a_link(
@@ -71,5 +72,5 @@ def test_no_log_is_written_through_a_link(
     folder.parent.mkdir()
     folder.with_name(f"{folder.name}.log").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic link"):
-        Runner(plan, Done(plan.root), jobs=1, launcher=None, say=print).run(lambda cell: ())
+        Runner(plan, Done(plan.root), jobs=1, launcher=None).run(lambda cell: ())
     assert victim.read_text() == "mine" and not started

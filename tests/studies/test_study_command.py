@@ -199,7 +199,7 @@ def test_a_study_that_names_itself_is_refused(
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--output", "~/x", "a ~ is not expanded here"),
+        ("--output", "~nobody_of_this_name/x", "nobody here has this name"),
         ("--output", "", "an empty text names no file"),
         ("--write", "x" * 300, "has at most 255 bytes"),
         ("--seeds", "9" * 12, "a whole number from 1 to"),

@@ -61,7 +61,7 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
 
 def run(folder: Path, *settings: str, resume: bool = False) -> dict[str, Any]:
     recipe = load_recipe("quickstart", [*SMALL, f"output={folder}", *settings])
-    return train(recipe, resume=resume, quiet=True)
+    return train(recipe, resume=resume)
 
 
 @pytest.fixture(scope="module")

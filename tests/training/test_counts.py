@@ -16,7 +16,7 @@ def test_a_restart_sends_what_a_step_sends(tmp_path: Path) -> None:
     def trained(progress: Progress, num_steps: int) -> None:
         """A process: starts, trains, saves where it stands."""
         meter = Meter()
-        about = {"steps_per_epoch": 100, "trackers": False, "quiet": True}
+        about = {"steps_per_epoch": 100, "trackers": False}
         metrics = Metrics(RunFolder(tmp_path), Accelerator(cpu=True), progress, meter, **about)
         with metrics.bar(100):
             metrics.start_clock()

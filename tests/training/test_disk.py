@@ -28,7 +28,7 @@ CHECKPOINT = 1_000_000  # bytes, about
 
 
 def train(folder: Path, *more: str) -> int:
-    return main(["train", *RUN, f"output={folder}", "--quiet", *more])
+    return main(["train", *RUN, f"output={folder}", *more])
 
 
 def once(condition: Callable[[], object], then: Callable[[], object]) -> threading.Thread:

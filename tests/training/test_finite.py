@@ -41,7 +41,7 @@ TINY = (
 
 def run(folder: Path, *settings: str, resume: bool = False) -> dict[str, Any]:
     recipe = load_recipe("quickstart", [*TINY, f"output={folder}", *settings])
-    return train(recipe, resume=resume, quiet=True)
+    return train(recipe, resume=resume)
 
 
 def tensors(content: Any) -> Iterator[torch.Tensor]:

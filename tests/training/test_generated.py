@@ -47,14 +47,14 @@ def settings(folder: Path, *files: Path, share: float = 0.7) -> tuple[str, ...]:
 def test_a_run_trains_on_a_file_and_goes_on_only_with_the_same(tmp_path: Path) -> None:
     file, folder = generated(tmp_path), tmp_path / "run"
     own = settings(folder, file)
-    assert train(load_recipe("quickstart", own), quiet=True)["steps"] == 2
+    assert train(load_recipe("quickstart", own))["steps"] == 2
     content = dict(np.load(file))
     content["image"][150, 3, 3, 0] ^= 1
     write(tmp_path, **content)
     with pytest.raises(ValueError, match=r"200 images \(digest .* as unlabeled, and now .* 200 im"):
-        train(load_recipe("quickstart", own), resume=True, quiet=True)
+        train(load_recipe("quickstart", own), resume=True)
     generated(tmp_path)
-    assert train(load_recipe("quickstart", own), resume=True, quiet=True)["steps"] == 2
+    assert train(load_recipe("quickstart", own), resume=True)["steps"] == 2
 
 
 @pytest.mark.launch
@@ -91,7 +91,7 @@ recipe = load_recipe("quickstart", arguments)
 used = [line for line in open("/proc/self/status") if line.startswith("VmData")][0].split()[1]
 limit = int(used) * 1024 + mib * 2**20  # of all memory but mapped files, what is not touched too
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-assert train(recipe, quiet=True)["steps"] == 2
+assert train(recipe)["steps"] == 2
 try:
     np.load(file)["image"]
 except MemoryError:

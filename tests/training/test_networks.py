@@ -118,7 +118,7 @@ def test_a_cut_link_ends_both_sides_in_time_and_each_names_the_other(
     ranks = []
     for rank, node in enumerate(nodes[:2]):
         own = {"RANK": str(rank), "LOCAL_RANK": "0", **common}
-        command = ("robust_accel", *RUN, f"output={folder.path}", "--quiet")
+        command = ("robust_accel", *RUN, f"output={folder.path}")
         ranks.append(Inside(node, *command, log=tmp_path / str(rank), **own))
     try:
         wait_until(folder.steps, ranks[0])
@@ -181,7 +181,7 @@ class Machines:
         environment: Mapping[str, str],
     ) -> None:
         self.nodes, self.launcher, self.environment = nodes, launcher, environment
-        self.command = ("-m", "robust_accel", *command, "output=run", "--quiet")
+        self.command = ("-m", "robust_accel", *command, "output=run")
         self.disks = [root / f"disk{i}" for i in range(len(nodes))]
         self.folders = [RunFolder(disk / "run") for disk in self.disks]
         self.all: dict[int, Inside] = {}

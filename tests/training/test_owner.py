@@ -79,7 +79,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_command_writes_into_a_folder_in_use(small: Path) -> None:
     folder = small
     before = content(folder)
-    with locked(folder, print):
+    with locked(folder):
         for command in (
             ("train", "quickstart", *TINY, f"output={folder}", "--resume"),
             ("evaluate", folder, "evaluate.images=10"),

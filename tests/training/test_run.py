@@ -37,7 +37,7 @@ SMALL = (
 
 def run(folder: Path, *settings: str, resume: bool = False) -> dict:
     recipe = load_recipe("quickstart", [*SMALL, f"output={folder}", *settings])
-    return train(recipe, resume=resume, quiet=True)
+    return train(recipe, resume=resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -170,12 +170,12 @@ def test_another_model_is_not_measured_in_a_runs_folder(finished: tuple[Path, di
 
 
 def test_an_evaluation_that_differs_from_training_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     report = run(tmp_path / "run", "train.max_steps=1", "evaluate.eps=0.3", "evaluate.pgd=null")
     expected = "trained against linf, eps 0.2; measured against linf, eps 0.3"
     assert expected in report["doubts"][0]
-    assert expected in capsys.readouterr().out
+    assert expected in caplog.text
 
 
 class Killed(Exception):
@@ -330,7 +330,7 @@ def test_too_few_classes_for_autoattack_are_refused_before_training(tmp_path: Pa
     settings = [f"data.path={tmp_path / 'data'}", f"output={tmp_path / 'run'}"]
     recipe = load_recipe("quickstart", [*settings, "train.batch_size=4", "data.validation_size=2"])
     with pytest.raises(ValueError, match="needs at least 4 classes"):
-        train(recipe, quiet=True)
+        train(recipe)
     assert not (tmp_path / "run").exists()
 
 
@@ -391,6 +391,6 @@ def test_standard_training_is_not_robust_and_adversarial_training_is(
         "quickstart_standard",
         [s for s in SMALL if not s.startswith("attack.")] + [f"output={tmp_path / 'standard'}"],
     )
-    standard = train(recipe, quiet=True)
+    standard = train(recipe)
     assert standard["clean_accuracy"]["accuracy"] > 0.8
     assert standard["pgd_accuracy"]["accuracy"] < finished[1]["pgd_accuracy"]["accuracy"]

@@ -39,7 +39,7 @@ UMASK = 0o027  # unlike what anybody's own is likely to be
 
 
 def run(folder: Path, *, resume: bool = False) -> None:
-    train(load_recipe("quickstart", [*TINY, f"output={folder}"]), resume=resume, quiet=True)
+    train(load_recipe("quickstart", [*TINY, f"output={folder}"]), resume=resume)
 
 
 @pytest.fixture(scope="module")

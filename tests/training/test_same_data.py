@@ -34,7 +34,7 @@ def write(path: Path, shade: int) -> None:
 
 def run(folder: Path, data: Path, *settings: str, resume: bool = False) -> dict[str, Any]:
     settings = (*SMALL, f"output={folder}", f"data.path={data}", *settings)
-    return train(load_recipe("quickstart", settings), resume=resume, quiet=True)
+    return train(load_recipe("quickstart", settings), resume=resume)
 
 
 @pytest.fixture
@@ -93,7 +93,6 @@ def test_one_process_with_a_bad_image_ends_both(data: Path, tmp_path: Path) -> N
     own = (
         "train",
         "quickstart",
-        "--quiet",
         *SMALL,
         *files,
         f"output={tmp_path / 'run'}",

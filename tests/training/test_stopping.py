@@ -76,12 +76,12 @@ def test_one_process_stops_and_goes_on(tmp_path: Path) -> None:
 
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
-        train(recipe, quiet=True)
+        train(recipe)
     assert stopped.value.code == STOPPED
     (checkpoint,) = folder.steps()
     assert int(checkpoint.name.removeprefix("step-")) == folder.read_metrics()[-1]["step"]
     assert [signal.getsignal(number) for number in REQUESTS] == before
-    assert train(recipe, resume=True, quiet=True)["steps"] == 32
+    assert train(recipe, resume=True)["steps"] == 32
 
 
 @pytest.mark.parametrize(

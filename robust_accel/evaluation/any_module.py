@@ -1,27 +1,44 @@
-"""One call that measures any module on images that are at hand."""
+"""Any module on images that are at hand: accuracy under attack, certified radii."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.arrays import as_images, as_labels
+from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.certify_images import CertifySettings, certify_images
 from robust_accel.evaluation.identity import facts_of
-from robust_accel.evaluation.ledger import refresh_report
+from robust_accel.evaluation.ledger import Ledger, refresh_report
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.files import check_contained
 from robust_accel.models import PixelClassifier
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
-from robust_accel.settings import checked
 
 logger = logging.getLogger(__name__)
+
+
+Statistic: TypeAlias = float | Sequence[float] | Tensor | None
+
+
+class How(TypedDict, total=False):
+    """What else ``robust_accel.evaluate`` and ``certify`` take, and say what it means."""
+
+    mean: Statistic
+    std: Statistic
+    size: int | tuple[int, int] | None
+    folder: str | Path | None
+    accelerator: Accelerator | None
 
 
 class TensorImages:
@@ -49,36 +66,18 @@ class TensorImages:
 
 def measure(
     model: nn.Module,
-    x: Any,
+    images: Any,
     labels: Any,
+    settings: EvaluateSettings,
     *,
-    mean: float | Sequence[float] | Tensor | None = None,
-    std: float | Sequence[float] | Tensor | None = None,
-    size: int | tuple[int, int] | None = None,
     other: nn.Module | None = None,
-    folder: str | Path | None = None,
-    accelerator: Accelerator | None = None,
-    **settings: Any,
+    **how: Unpack[How],
 ) -> dict[str, Any]:
-    """Clean, PGD and AutoAttack accuracy of any module on pixels, as RobustBench's models are.
-
-    Under ``accelerate launch`` every process calls it, and the work is shared.
+    """Clean, PGD and AutoAttack accuracy of any module on pixels, see ``robust_accel.evaluate``.
 
     Args:
-        model: Images [B, C, H, W] in [0, 1] to logits [B, K] (or ``.logits``). Nothing is assumed:
-            a module that wants normalised images needs ``mean`` and ``std``, timm's too. Left in
-            the mode that it was in.
-        x: [N, C, H, W], floating point, in [0, 1]: a tensor, an array, or a list of images.
-        labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
-        mean, std: By which images are normalised inside, one number a channel or one for all; both
-            or neither. Not with a ``PixelClassifier`` (``load_model``) or ``RobustModel``, which
-            have their own.
-        size: Height and width to which images are resized inside; eps is at x's own. The same.
+        settings: With an eps.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
-        folder: Where records and outcomes are kept, so that a killed evaluation goes on and nothing
-            is done twice; ``robust-accel report FOLDER`` shows them.
-        settings: Of ``EvaluateSettings``: ``eps="8/255"``, ``norm="linf"``,
-            ``autoattack="standard"``, ``pgd={"num_steps": 20}``, ``sanity=True``, ...
 
     Returns:
         The records of ``evaluate``, by name, and as ``model`` what was measured, with what was done
@@ -88,7 +87,91 @@ def measure(
     Raises:
         ValueError: Model, images, labels or settings are not as said above.
     """
-    given = _settings(settings, other)
+    given = _complete(settings, other)
+    foreign = None if other is None else _classifier(other, "other")
+    with _on_pixels(model, images, labels, foreign, **how) as ready:
+        result = evaluate(
+            ready.classifier,
+            ready.images,
+            given,
+            ready.accelerator,
+            num_classes=ready.num_classes,
+            folder=ready.folder,
+            other=foreign,
+            class_names=ready.classifier.class_names,
+        )
+        return {"model": ready.about(result["function"])} | result
+
+
+def certify(
+    model: nn.Module, images: Any, labels: Any, settings: CertifySettings, **how: Unpack[How]
+) -> dict[str, Any]:
+    """Certified L2 radii of any module on pixels, see ``robust_accel.certify``.
+
+    Returns:
+        ``certificate``, the record of ``certify_images``, and ``model`` as of ``measure``.
+
+    Raises:
+        ValueError: Model, images, labels or settings are not as said above.
+    """
+    if settings.sigma is None:
+        raise ValueError(
+            "sigma is missing: the noise's standard deviation in pixel units, like 0.25"
+        )
+    if settings.ids is not None:
+        raise ValueError("ids are not taken here: give the images that are meant")
+    if settings.doubt:
+        logger.warning(settings.doubt)
+    with _on_pixels(model, images, labels, None, **how) as ready:
+        record = certify_images(ready.bench(settings.seed), settings.index(ready.images), settings)
+        return {"model": ready.about(record["function"]), "certificate": record}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A module in eval mode on the accelerator's device, and images that it takes."""
+
+    classifier: PixelClassifier
+    images: ImageSet
+    num_classes: int
+    accelerator: Accelerator
+    folder: RunFolder | None
+
+    def bench(self, seed: int) -> Bench:
+        folder = None if self.folder is None else self.folder.path
+        return Bench(
+            self.classifier,
+            self.images,
+            self.accelerator,
+            batch_size=1,
+            seed=seed,
+            ledger=Ledger(folder, self.accelerator),
+            class_names=self.classifier.class_names,
+        )
+
+    def about(self, function: str) -> dict[str, Any]:
+        """What was measured; a folder's report has it, too."""
+        facts = facts_of(self.classifier, type(self.classifier.model).__name__)
+        about = {"function": function, **facts, "said": facts["statistics"]}
+        if self.folder is not None and self.accelerator.is_main_process:
+            refresh_report(self.folder, model=about)
+        return about
+
+
+@contextmanager
+def _on_pixels(
+    model: nn.Module,
+    images: Any,
+    labels: Any,
+    other: PixelClassifier | None,
+    *,
+    mean: Statistic = None,
+    std: Statistic = None,
+    size: int | tuple[int, int] | None = None,
+    folder: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> Iterator[_Ready]:
+    """Bring a module, another one and images together; modes are put back behind it."""
     if folder is not None and RunFolder(folder).recipe.exists():
         raise ValueError(
             f"folder: {folder} holds a training run, which robust-accel evaluate measures: choose "
@@ -96,44 +179,33 @@ def measure(
         )
     if folder is not None:
         check_contained(Path(folder))
-    x, labels = as_images(x), as_labels(labels)
-    if len(x) != len(labels):
-        raise ValueError(f"labels must be one an image, got {len(labels)} for {len(x)} images")
+    x, y = as_images(images), as_labels(labels)
+    if len(x) != len(y):
+        raise ValueError(f"labels must be one an image, got {len(y)} for {len(x)} images")
     classifier = _classifier(model, "model", mean=mean, std=std, size=size)
-    foreign = None if other is None else _classifier(other, "other")
     accelerator = Accelerator() if accelerator is None else accelerator
-    measured = [classifier] if foreign is None else [classifier, foreign]
+    measured = [classifier] if other is None else [classifier, other]
     training = [(m, m.training) for c in measured for m in c.modules()]
     try:
         for part in measured:
             part.to(accelerator.device).eval()
         num_classes = _num_classes(classifier, x[:1].to(accelerator.device))
-        images: ImageSet = TensorImages(x, _indices(labels, num_classes))
-        result = evaluate(
-            classifier,
-            images,
-            given,
-            accelerator,
-            num_classes=num_classes,
-            folder=None if folder is None else RunFolder(folder),
-            other=foreign,
-            class_names=classifier.class_names,
-        )
+        own = TensorImages(x, _indices(y, num_classes))
+        kept = None if folder is None else RunFolder(folder)
+        yield _Ready(classifier, own, num_classes, accelerator, kept)
     finally:
         for module, mode in training:
             module.training = mode
-    about = facts_of(classifier, type(classifier.model).__name__)
-    about = {"function": result["function"], **about, "said": about["statistics"]}
-    if folder is not None and accelerator.is_main_process:
-        refresh_report(RunFolder(folder), model=about)
-    return {"model": about} | result
 
 
-def _settings(values: dict[str, Any], other: nn.Module | None) -> EvaluateSettings:
+def _complete(settings: EvaluateSettings, other: nn.Module | None) -> EvaluateSettings:
     """The settings, with a norm and an eps."""
-    given = checked(EvaluateSettings, values).with_threat_model_of(None)
+    given = settings.with_threat_model_of(None)
     if given.eps is None:
         raise ValueError("eps is missing: the radius in pixel units, like eps='8/255'")
+    for key in ("ids", "train_images"):
+        if getattr(given, key) is not None:
+            raise ValueError(f"{key} are not taken here: give the images that are meant")
     if given.sanity and given.sanity_settings.transfer_from is not None:
         raise ValueError(
             "sanity.transfer_from is not taken here: give the module, other=load_model(...)"
