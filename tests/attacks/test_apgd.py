@@ -144,7 +144,7 @@ def test_too_few_classes_are_refused_before_training(key: str, tmp_path: Path) -
 
 
 def test_a_recipe_trains_and_measures_by_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def settings(*more: str) -> list[str]:
         return [
@@ -156,9 +156,10 @@ def test_a_recipe_trains_and_measures_by_them(
     with pytest.raises(ValueError, match=r"evaluate\.pgd\.step_size: .*apgd chooses the lengths"):
         load_recipe("quickstart", settings("evaluate.pgd={attack: apgd, step_size: 0.1}"))
     recipe = load_recipe("quickstart", settings("evaluate.pgd={attack: apgd, loss: dlr}"))
+    caplog.set_level("INFO")
     train(recipe)
     rows = json.loads((tmp_path / "report.json").read_text())["measurements"]
     (row,) = [row for row in rows if row["attack"]["name"] != "none"]
     assert (row["attack"]["name"], row["attack"]["loss"]) == ("apgd", "dlr")
     assert "(APGD-20 DLR, n=50)" in (tmp_path / "report.md").read_text()
-    assert "apgd_dlr_accuracy: " in capsys.readouterr().out
+    assert "apgd_dlr_accuracy: " in caplog.text

@@ -139,12 +139,13 @@ def test_a_run_goes_on_exactly_from_the_checkpoint_before_a_damaged_one(
     copied: RunFolder,
     name: str,
     fault: str,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     FAULTS[fault](copied.steps()[-1] / name)
     copied.best.write_bytes(b"weights of an epoch that will be trained again")
+    caplog.set_level("INFO")
     run(copied.path, resume=True)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"step-00000014: {name} " in said
     assert "at step 12" in said
     assert same_end(copied, finished)

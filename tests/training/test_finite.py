@@ -245,18 +245,18 @@ def test_validation_by_a_model_without_an_answer_ends_the_run(
 
 
 def test_robust_accuracy_that_is_gone_is_told_at_once_and_in_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ["data.train_size=640", "data.validation_size=128", "train.batch_size=64"]
     settings += ["train.epochs=3", "evaluate.pgd=null", "optimizer.lr=0.03"]
     report = run(tmp_path, *settings, "objective.at=[24]", "objective.where=huge")
     (doubt,) = report["doubts"]
     assert doubt.startswith("robust accuracy on the held-out split is gone: ")
-    assert doubt in capsys.readouterr().out.splitlines()
+    assert doubt in caplog.messages
 
 
 def test_training_ends_where_robust_accuracy_is_gone_with_the_weights_from_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ["data.train_size=640", "data.validation_size=128", "train.batch_size=64"]
     settings += ["train.epochs=5", "evaluate.pgd=null", "optimizer.lr=0.03", "train.select=best"]
@@ -266,7 +266,7 @@ def test_training_ends_where_robust_accuracy_is_gone_with_the_weights_from_befor
     report = run(tmp_path / "run", *settings, "train.on_collapse=stop", *fault)
     assert report["stopped_early"]
     assert report["selection"]["epoch"] < report["epochs"] < 5
-    assert report["doubts"][0] + "; training ends here" in capsys.readouterr().out.splitlines()
+    assert report["doubts"][0] + "; training ends here" in caplog.messages
 
 
 def test_what_a_loss_scaler_leaves_out_is_counted_and_no_reason_to_stop(tmp_path: Path) -> None:
