@@ -157,15 +157,6 @@ def test_a_missing_recipe_is_told_from_a_misspelt_one() -> None:
     assert f"{said} (did you mean cifar10/trades" in only_fault("cifar10/trade")
 
 
-def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "base.yaml", SMALL)
-    write(tmp_path / "my own.yaml", "base: ~/base.yaml")
-    recipe = load_recipe("~/my own.yaml", ["output=~/runs", "data.path=~/images"])
-    assert (recipe.output, recipe.data.path) == (tmp_path / "runs", f"{tmp_path}/images")
-    assert recipe.settings["output"] == f"{tmp_path}/runs"
-
-
 # ---- where a fault comes from ------------------------------------------------------------------
 
 

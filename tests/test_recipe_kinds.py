@@ -342,3 +342,12 @@ def test_a_tilde_that_no_shell_would_expand_is_a_name_like_others(tmp_path: Path
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     assert load_recipe(path, ["output=./~", "data.path=a/~b"]).output == Path("~")
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(SMALL)
+    (tmp_path / "my own.yaml").write_text("base: ~/base.yaml")
+    recipe = load_recipe("~/my own.yaml", ["output=~/runs", "data.path=~/images"])
+    assert (recipe.output, recipe.data.path) == (tmp_path / "runs", f"{tmp_path}/images")
+    assert recipe.settings["output"] == f"{tmp_path}/runs"
