@@ -52,8 +52,8 @@ class Quantizer:
         block_size: elements a block; blocks never straddle segments. None: one block a segment, or
             one for each part of it.
         compile: fuse the arithmetic of "max" with torch.compile, to the same bytes; "auto" does so
-            for at least `FUSE_LIMIT` elements. Eager where there is no compiler, or whole tensors
-            are blocks.
+            for at least `FUSE_LIMIT` elements. Eager where there is no compiler (or one
+            that errs: before torch 2.10), or whole tensors are blocks.
 
     Source: equations (A5)-(A6) of DAT, arXiv 2206.06257. They take one L2 norm over the whole
     vector: that is `norm="l2"`, `block_size=None` and a single segment. The default differs, as
