@@ -1,7 +1,7 @@
 """Code blocks of the documentation, each tried by what it is.
 
 python
-    Run, in one namespace a page.
+    Run, in one namespace a page. With ``# NAME.py`` in its first line it is that module, imported.
 diff
     The code after it is run.
 yaml
@@ -55,6 +55,8 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         AssertionError: The page has a block of another kind, or one is wrong.
     """
     monkeypatch.delitem(sys.modules, "reader", raising=False)  # whose objects a page may change
+    for folder in (ROOT / "examples", Path.cwd()):  # PYTHONPATH=examples, or the reader's own
+        monkeypatch.syspath_prepend(folder)
     for command in ("train", "check"):
         monkeypatch.setattr(f"robust_accel.commands.{command}.run", _trained)
     for command in ("evaluate", "certify", "pseudo_label"):
@@ -65,13 +67,25 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fences = re.findall(r"^ *```(\w*)$", page.read_text(), re.MULTILINE)
     assert {*fences[::2]} <= {*KINDS} and not any(fences[1::2]), f"{page}: a block of no known kind"
     parsers = [CodeBlockParser(kind, evaluate) for kind, evaluate in KINDS.items()]
-    for example in Sybil([*parsers, SkipParser()]).parse(page):
+    document = Sybil([*parsers, SkipParser()]).parse(page)
+    document.namespace["monkeypatch"] = monkeypatch
+    for example in document:
         try:
             example.evaluate()
         except SkipTest:
             continue
         except Exception as error:
             raise AssertionError(f"{page}:{example.line}: {error}") from error
+
+
+def _python(example: Example) -> None:
+    named = re.match(r"# (\w+)\.py\n", str(example.parsed))
+    if named is None:
+        PythonEvaluator()(example)
+        return
+    Path(f"{named[1]}.py").write_text(example.parsed)
+    sys.modules.pop(named[1], None)
+    example.namespace.update(vars(import_module(named[1])))
 
 
 def _diff(example: Example) -> None:
@@ -139,8 +153,8 @@ def _launched(options: argparse.Namespace) -> None:
 
 
 def _script(path: str) -> None:
-    """A script of this repository; ``train.py`` is the reader's."""
-    assert path == "train.py" or (ROOT / path).exists(), f"{path}: no such script"
+    """A script of this repository, or of the reader's."""
+    assert path in ("train.py", "my_train.py") or (ROOT / path).exists(), f"{path}: no such script"
 
 
 def _trained(options: argparse.Namespace) -> int:
@@ -166,7 +180,7 @@ def _measured(options: argparse.Namespace) -> int:
 
 
 KINDS: dict[str, Callable[[Example], None]] = {
-    "python": PythonEvaluator(),
+    "python": _python,
     "diff": _diff,
     "yaml": _yaml,
     "sh": _shell,
