@@ -171,7 +171,9 @@ def _measured(options: argparse.Namespace) -> int:
         recipes = [name for name in packaged_recipes() if Path(name).name == folder.name]
         settings = load_recipe(recipes[0] if recipes else "cifar10/dat_pgd").settings
     else:
-        settings = {"model": {"name": timm_name(check_name(options.model)), "pretrained": True}}
+        if not options.model.startswith("local-dir:"):  # of the reader's
+            timm_name(check_name(options.model))
+        settings = {"model": {"name": options.model, "pretrained": True}}
     if getattr(options, "data", None):
         settings.setdefault("data", {})["path"] = options.data
     own = [section] if section in ("evaluate", "certify") else []
