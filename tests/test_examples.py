@@ -76,8 +76,8 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in code_cells("robust_digits"):
         exec("".join(cell["source"]), names)
     normal, robust = (names["results"][name] for name in ("normal", "robust"))
-    assert min(found["clean_accuracy"]["accuracy"] for found in (normal, robust)) > 0.9
-    assert robust["pgd_accuracy"]["accuracy"] > normal["pgd_accuracy"]["accuracy"] + 0.2
+    assert min(normal.clean.accuracy, robust.clean.accuracy) > 0.9
+    assert robust.pgd.accuracy > normal.pgd.accuracy + 0.2
     assert len(names["figure"].axes) == 30 and names["broken"]
 
 
