@@ -23,7 +23,8 @@ RECIPES = next(
     for folder in (Path(__file__).parent, Path(__file__).parent.parent)  # wheel, repository
     if (folder / "recipes").is_dir()
 )
-
+SCHEMA = RECIPES / "schema.json"
+"""What ``robust-accel schema`` prints: recipes name it in their head, for editors."""
 
 _MOST_BASES = 8
 

@@ -210,6 +210,8 @@ def _schema_of(section: str, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _lenient(schema: dict[str, Any]) -> dict[str, Any]:
     """Numbers may be written as fractions, or as 3h50m; bounds are the package's to check."""
+    if schema.get("additionalProperties") is True:  # as without it; not every pydantic says so
+        schema = {key: value for key, value in schema.items() if key != "additionalProperties"}
     if "anyOf" in schema:
         return schema | {"anyOf": [_lenient(kind) for kind in schema["anyOf"]]}
     if schema.get("type") not in ("number", "integer"):

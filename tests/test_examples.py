@@ -1,8 +1,10 @@
 """The examples run and do what they say."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,32 @@ def test_custom_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe = load_recipe("quickstart", settings)
     assert recipe.objective.margin == 2.0
     assert train(recipe)["clean_accuracy"]["accuracy"] > 0.5
+
+
+def code_cells(name: str) -> list[dict[str, Any]]:
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.long
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in code_cells("robust_digits"):
+        exec("".join(cell["source"]), names)
+    normal, robust = (names["results"][name] for name in ("normal", "robust"))
+    assert min(normal.clean.accuracy, robust.clean.accuracy) > 0.9
+    assert robust.pgd.accuracy > normal.pgd.accuracy + 0.2
+    assert len(names["figure"].axes) == 30 and names["broken"]
+
+
+def test_the_notebook_renders_as_it_was_run_in_one_go() -> None:
+    cells = code_cells("robust_digits")
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    kinds = [kind for cell in cells for out in cell["outputs"] for kind in out.get("data", {})]
+    assert {"image/png", "text/html"} <= {*kinds}
+    streams = [out["name"] for cell in cells for out in cell["outputs"] if "name" in out]
+    assert {*streams} == {"stdout"}  # no progress bars, nor warnings with a machine's paths
 
 
 def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,14 @@ def test_the_wheel_brings_package_recipes_and_types(tmp_path: Path) -> None:
     code = {str(p.relative_to(ROOT)) for p in (ROOT / "robust_accel").rglob("*.py")}
     assert len(recipes) > 30
     assert {f"robust_accel/{path}" for path in recipes} <= held
-    assert code | {"robust_accel/py.typed", "robust_accel/reporting/page.html.j2"} <= held
+    assert (
+        code
+        | {
+            "robust_accel/py.typed",
+            "robust_accel/recipes/schema.json",
+            "robust_accel/reporting/page.html.j2",
+        }
+        <= held
+    )
     outside = {path for path in held if not path.startswith("robust_accel")}
     assert not outside

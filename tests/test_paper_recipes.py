@@ -90,6 +90,7 @@ def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "extrapolated_targets": np.array(rows["pseudo_label"]),
     }
     (folder / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(arrays))
+    np.savez(folder / "1m.npz", **arrays)
     return folder
 
 

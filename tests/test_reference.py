@@ -1,10 +1,14 @@
 """The reference has every key of every class that a recipe is built from, with what it does."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
 from robust_accel.recipe import SECTIONS, load_recipe
-from robust_accel.recipe_file import RECIPES, packaged_recipes
+from robust_accel.recipe_file import RECIPES, SCHEMA, packaged_recipes
 from robust_accel.reference import all_keys, members, schema
 
 KEYS = all_keys()
@@ -31,12 +35,31 @@ def test_every_key_is_there() -> None:
             assert dotted - {key for key, _ in known} - options == set(), name
 
 
+FILES = [
+    path
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if "accelerate" not in path.parts and path.name != "study.yaml"
+]
+
+
+def test_the_schema_in_the_package_is_the_codes() -> None:
+    written = json.loads(SCHEMA.read_text())
+    assert written == schema(), "run: robust-accel schema > recipes/schema.json"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_a_recipe_names_the_schema_below_its_sentence(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    named = [re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", line) for line in lines]
+    (place,) = (number for number, found in enumerate(named) if found)
+    assert place > 0 and all(line.startswith("# ") for line in lines[:place])
+    assert (path.parent / named[place][1]).resolve() == SCHEMA.resolve()
+
+
 def test_packaged_recipes_fit_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(schema())
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        if "accelerate" in path.parts or path.name == "study.yaml":
-            continue
+    for path in FILES:
         faults = [
             error.message for error in validator.iter_errors(yaml.safe_load(path.read_text()))
         ]

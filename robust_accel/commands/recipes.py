@@ -12,7 +12,7 @@ import yaml
 from robust_accel.commands import say
 from robust_accel.files import write_text
 from robust_accel.messages import shown
-from robust_accel.recipe_file import RECIPES, find_recipe, origin_of, packaged_recipes
+from robust_accel.recipe_file import RECIPES, SCHEMA, find_recipe, origin_of, packaged_recipes
 
 if TYPE_CHECKING:
     from robust_accel.recipe import Recipe
@@ -61,6 +61,7 @@ def copy(options: argparse.Namespace) -> int:
     head = [
         f"# {_head(source)['']}",
         f"# From {options.recipe} of robust-accel {version('robust-accel')}.",
+        f"# yaml-language-server: $schema={SCHEMA.as_uri()}",
     ]
     write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
     say(f"{target}: robust-accel train {shlex.quote(str(target))}")

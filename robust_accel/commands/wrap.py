@@ -20,8 +20,11 @@ from robust_accel.files import write_json
 from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
 from robust_accel.integrations.witness import NotAttacked, Witness
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
+from robust_accel.settings import listed
+from robust_accel.studies.trial import flat
 
 _USED = ("attack", "objective", "communication")
+_APPLIED = (*_USED, "train.attack_mode", "train.awp")
 _STATE_FILE = "gradient_compression.json"  # beside what Accelerate saves
 
 
@@ -65,7 +68,8 @@ def wrap_script(
 
     Raises:
         NotWrapped: The script trained no model, or gave several to ``prepare``.
-        ValueError: There is no such script, or a setting that only our own loop can follow.
+        ValueError: There is no such script, or a setting that only our own loop can follow, or one
+            of the command line that is not applied.
     """
     if not Path(script).is_file():
         raise ValueError(f"{script}: no such script")
@@ -76,6 +80,10 @@ def wrap_script(
         raise RecipeError("train.eps_warmup_epochs: epochs are the script's: wrap wants 0")
     if train is not None and train.awp is not None and train.awp.warmup_epochs:
         raise RecipeError("train.awp.warmup_epochs: epochs are the script's: wrap wants 0")
+    by_hand = [key for key in _unused(recipe) if recipe.origins[key] == "command line"]
+    if by_hand:
+        said = f"wrap does not apply it, it is the script's: wrap applies {listed(_APPLIED)}"
+        raise RecipeError(*(f"command line: {key}: {said}" for key in by_hand))
     wrapping = _Wrapping(recipe, Path(script).name, mean, std)
     code = _run(script, arguments, wrapping)
     return code or wrapping.conclude()
@@ -244,9 +252,10 @@ class _Wrapping:
             lines.append(f"  images: normalised by mean {self.mean} and std {self.std}")
         if self.recipe.train is not None:
             lines.append(f"  attack_mode: {self.recipe.train.attack_mode}")
-        unused = [key for key in self.recipe.settings if key not in (*_USED, "output", "train")]
-        unused += ["train but for attack_mode and awp"] * (self.recipe.train is not None)
-        lines.append(f"  the script's own, not the recipe's: {', '.join(unused) or 'all else'}")
+        parts = (key.split(".") for key in _unused(self.recipe))  # of train, which is split, keys
+        unused = (".".join(part[:2]) if part[0] == "train" else part[0] for part in parts)
+        said = listed(dict.fromkeys(unused)) or "all else"
+        lines.append(f"  the script's own, not the recipe's: {said}")
         return "\n".join(lines)
 
     def check(self) -> None:
@@ -300,6 +309,13 @@ def keep_with_checkpoints(accelerator: Accelerator, compression: GradientCompres
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _unused(recipe: Recipe) -> list[str]:
+    """Keys that somebody has set, other than to their defaults, and that are not applied."""
+    applied = tuple(f"{key}." for key in _APPLIED)
+    keys = (key for key in flat(recipe.chosen) if not f"{key}.".startswith(applied))
+    return [key for key in keys if key in recipe.origins]
 
 
 def _hint(model: nn.Module) -> str:

@@ -34,12 +34,13 @@ from robust_accel.models.timm_folder import (
     surroundings,
 )
 from robust_accel.run_folder import RunFolder
-from robust_accel.settings import Flag, Number, PathText, Settings, Whole, not_finite
+from robust_accel.settings import Flag, Number, PathText, Settings, Whole, listed, not_finite
 
 logger = logging.getLogger(__name__)
 
 _HUB = ("hf-hub:", "hf_hub:")
 _LOCAL = "local-dir:"
+_ASKED_BY_TIMM = ("pretrained_cfg", "num_classes", "num_features")  # where it keeps a network
 _NEW_STEM = "the plain network's, below a new stem"
 
 
@@ -114,6 +115,9 @@ def create_classifier(
             model: Any = timm.create_model(source, pretrained=settings.pretrained, **options)
     except Exception as error:  # timm, torch, safetensors and the hub have an error for each fault
         raise ValueError(f"name: {name!r} cannot be built with {options}: {error}") from error
+    if lacks := [key for key in _ASKED_BY_TIMM if not hasattr(model, key)]:
+        said = "timm keeps no such network (build_model_with_cfg sets pretrained_cfg)"
+        raise ValueError(f"name: {name!r} has no {listed(lacks)}: {said}")
     if name.startswith(_LOCAL):
         model.pretrained_cfg["file"] = name.removeprefix(_LOCAL)
     named = start = _surroundings(name, model)

@@ -10,7 +10,7 @@ from robust_accel.__main__ import main
 from robust_accel.exit_codes import UNWRITABLE
 from robust_accel.plain_yaml import read_plain
 from robust_accel.recipe import load_recipe
-from robust_accel.recipe_file import packaged_recipes
+from robust_accel.recipe_file import RECIPES, SCHEMA, packaged_recipes
 
 
 def test_every_recipe_is_listed_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +58,9 @@ def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     copy = tmp_path / f"{Path(name).name}.yaml"
     assert main(["recipe", "copy", name, str(copy)]) == 0
     assert load_recipe(copy).settings == load_recipe(name).settings
+    head = copy.read_text().partition("\n# From ")
+    assert head[0] == (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+    assert f"$schema={SCHEMA.as_uri()}\n" in head[2]  # wherever the copy lies
 
 
 def test_what_is_looked_at_is_not_run(

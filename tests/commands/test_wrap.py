@@ -230,6 +230,9 @@ def test_a_scripts_own_errors_keep_their_traceback(
         (["train.eps_warmup_epochs=2"], "train.eps_warmup_epochs: epochs are the script's"),
         (["train.awp.warmup_epochs=1"], "train.awp.warmup_epochs: epochs are the script's"),
         (["attack.eps=2"], "attack.eps"),
+        (["train.ema_decay=0.9"], "command line: train.ema_decay: wrap does not apply it"),
+        (["optimizer.lr=0.5", "output=x"], "command line: output: wrap does not apply it"),
+        (["evaluate.pgd=null"], "evaluate.pgd: wrap does not apply it, it is the script's"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(
@@ -238,6 +241,21 @@ def test_settings_that_cannot_be_followed_are_refused(
     assert wrap("outside", tmp_path, *settings) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "weights.pt").exists()
+
+
+def test_what_of_a_shared_recipe_is_not_applied_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    settings = "{ema_decay: 0.9, deterministic: true, keep: 2, attack_mode: train}"
+    recipe.write_text(f"base: quickstart\ntrain: {settings}\n")
+    command = ["wrap", "--recipe", str(recipe), *NORMALISED, "train.eps_warmup_epochs=0"]
+    assert main([*command, SCRIPT, "eval", str(tmp_path)]) == 2  # at its first step
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "not the recipe's" in line]
+    named = said.partition(": ")[2].split(", ")
+    assert named[:4] == ["model", "data", "optimizer", "schedule"]
+    assert {"train.epochs", "train.ema_decay", "train.deterministic", "evaluate"} <= {*named}
+    assert not {"train.keep", "train.attack_mode", "attack", "output", "certify"} & {*named}
 
 
 def test_commands_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

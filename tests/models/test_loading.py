@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import MemoryImages
@@ -217,3 +219,18 @@ def test_of_a_runs_model_other_weights_are_taken_and_another_network_is_refused(
     for wrong in ("model.name=resnet18", "model.options={width: 2}", "model.num_classes=5"):
         with pytest.raises(ValueError, match=rf"{wrong.split('=')[0]} is not allowed"):
             recipe_of(str(run), [wrong], required=("model",))
+
+
+def test_a_network_that_timm_could_not_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = types.ModuleType("bare")
+    monkeypatch.setitem(sys.modules, "bare", bare)
+
+    def bare_network(pretrained: bool = False, **options: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+
+    bare_network.__module__ = "bare"
+    timm.models.register_model(bare_network)
+    with pytest.raises(
+        ValueError, match="'bare_network' has no pretrained_cfg, num_classes, num_f"
+    ):
+        create_classifier(ModelSettings(name="bare_network"))
