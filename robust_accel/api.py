@@ -40,7 +40,8 @@ class Measurement:
     """One number, and what it was measured by.
 
     Attributes:
-        purpose: ``accuracy``, ``certificate``, ``train``, ``sweep``, ``sanity``.
+        purpose: ``accuracy``, ``certificate``, ``train``, ``sweep``, ``sanity``,
+            ``corruption``, ``corruptions`` (their mean).
         attack: Its ``name`` and all its settings; ``{"name": "none"}`` of clean images.
         threat_model: ``norm`` and ``eps`` in pixel units, where there is one.
         accuracy: In [0, 1]; a certificate's at radius 0.

@@ -225,15 +225,17 @@ def _explain(fault: Any, spec: Any) -> tuple[list[str], str]:
             continue
         fields = getattr(spec, "model_fields", {})  # of the settings that hold this key
         is_list = part not in fields and part.startswith("tuple[") and part != fault["loc"][-1]
-        if is_list or (spec is not None and getattr(spec, "__name__", None) == part):
-            continue  # a union's member
+        name = getattr(spec, "__name__", None)
+        if is_list or part == name or re.fullmatch(rf"function-\w+\[.*, {name}\]", part):
+            continue  # a union's member, maybe with what checks it as a whole
         if fault["type"] == "extra_forbidden" and part not in fields and spec is not None:
             message = f"unknown key{close_to(part, fields)}; allowed: {listed(fields)}"
             return [*keys, cut(str(part))], message
         if part in fields:  # else it tells a union's members apart
             keys.append(str(part))
         annotation = fields[part].annotation if part in fields else None
-        spec, is_name = _nested(annotation), get_origin(annotation) is dict
+        kinds = [get_origin(kind) for kind in (annotation, *get_args(annotation))]
+        spec, is_name = _nested(annotation), dict in kinds
     if fault["type"] == "missing":
         return keys, "missing: this key is required"
     message = fault["msg"].removeprefix("Value error, ")

@@ -98,6 +98,7 @@ class Subject:
         num_data_classes: Of the data.
         selection: Which images of the test split they are.
         notes: What a user should know of how the two were brought together.
+        positions: The classifier's number of each class of the data, see ``match_classes``.
     """
 
     classifier: PixelClassifier
@@ -106,11 +107,11 @@ class Subject:
     num_data_classes: int
     selection: str
     notes: tuple[str, ...]
-    _positions: tuple[int, ...] | None
+    positions: tuple[int, ...] | None
 
     def of_model(self, images: ImageSet) -> ImageSet:
         """Other images of the same data, labelled by the classifier's classes."""
-        return renumbered(images, self._positions)
+        return renumbered(images, self.positions)
 
 
 def load_subject(recipe: Recipe, model: str, ids: Ids, section: str) -> Subject:
@@ -146,7 +147,7 @@ def load_subject(recipe: Recipe, model: str, ids: Ids, section: str) -> Subject:
         num_data_classes=test.num_classes,
         selection=test.selection,
         notes=() if note is None else (note,),
-        _positions=positions,
+        positions=positions,
     )
 
 

@@ -101,6 +101,7 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             source=recipe.data.source(),
             train_source=recipe.data.source("train"),
             kind=subject.selection,
+            positions=subject.positions,
         )
         if accelerator.is_main_process:
             facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}

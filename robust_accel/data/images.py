@@ -134,26 +134,38 @@ def transformed(x: Tensor, transform: Transform, indices: Tensor, seed: int, epo
 
 
 class FileImages:
-    """Images decoded and transformed by timm's transforms, in worker processes."""
+    """Images decoded and transformed by timm's transforms, in worker processes.
+
+    Args:
+        whole: Nothing is cut off at the borders: images of ``image_size`` stay as they are.
+    """
 
     def __init__(
-        self, pictures: Pictures, labels: Tensor, settings: DataSettings, seed: int
+        self,
+        pictures: Pictures,
+        labels: Tensor,
+        settings: DataSettings,
+        seed: int,
+        *,
+        whole: bool = False,
     ) -> None:
         assert settings.image_size is not None
         self.pictures, self.labels, self.settings, self.seed = pictures, labels, settings, seed
+        self.whole = whole
         self.shape = (3, settings.image_size, settings.image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "FileImages":
-        pictures = self.pictures.select(indices)
-        return FileImages(pictures, self.labels[indices], self.settings, self.seed)
+        return self._alike(self.pictures.select(indices), self.labels[indices])
 
     def pooled(self, other: "FileImages") -> "FileImages":
         labels = torch.cat([self.labels, other.labels])
-        pictures = self.pictures.joined(other.pictures)
-        return FileImages(pictures, labels, self.settings, self.seed)
+        return self._alike(self.pictures.joined(other.pictures), labels)
+
+    def _alike(self, pictures: Pictures, labels: Tensor) -> "FileImages":
+        return FileImages(pictures, labels, self.settings, self.seed, whole=self.whole)
 
     def digest(self) -> str:
         """As of ``MemoryImages``, of all encoded bytes up to 1 GiB.
@@ -178,19 +190,31 @@ class FileImages:
         Raises:
             UnusableImage: A ``ValueError`` that names the image and says why.
         """
-        loader: Iterable[Any] = DataLoader(
-            _Decoded(self, epoch),
-            batch_sampler=[indices.tolist() for indices in index_batches],
-            num_workers=self.settings.num_workers,
-            pin_memory=device.type == "cuda",
-            collate_fn=_collate,
-            generator=torch.Generator(),  # else it would draw from the attacks' stream
-        )
-        for batch in loader:
-            if isinstance(batch, UnusableImage):
-                raise UnusableImage(f"data.{batch}")  # nobody else adds the section by then
-            x, labels = batch
-            yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        decoded = Decoded(self, epoch)
+        yield from loaded(decoded, index_batches, self.settings.num_workers, device)
+
+
+def loaded(
+    dataset: "Dataset[Any]", index_batches: Iterable[Tensor], num_workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of a data set, made by worker processes; each item an image and label, or an error.
+
+    Raises:
+        UnusableImage: An item's.
+    """
+    loader: Iterable[Any] = DataLoader(
+        dataset,
+        batch_sampler=[indices.tolist() for indices in index_batches],
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else it would draw from the attacks' stream
+    )
+    for batch in loader:
+        if isinstance(batch, UnusableImage):
+            raise UnusableImage(f"data.{batch}")  # nobody else adds the section by then
+        x, labels = batch
+        yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def unusable(pictures: Pictures, num_workers: int) -> dict[int, str]:
@@ -223,7 +247,7 @@ class _Tried(Dataset):
         return ""
 
 
-class _Decoded(Dataset):
+class Decoded(Dataset):
     """One epoch's view of ``FileImages`` for the worker processes."""
 
     def __init__(self, images: FileImages, epoch: int | None) -> None:
@@ -233,6 +257,7 @@ class _Decoded(Dataset):
             images.shape,
             is_training=epoch is not None and images.settings.augment == "timm",
             interpolation="bilinear",
+            crop_pct=1.0 if images.whole else None,
             color_jitter=None,  # type: ignore[arg-type]
             mean=(0, 0, 0),  # pixels stay in [0, 1]: normalisation is inside the model
             std=(1, 1, 1),

@@ -46,11 +46,14 @@ def read_images(
     settings: DataSettings,
     seed: int,
     bad_rows: Mapping[int, str] | None = None,
+    *,
+    whole: bool = False,
 ) -> Read:
     """An image set as the settings say.
 
     Args:
         bad_rows: That are left out already, and why.
+        whole: Of images from files, see ``FileImages``.
 
     Raises:
         ValueError: ``path: ...``: in memory an image that cannot be used, or of another size than
@@ -69,7 +72,8 @@ def read_images(
     if settings.in_memory:
         memory = MemoryImages.of(pixels, labels[kept], settings, seed)
         return Read(memory, kept, left_out)
-    return Read(FileImages(pictures.select(kept), labels[kept], settings, seed), kept, left_out)
+    images = FileImages(pictures.select(kept), labels[kept], settings, seed, whole=whole)
+    return Read(images, kept, left_out)
 
 
 def read_drawn(

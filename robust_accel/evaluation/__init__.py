@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import attacker_of, correct_flags, predictions, under_attack
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.corruptions import CorruptionEvaluation
 from robust_accel.evaluation.examples import keep_examples
 from robust_accel.evaluation.ledger import Ledger, Record
 from robust_accel.evaluation.outcomes import Outcomes
@@ -47,6 +49,7 @@ def evaluate(
     source: dict[str, Any] | None = None,
     train_source: dict[str, Any] | None = None,
     kind: str = "all",
+    positions: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
 
@@ -62,11 +65,13 @@ def evaluate(
         class_names: Of the classifier's outputs.
         source, kind: Where the images are from, and which of them they are, see ``Bench``.
         train_source: The same of ``train``.
+        positions: The classifier's number of each class of the data, see ``match_classes``.
 
     Returns:
         The records of this evaluation: ``clean_accuracy``, ``pgd_accuracy`` and
         ``autoattack_accuracy``, ``train_clean_accuracy`` and ``train_pgd_accuracy``, ``sweep``,
-        ``sanity``; and ``function``, the digest of what was measured.
+        ``sanity``; ``corruptions``, and by name ``corruption``; and ``function``, the digest of
+        what was measured.
     """
 
     def told(name: str, record: Record) -> Record:
@@ -97,6 +102,11 @@ def evaluate(
     autoattack = None  # made first: what it refuses, it refuses before anything is spent
     if settings.autoattack is not None:
         autoattack = AutoAttackEvaluation(settings, num_classes)
+    corruptions = None
+    if settings.corruptions:
+        own: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names}
+        own |= {"positions": positions, "source": source, "kind": kind}
+        corruptions = CorruptionEvaluation(settings, images, **own)
     absent = () if folder is None else folder.absent
     ledger = Ledger(None if folder is None else folder.path, accelerator, absent)
     bench = bench_of(images, 1, source=source, kind=kind)
@@ -145,6 +155,8 @@ def evaluate(
     if settings.sanity:
         both = None if by_pgd is None or by_autoattack is None else (by_pgd, by_autoattack)
         result["sanity"] = sanity(bench, settings, autoattack=both, other=other)
+    if corruptions is not None:
+        result |= corruptions.run(partial(bench_of, draws=bench.draws))
     if folder is not None:
         keep_examples(bench, settings, folder.examples)
     return result

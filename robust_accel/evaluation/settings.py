@@ -2,8 +2,8 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from annotated_types import Ge, Gt
-from pydantic import ValidationInfo, field_validator
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from robust_accel.attacks import PGD
 from robust_accel.attacks.steps import default_step, unfit_step
@@ -77,6 +77,60 @@ class SanitySettings(Settings):
     transfer_from: PathText | None = None
 
 
+Corruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
+    "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
+CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)[:15]
+"""The benchmark's; the others are meant for validation."""
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+class CorruptionSettings(Settings):
+    """Error on images that noise, blur, weather and compression have corrupted.
+
+    Args:
+        path: Published images: a folder with ``NAME.npy`` of each corruption (its severities one
+            after another) and ``labels.npy``, as CIFAR-10-C; or with ``NAME/SEVERITY/CLASS/IMAGE``,
+            as ImageNet-C. Not given: the test images are corrupted here, by the package
+            ``imagecorruptions-imaug`` (``pip install robust-accel[corruptions]``), whose images are
+            not the published ones.
+        names: Of the corruptions; the fifteen of the benchmark unless given.
+        severities: From 1 to 5.
+        images: The first so many images of each severity; ``evaluate.images`` when not given.
+        reference: The error of another model for each corruption, a share, mean over the five
+            severities: then the mean corruption error relative to that model (mCE) is told, too.
+
+    Source: Hendrycks and Dietterich 2019, arXiv 1903.12261.
+    """
+
+    path: PathText | None = None
+    names: Annotated[tuple[Corruption, ...], Len(1)] = CORRUPTIONS
+    severities: Annotated[tuple[Annotated[Whole, Ge(1), Le(5)], ...], Len(1)] = SEVERITIES
+    images: Annotated[Whole, Ge(1)] | None = None
+    reference: dict[str, Annotated[Number, Gt(0), Le(1)]] | None = None
+
+    @field_validator("names", "severities")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]} is named twice")
+        return values
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "CorruptionSettings":
+        if self.reference is None:
+            return self
+        if lacking := [name for name in self.names if name not in self.reference]:
+            raise ValueError(f"reference: there is no error of {lacking[0]}, which is measured")
+        if sorted(self.severities) != list(SEVERITIES):
+            raise ValueError(
+                f"reference: mCE is over the severities 1 to 5, not {list(self.severities)}"
+            )
+        return self
+
+
 class EvaluateSettings(Settings):
     """How a model is measured.
 
@@ -90,6 +144,7 @@ class EvaluateSettings(Settings):
         search: ``bf16`` lets AutoAttack's gradient attacks search in bf16 first. Successes count
             where they hold in fp32, and survivors are attacked in fp32 by the whole sequence.
         sanity: True, or ``SanitySettings``: checks for numbers that are too good.
+        corruptions: True, or ``CorruptionSettings``: error on corrupted images.
         images: Measure clean and PGD accuracy on the first so many test images, all when null.
         autoattack_images: The same for AutoAttack; ``images`` when null.
         train_images: Measure clean and PGD accuracy on so many training images, too: the gap.
@@ -108,6 +163,7 @@ class EvaluateSettings(Settings):
     autoattack: Literal["standard", "quick", "rand"] | None = None
     search: Literal["fp32", "bf16"] = "fp32"
     sanity: Flag | SanitySettings = False
+    corruptions: Flag | CorruptionSettings = False
     images: Annotated[Whole, Ge(1)] | None = None
     autoattack_images: Annotated[Whole, Ge(1)] | None = None
     train_images: Annotated[Whole, Ge(1)] | None = None
@@ -159,6 +215,19 @@ class EvaluateSettings(Settings):
     @property
     def sanity_settings(self) -> SanitySettings:
         return SanitySettings() if isinstance(self.sanity, bool) else self.sanity
+
+    @property
+    def corruption_settings(self) -> CorruptionSettings:
+        return CorruptionSettings() if isinstance(self.corruptions, bool) else self.corruptions
+
+    @model_validator(mode="after")
+    def _published_are_whole(self) -> "EvaluateSettings":
+        if self.ids is not None and self.corruption_settings.path is not None:
+            raise ValueError(
+                "corruptions.path: evaluate.ids lists test images, not those that are published "
+                "corrupted: leave one out (corruptions.images takes the first so many)"
+            )
+        return self
 
     def make_pgd(
         self, num_steps: int, step_size: float | None = None, eps: float | None = None

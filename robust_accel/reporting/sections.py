@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from robust_accel.evaluation.corruptions import mean_text
 from robust_accel.reporting.charts import (
     Chart,
     certified_chart,
@@ -32,6 +33,7 @@ from robust_accel.reporting.views import (
     quoted,
     same_attack,
     settings_text,
+    source_text,
     threat_text,
 )
 from robust_accel.settings import eps_text
@@ -64,6 +66,7 @@ def sections(run: Run) -> list[Section]:
         _warnings(run),
         _randomized(run),
         _certified(run),
+        _corruptions(run),
         _sweeps(run),
         Section("Adversarial images, with predictions", charts=examples(run)),
         _classes(run),
@@ -160,6 +163,24 @@ def certified_tables(run: Run) -> list[Table]:
 
 def _certified(run: Run) -> Section:
     return Section("Certified accuracy", (), certified_tables(run), certified_chart(run))
+
+
+def _corruptions(run: Run) -> Section:
+    tables = []
+    for row in run.of("corruptions"):
+        compared = "mce" in row
+        severities = [str(severity) for severity in row["attack"]["severities"]]
+        head = ["corruption", *(f"severity {s} (%)" for s in severities), "error (%)"]
+        head += ["reference (%)", "relative (%)"] * compared
+        lines = []
+        for own in row["by_corruption"]:
+            line = [own["corruption"], *(percent(1 - s["accuracy"]) for s in own["by_severity"])]
+            line.append(percent(own["error"]))
+            lines.append(line + [percent(own[key]) for key in ("reference", "ce") if compared])
+        last = ["mean", *[""] * len(severities), percent(row["mean_error"])]
+        lines.append([*last, "", percent(row["mce"])] if compared else last)
+        tables.append(Table(head, lines, f"{mean_text(row)}, {source_text(row['images'])}"))
+    return Section("Error on corrupted images", (), tables)
 
 
 def _sweeps(run: Run) -> Section:

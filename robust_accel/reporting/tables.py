@@ -15,6 +15,7 @@ from robust_accel.reporting.views import (
     attack_text,
     cell,
     percent,
+    pick,
     quoted,
     settings_text,
     source_text,
@@ -66,14 +67,16 @@ def comparison(runs: Sequence[Run]) -> Table:
     """
     entries = [(run, entry) for run in runs for entry in quoted(run) or [_NOTHING]]
     columns = ["run", "images of", "threat model", "clean (%)", "PGD (%)", "AutoAttack (%)"]
-    columns += ["certified (%)", "s/epoch"]
-    lines = [[run.name, *_cells(entry), _seconds(run)] for run, entry in entries]
+    columns += ["certified (%)", _CORRUPTED, "s/epoch"]
+    lines = [[run.name, *_cells(entry), _corrupted(run), _seconds(run)] for run, entry in entries]
     lines += _means(runs)
     left_out = set()
     if len({entry.source for _, entry in entries if entry.source}) < 2:
         left_out.add("images of")
     if not any(entry.certified for _, entry in entries):
         left_out.add("certified (%)")
+    if not any(map(_corrupted, runs)):
+        left_out.add(_CORRUPTED)
     if not any(map(_seconds, runs)):
         left_out.add("s/epoch")
     kept = [i for i, column in enumerate(columns) if column not in left_out]
@@ -84,6 +87,7 @@ def comparison(runs: Sequence[Run]) -> Table:
     )
 
 
+_CORRUPTED = "corruption error (%)"
 _NOTHING = Quoted("", None, None, None, None, None)
 
 
@@ -99,6 +103,15 @@ def _certified(entry: Quoted) -> str:
     attack = row["attack"]
     about = f"{attack['method']}, sigma {attack['sigma']:.4g}, n={row['images']['n']}"
     return f"{accuracy_text(point)} ({about})"
+
+
+def _corrupted(run: Run) -> str:
+    row = pick(run.of("corruptions"))
+    if row is None:
+        return ""
+    number, of = row["images"]["n"], row["attack"]
+    over = f"{len(of['corruptions'])} x {len(of['severities'])}"
+    return f"{percent(row['mean_error'])} (mean of {over}, {of['by']}, n={number})"
 
 
 def _seconds(run: Run) -> str:
@@ -135,7 +148,7 @@ def _mean_line(entries: list[Quoted]) -> list[str]:
     columns = [[e.clean for e in entries], [e.pgd for e in entries]]
     columns.append([e.autoattack for e in entries])
     about = [first.source, threat_text(first.threat)]
-    return [f"mean of {len(entries)}", *about, *map(_mean, columns), "", ""]
+    return [f"mean of {len(entries)}", *about, *map(_mean, columns), "", "", ""]
 
 
 def _mean(rows: list[Row | None]) -> str:

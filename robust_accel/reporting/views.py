@@ -158,6 +158,10 @@ def attack_text(attack: dict[str, Any]) -> str:
         return f"AutoAttack {attack['version']}{about}"
     if name == "certify":
         return f"certificate, {attack['method']}, sigma {attack['sigma']:.4g}"
+    if name == "corruption":
+        return str(attack["corruption"])
+    if name == "corruptions":
+        return f"mean of {len(attack['corruptions'])} corruptions"
     return {"none": "none", "sanity": "sanity checks"}.get(name, name)
 
 

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from robust_accel.data import Data, Mixing, TrainingBatches, load_data
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.corruptions import CorruptionEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier
 from robust_accel.recipe import Recipe
 from robust_accel.training.start import Start, check_same_data
@@ -42,6 +43,10 @@ def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], 
     ]
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         found.append(lambda: AutoAttackEvaluation(recipe.evaluate, data.num_classes))
+    if recipe.evaluate.corruptions:
+        about: Any = {"num_classes": data.num_classes, "class_names": data.class_names}
+        about |= {"source": recipe.data.source()}
+        found.append(lambda: CorruptionEvaluation(recipe.evaluate, data.test, **about))
     return found
 
 

@@ -150,3 +150,35 @@ def test_faults_are_one_line_before_anything_is_spent(
     assert re.search(message, error), error
     assert len(error.strip().splitlines()) == 1
     assert (run / "measurements.jsonl").read_bytes() == before
+
+
+def test_errors_on_published_corruptions_of_a_run(
+    run: Path, insects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three severities of black images: the dark class, of three, is right."""
+    names = sorted(LEVELS)[:3]
+    labels = np.repeat(np.arange(3), 4)
+    images = np.stack([np.full((8, 8, 1), LEVELS[names[i]], dtype=np.uint8) for i in labels])
+    folder = tmp_path / "c"
+    folder.mkdir()
+    np.save(folder / "labels.npy", np.tile(labels, 5))
+    np.save(folder / "fog.npy", np.concatenate([images] * 2 + [0 * images] * 3))
+    asked = ["evaluate.corruptions.names=[fog]", "evaluate.pgd=null", f"output={tmp_path / 'out'}"]
+    asked += ["evaluate.autoattack=null"]
+    command = ["evaluate", str(run), *asked]
+    assert main([*command, f"evaluate.corruptions.path={folder}"]) == 0
+    assert "corruption error (%)" in capsys.readouterr().out
+    found = rows(RunFolder(tmp_path / "out"))
+    (fog,) = (row for row in found if row["purpose"] == "corruption")
+    assert [one["accuracy"] for one in fog["by_severity"]] == [1, 1, *[pytest.approx(1 / 3)] * 3]
+    (mean,) = (row for row in found if row["purpose"] == "corruptions")
+    assert mean["mean_error"] == pytest.approx(0.4)
+    assert "mean error 40.00% (1 corruption x 5" in (tmp_path / "out" / "report.md").read_text()
+    assert main([*command, f"evaluate.corruptions.path={tmp_path / 'no'}"]) == 2
+    assert "evaluate.corruptions.path: " in capsys.readouterr().err
+    settings = [f"data.path={insects}", f"output={tmp_path / 'run'}"]
+    settings += [f"evaluate.corruptions.path={tmp_path / 'no'}", "data.validation_size=0"]
+    settings += ["train.batch_size=24", "evaluate.autoattack=null"]
+    assert main(["train", "quickstart", *settings]) == 2
+    assert "evaluate.corruptions.path: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
