@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from robust_accel.data.addresses import check_address
+from robust_accel.data.shards import PLACE, ShardChanged, read_place
 
 # Pixels in a file of their own. PIL knows more: EPS starts Ghostscript, IPTC opens what is inside.
 _FORMATS = {
@@ -185,15 +186,28 @@ class Source:
         self.where = where
         self.mode = rows.features[column].mode  # that the data set's author asks for
         undecoded = datasets.Image(decode=False)
-        self._rows = rows.select_columns([column]).cast_column(column, undecoded)
+        self.in_shards = PLACE in rows.features
+        kept = [column, PLACE] if self.in_shards else [column]
+        self._rows = rows.select_columns(kept).cast_column(column, undecoded)
         self.column = column
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def encoded(self, number: int) -> dict[str, Any] | None:
-        """``bytes`` and ``path`` of a row, one of which may be None."""
-        return self._rows.data.column(self.column)[number].as_py()  # a tenth of what rows[] takes
+        """``bytes`` and ``path`` of a row, one of which may be None.
+
+        Raises:
+            ShardChanged: As ``read_place``.
+        """
+        found = self._stored(self.column, number)
+        if not self.in_shards:
+            return found
+        content = read_place(self._stored(PLACE, number))
+        return None if content is None else found | {"bytes": content}
+
+    def _stored(self, column: str, number: int) -> Any:
+        return self._rows.data.column(column)[number].as_py()  # a tenth of what rows[] takes
 
     def decode(self, number: int) -> Image.Image:
         """The image of a row, of mode ``L`` or ``RGB``.
@@ -201,17 +215,18 @@ class Source:
         Raises:
             UnusableImage: ``path: image 3 of ... (cat/3.png) ...``.
         """
-        encoded = self.encoded(number)
         try:
-            image = open_image(encoded)
+            image = open_image(self.encoded(number))
+        except ShardChanged as error:
+            raise UnusableImage(f"path: {self.name(number)} {error}") from error
         except UnusableImage as error:
             raise UnusableImage(f"path: {self.name(number)} {error}; {SKIP}") from error
         return image.convert(self.mode) if self.mode in ("L", "RGB") else image
 
     def name(self, number: int) -> str:
         """A row in words."""
-        encoded = self.encoded(number)
-        file = f" ({encoded['path']})" if encoded and encoded["path"] else ""
+        stored = self._stored(self.column, number)
+        file = f" ({stored['path']})" if stored and stored["path"] else ""
         return f"image {number} of {self.where}{file}"
 
     def paths(self) -> list[str | None]:
@@ -220,6 +235,8 @@ class Source:
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Bytes of the encoded images of some rows, without reading them; -1: not there."""
+        if self.in_shards:
+            return pc.struct_field(self._rows.data.column(PLACE), "size").to_numpy()[numbers]
         content = pc.struct_field(self._rows.data.column(self.column), "bytes")
         sizes = pc.fill_null(pc.binary_length(content), -1).to_numpy().astype(np.int64)[numbers]
         if (sizes < 0).any():

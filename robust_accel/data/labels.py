@@ -1,5 +1,8 @@
 """Which of a column's numbers are classes, and what is said of rows that have none."""
 
+from collections.abc import Callable
+from typing import Any
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robust_accel.data.decoding import SKIP
+from robust_accel.data.shards import PLACE
 
 _SURELY = 1000  # labels below are classes, wherever the others are
 
@@ -46,8 +50,10 @@ def labels_of(
     """See ``checked_labels``: a column of labels."""
     named = class_names(rows, column) or lowest < 0
     found, key = rows.data.column(column), f"label_column: {column!r}"
-    more = "" if named else " (or model.num_classes)"
-    return checked_labels(found, number, key, where, lowest=lowest, more=more, skip=skip)
+    about: Any = {"lowest": lowest, "more": "" if named else " (or model.num_classes)"}
+    if PLACE in rows.features:  # the sample's name, for there may be millions
+        about["told"] = lambda row: f" ({rows.data.column('image')[row].as_py()['path']})"
+    return checked_labels(found, number, key, where, skip=skip, **about)
 
 
 def checked_labels(
@@ -59,6 +65,7 @@ def checked_labels(
     lowest: int = 0,
     more: str = "",
     skip: bool = False,
+    told: Callable[[int], str] = lambda _: "",
 ) -> tuple[Tensor, dict[int, str]]:
     """Labels, int64 [N], and which rows have none of a class, and why.
 
@@ -70,6 +77,7 @@ def checked_labels(
         lowest: Label that is allowed.
         more: What else would be allowed.
         skip: Do not refuse such rows.
+        told: What else to say of a row.
 
     Raises:
         ValueError: ``key: ...``: the first such row; with ``skip``, if all are.
@@ -82,7 +90,7 @@ def checked_labels(
     for row in map(int, wrong):
         has = f"the label {found[row]}, allowed are {allowed}"
         has += more if values[row] >= number else ""
-        bad[row] = f"row {row} of {where} has {'no label' if missing[row] else has}"
+        bad[row] = f"row {row} of {where}{told(row)} has {'no label' if missing[row] else has}"
     if bad and (not skip or len(bad) == len(values)):
         others = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
         raise ValueError(f"{key}: {next(iter(bad.values()))}{others}" + f"; {SKIP}" * (not skip))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import datasets
 import torch
@@ -22,11 +23,13 @@ from robust_accel.data.reading import (
     read_images,
 )
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
+from robust_accel.data.shards import PLACE, shards_of
 from robust_accel.data.sources import load_splits, rows_of
 from robust_accel.data.unlabeled import NONE_LEFT_OUT, load_unlabeled, rows_to_label
 
-DataIdentity = dict[str, dict[str, int | str]]
-"""Of each set that is not empty, how many ``images`` it has and their ``digest``."""
+DataIdentity = dict[str, dict[str, Any]]
+"""Of each set that is not empty, how many ``images`` it has and their ``digest``; and of training
+images that lie in ``shards`` the digests of these, by name."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Data:
     """By ``train``, ``test`` and ``unlabeled``, where ``data.on_bad: skip`` left images out."""
     further: tuple[ImageSet, ...] = ()
     """To be mixed in as ``unlabeled`` is: the second source and those after it."""
+    shards: Mapping[str, str] = field(default_factory=dict)
+    """Of the training split, see ``shards_of``."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,7 +71,10 @@ class Data:
     def identity(self) -> DataIdentity:
         """Of what training sees: ``unlabeled.1`` is the second source that is mixed in."""
         mixed_in = {_name(i): images for i, images in enumerate(self.mixed_in)}
-        return identity_of(train=self.train, validation=self.validation, **mixed_in)
+        found = identity_of(train=self.train, validation=self.validation, **mixed_in)
+        if self.shards:
+            found["train"]["shards"] = dict(self.shards)
+        return found
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ def load_data(
         test.selection,
         {name: found for name, found in left_out.items() if found is not None},
         tuple(mixed_in[1:]),
+        shards_of(splits[settings.train_split]),
     )
 
 
@@ -259,4 +268,6 @@ def _left_out(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
 
 
 def _one_column(rows: datasets.Dataset, column: str, numbers: Tensor) -> datasets.Dataset:
+    if PLACE in rows.features:
+        raise ValueError("path: images in shards are not written as parquet: unpack them first")
     return rows.select_columns([column]).select(numbers)

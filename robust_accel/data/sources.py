@@ -18,11 +18,11 @@ from PIL import Image
 from robust_accel.data.addresses import AddressError, check_address, check_card, check_found
 from robust_accel.data.classes import tell
 from robust_accel.data.decoding import SKIP
-from robust_accel.data.tar_files import check_tar
+from robust_accel.data.shards import SUFFIX, indexed, split_shards
 from robust_accel.hub import asked_in_vain_once
 
 DIGITS = "sklearn:digits"
-_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # and who reads them
+_FILES = {".parquet": "parquet", ".arrow": "arrow"}  # and who reads them
 _LONGEST = 400  # characters of another library's message
 
 
@@ -38,11 +38,13 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
     if path == DIGITS:
         return _digits()
     check_address(path)
+    if Path(path).suffix == SUFFIX:
+        return _of_shards(split_shards(path))
     loader = _FILES.get(Path(path).suffix)
     if loader is None and Path(path).is_file():
         raise ValueError(
-            f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)} "
-            "(WebDataset), and folders"
+            f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)}, "
+            f"{SUFFIX} (WebDataset), and folders"
         )
     if Path(path, datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         raise ValueError(f"path: {path!r} was written by save_to_disk: write it by to_parquet")
@@ -60,11 +62,10 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
         check_address(name)
         if loader is None:
             check_found(path, name)
+    if found and all(name.endswith(SUFFIX) for names in found.values() for name in names):
+        return _of_shards({str(split): list(names) for split, names in found.items()})
     files = {str(split): [n for n in names if os.path.isfile(n)] for split, names in found.items()}
     every = [name for names in files.values() for name in names]
-    for name in every:
-        if Path(name).suffix == ".tar":
-            check_tar(name)
     if any(map(_is_image, every)) and (lost := _no_files(path)):
         text = f"{lost[0]} is a link to nothing, or no file"
         if on_bad != "skip":
@@ -87,6 +88,10 @@ def rows_of(splits: datasets.DatasetDict, split: str, key: str, path: str) -> da
     if len(splits[split]) == 0:
         raise ValueError(f"path: split {split} of {path} holds no image")
     return splits[split]
+
+
+def _of_shards(splits: dict[str, list[str]]) -> datasets.DatasetDict:
+    return datasets.DatasetDict({split: indexed(names) for split, names in splits.items()})
 
 
 def _is_image(name: str) -> bool:

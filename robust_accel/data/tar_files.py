@@ -1,54 +1,110 @@
-"""Archives in WebDataset's form: what of them ``datasets`` would leave out without a word."""
+"""A tar file in WebDataset's form: its samples, and where in it their images lie."""
 
+import json
 import os
 import tarfile
-from typing import IO
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-_COMPARED = 5  # samples, from which `datasets` takes an archive's columns
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from robust_accel.files import opened
+
+_LONGEST = 2**20  # bytes of a label's member
+_INT64 = 2**63
 
 
-def check_tar(path: str) -> None:
-    """Look at the members of an archive, without reading its images.
+@dataclass
+class Sample:
+    """Members of one key that follow one another: an image, and integers that may be its label.
+
+    Attributes:
+        name: Of the image's member; the key where there is none.
+        offset, size: Of its bytes in the file; -1 where there is none.
+        numbers: The integer of ``.cls`` as ``cls``, and those of a ``.json`` by their names.
+    """
+
+    name: str
+    offset: int = -1
+    size: int = -1
+    numbers: dict[str, int] = field(default_factory=dict)
+
+
+def samples(path: str) -> Iterator[Sample]:
+    """Read the headers of a tar file, and labels: no image.
 
     Raises:
-        ValueError: ``path: ...``: it ends before its end is marked or is broken in the middle,
-            where ``datasets`` takes what comes before for all; a ``.cls`` is no integer; the first
-            samples have different parts.
+        ValueError: ``path: ...``: it ends before its end is marked, is broken in the middle, or
+            compressed; a label's member is none; a sample has several images.
     """
-    parts: dict[str, set[str]] = {}  # of the first samples, by key
+    last, sample = "", Sample("")
     try:
-        with tarfile.open(path) as archive:
+        with opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                folder, name = os.path.split(member.name)
-                key, _, part = name.partition(".")
-                if not member.isreg() or not key or name.startswith("__"):
-                    continue
-                if len(parts) < _COMPARED or f"{folder}/{key}" in parts:
-                    parts.setdefault(f"{folder}/{key}", set()).add(part.lower())
-                if part.split(".")[-1].lower() == "cls":
-                    _check_class(path, member.name, archive.extractfile(member))
                 archive.members = []  # type: ignore[attr-defined]  # else it remembers them all
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+                folder, name = os.path.split(member.name)
+                stem, _, part = name.partition(".")
+                if not member.isreg() or not stem or name.startswith("__"):
+                    continue
+                key = os.path.join(folder, stem)
+                if key != last:
+                    if last:
+                        yield sample
+                    last, sample = key, Sample(key)
+                _add(sample, path, member, part.lower(), archive)
+            if last:
+                yield sample
+            file.seek(archive.offset)
+            end = file.read(tarfile.BLOCKSIZE)
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"path: {path} is no whole tar file: {error}") from None
+        raise ValueError(
+            f"path: {path} is no whole tar file, or a compressed one: {error}"
+        ) from None
     if end != bytes(tarfile.BLOCKSIZE):
         what = "broken" if len(end) == tarfile.BLOCKSIZE else "truncated"
         raise ValueError(f"path: {path} is {what} at byte {archive.offset}")
-    first = next(iter(parts), "")
-    for key, own in parts.items():
-        if own != parts[first]:
+
+
+def _add(
+    sample: Sample, path: str, member: tarfile.TarInfo, part: str, archive: tarfile.TarFile
+) -> None:
+    ending = part.rpartition(".")[2]
+    if f".{ending}" in ImageFolder.EXTENSIONS:
+        if sample.offset >= 0:
             raise ValueError(
-                f"path: {path}: sample {key.lstrip('/')} has {sorted(own)}, sample "
-                f"{first.lstrip('/')} {sorted(parts[first])}"
+                f"path: {path}: {sample.name} and {member.name} are images of one sample"
             )
+        if member.issparse():
+            raise ValueError(f"path: {path}: {member.name} is a sparse file")
+        sample.name, sample.offset, sample.size = member.name, member.offset_data, member.size
+    elif ending in ("cls", "json"):
+        file = archive.extractfile(member)
+        assert file is not None
+        read = _class if ending == "cls" else _integers
+        sample.numbers |= read(f"path: {path}: {member.name}", file.read(_LONGEST))
 
 
-def _check_class(path: str, name: str, file: IO[bytes] | None) -> None:
-    assert file is not None
-    content = file.read(100)
+def _class(where: str, content: bytes) -> dict[str, int]:
     try:
-        int(content)
+        number = int(content)
     except ValueError:
-        raise ValueError(f"path: {path}: {name} holds {content!r}, no integer") from None
+        raise ValueError(f"{where} holds {content[:100]!r}, no integer") from None
+    return {"cls": _checked(where, number)}
+
+
+def _integers(where: str, content: bytes) -> dict[str, int]:
+    """Of a JSON object those values that are integers."""
+    try:
+        found: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} holds no JSON object")
+    return {key: _checked(where, value) for key, value in found.items() if type(value) is int}
+
+
+def _checked(where: str, number: int) -> int:
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"{where} holds an integer of more than 64 bits")
+    return number

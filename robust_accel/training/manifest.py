@@ -32,7 +32,7 @@ class _Engine(BaseModel):
 
 class _About(BaseModel):
     settings: dict[str, Any]
-    data: dict[str, dict[str, int | str]]
+    data: dict[str, dict[str, int | str | dict[str, str]]]
     engine: _Engine
     versions: dict[str, str]
     step: int

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robust_accel.data import DataIdentity, ImageSet, identity_of
+from robust_accel.data.shards import changed
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
@@ -117,12 +118,14 @@ def check_same_data(
     """
     check_same_images(lambda: data | identity_of(test=test), accelerator)
     known: DataIdentity = start.about.get("data", data)
+    shards = changed(*(of.get("train", {}).get("shards", {}) for of in (known, data)))
     for name in sorted(known.keys() | data.keys()):
         was, found = (images_in_words(of.get(name)) for of in (known, data))
         if was != found:
             raise ValueError(
-                f"path: the run has trained on {was} as {name}, and now there are {found}: it goes "
-                "on only with the same data in the same order; restore them, or start another run"
+                f"path: {shards}the run has trained on {was} as {name}, and now there are {found}: "
+                "it goes on only with the same data in the same order; restore them, or start "
+                "another run"
             )
 
 

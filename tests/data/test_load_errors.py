@@ -1,10 +1,8 @@
 """What cannot be loaded is said with its file and cause; copies of changed files are not used."""
 
-import io
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,73 +177,3 @@ def test_a_broken_copy_is_made_anew(tmp_path: Path, spoil: Callable[[Path], None
     (copy,) = datasets.load_dataset("parquet", data_files=str(path), split="train").cache_files
     spoil(Path(copy["filename"]))
     assert numbers(load(path)) == [0, 1]
-
-
-# ---- WebDataset --------------------------------------------------------------------------------
-
-
-def write_tar(
-    path: Path, number: int = 8, mode: str = "w", **changed: bytes | None
-) -> tuple[Path, list[int]]:
-    """Samples of a picture and a class each; where in the file each member starts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    starts = []
-    with tarfile.open(path, mode) as archive:
-        for i in range(number):
-            file = io.BytesIO()
-            image(i).save(file, "PNG")
-            for ending, content in (("png", file.getvalue()), ("cls", str(i % 3).encode())):
-                found = changed.get(f"{ending}{i}", content)
-                if found is not None:
-                    info = tarfile.TarInfo(f"{i:04}.{ending}")
-                    info.size = len(found)
-                    starts.append(archive.offset)
-                    archive.addfile(info, io.BytesIO(found))
-    return path, starts
-
-
-@pytest.mark.parametrize("whole_folder", [True, False])
-def test_tar_files_are_read_and_their_bad_images_and_labels_named_or_left_out(
-    tmp_path: Path, whole_folder: bool
-) -> None:
-    tar, _ = write_tar(tmp_path / "train" / "0.tar", png2=b"no image", cls6=None, png7=None)
-    path = tmp_path if whole_folder else tar
-    with pytest.raises(ValueError, match=r"^label_column: 'cls': row 6 of .* has no label; data\."):
-        load(path)
-    images = load(path, on_bad="skip")
-    assert (numbers(images), images.labels.tolist()) == ([0, 1, 3, 4, 5], [0, 1, 0, 1, 2])
-    tar, _ = write_tar(tmp_path / "train" / "0.tar", png2=b"no image", png7=None)
-    with pytest.raises(ValueError, match=r"^path: image 2 of .*\(0002\.png\) has no format that"):
-        load(path)
-
-
-def test_broken_tar_files_are_named(tmp_path: Path) -> None:
-    """`datasets` takes what comes before for all."""
-    tar, starts = write_tar(tmp_path / "train.tar")
-    whole = tar.read_bytes()
-    for end in (starts[4], starts[4] + 100, starts[4] + 512, starts[4] + 600, starts[-1] + 1024):
-        tar.write_bytes(whole[:end])
-        with pytest.raises(
-            ValueError, match=r"^path: .*train\.tar is (no whole tar file|truncated)"
-        ):
-            load(tar)
-    tar.write_bytes(whole[: starts[4]] + b"\xff" * 512 + whole[starts[4] + 512 :])
-    with pytest.raises(ValueError, match=rf"^path: .*train\.tar is broken at byte {starts[4]}"):
-        load(tar)
-    for content in (b"", b"no archive", b"\x1f\x8b" + bytes(50)):
-        tar.write_bytes(content)
-        with pytest.raises(ValueError, match=r"^path: .*train\.tar is (no whole|truncated|broken)"):
-            load(tar)
-    write_tar(tar, cls5=b"cat")
-    with pytest.raises(ValueError, match=r"train\.tar: 0005\.cls holds b'cat', no integer"):
-        load(tar)
-    write_tar(tar, cls2=None)
-    with pytest.raises(
-        ValueError, match=r"sample 0002 has \['png'\], sample 0000 \['cls', 'png'\]"
-    ):
-        load(tar)
-    write_tar(tar, mode="w:gz")
-    assert numbers(load(tar)) == [*range(8)]
-    truncate(tar)
-    with pytest.raises(ValueError, match=r"^path: .*train\.tar is no whole tar file: Compressed"):
-        load(tar)
