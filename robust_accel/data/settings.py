@@ -87,7 +87,9 @@ class DataSettings(Settings):
 
     Args:
         path: A data set on the hub, a local folder or parquet file that ``load_dataset`` reads,
-            or ``sklearn:digits`` (scikit-learn's 8x8 digits, one fifth of them as test split).
+            WebDataset's shards (``train-{0000..1023}.tar``, ``*-*.tar``, ``https://...``, see
+            ``split_shards``), or ``sklearn:digits`` (scikit-learn's 8x8 digits, one fifth of them
+            as test split).
         config: Name of the data set's configuration, where it has several.
         train_split, test_split: Names of the splits.
         image_column, label_column: Found by their feature types when not given.
