@@ -366,6 +366,15 @@ def test_what_is_listed_by_name_is_found_in_its_shard(folder: Path) -> None:
     assert is_of(found.images, [103, 100])
 
 
+def test_unlabelled_images_lie_in_shards_too(folder: Path) -> None:
+    write_shard(folder.parent / "more" / "0.tar", range(200, 210))
+    own = {"path": f"{folder.parent}/more/*.tar"}
+    data = load(folder, unlabeled=own)
+    assert data.unlabeled is not None and not data.all_labeled
+    labelled = load(folder, unlabeled=own | {"label_column": "cls"}).unlabeled
+    assert is_of(labelled, [*range(200, 210)])
+
+
 def test_pseudo_labels_are_not_made_of_shards(folder: Path) -> None:
     with pytest.raises(ValueError, match="images in shards are not written as parquet"):
         load_to_label(DataSettings(path=str(folder), train_size=10))
