@@ -204,7 +204,7 @@ def loaded(
     """
     loader: Iterable[Any] = DataLoader(
         dataset,
-        batch_sampler=[indices.tolist() for indices in index_batches],
+        batch_sampler=(indices.tolist() for indices in index_batches),  # an epoch's are many
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         collate_fn=_collate,
