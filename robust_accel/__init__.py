@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from robust_accel.evaluation.settings import EvaluateSettings
     from robust_accel.integrations.in_place import make_robust
     from robust_accel.models import PixelClassifier
-    from robust_accel.objectives import AWP, Adversarial, Mart, Objective, Smoothing, Trades
+    from robust_accel.objectives import AWP, IKL, Adversarial, Mart, Objective, Smoothing, Trades
     from robust_accel.optim import LAMB
     from robust_accel.robust_model import RobustModel
     from robust_accel.trained_model import load_model
@@ -30,7 +30,7 @@ _WHERE = {
     "evaluation.settings": ("EvaluateSettings",),
     "integrations.in_place": ("make_robust",),
     "models": ("PixelClassifier",),
-    "objectives": ("AWP", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
+    "objectives": ("AWP", "IKL", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
     "optim": ("LAMB",),
     "robust_model": ("RobustModel",),
     "trained_model": ("load_model",),
@@ -42,6 +42,7 @@ __all__ = [
     "AWP",
     "DDN",
     "FGSMRS",
+    "IKL",
     "LAMB",
     "NFGSM",
     "PGD",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
-from robust_accel.attacks import Attack
+from robust_accel.attacks import Attack, remembers
 from robust_accel.attacks.base import gradients_seen
 from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
 
@@ -102,6 +102,12 @@ class MinMax:
             raise ValueError(f"attack_mode must be eval or train, got {attack_mode!r}")
         self.attack = attack
         self.objective: Objective = Adversarial() if objective is None else objective
+        for part in (attack, self.objective):
+            if kept := remembers(part):
+                raise ValueError(
+                    f"{part!r} keeps {kept} from step to step, which only robust-accel train can "
+                    "tell it: train by a recipe, or choose another"
+                )
         self.attack_mode: AttackMode = attack_mode
         self.weight_perturbation = weight_perturbation
         self.perturb_weights = weight_perturbation is not None
@@ -135,6 +141,11 @@ class MinMax:
         options: dict[str, Any] = {}
         if num_labeled is not None and getattr(objective, "takes_unlabeled", False):
             options["num_labeled"] = num_labeled
+        regularized = getattr(self.attack, "regularized", lambda _, out: out)
+
+        def outer(model: nn.Module) -> dict[str, Tensor]:
+            return regularized(model, objective.loss(model, x, x_adv, labels, **options))
+
         weights_moved, perturbed = None, classifier
         if self.weight_perturbation is not None and self.perturb_weights:
             if not all(map(is_whole, classifier.parameters())):
@@ -143,14 +154,11 @@ class MinMax:
                     "ZeRO 3): train by DDP or ZeRO 0 to 2, or without it"
                 )
             with attack_context(classifier, "train", freeze=False):
-                perturbed = self.weight_perturbation(
-                    classifier,
-                    lambda: objective.loss(classifier, x, x_adv, labels, **options)["loss"],
-                )
+                perturbed = self.weight_perturbation(classifier, lambda: outer(classifier)["loss"])
             if self.applied is None:
                 own = dict(classifier.named_parameters())
                 weights_moved = sum(bool((w != own[n]).any()) for n, w in perturbed.moved.items())
-        out = objective.loss(perturbed, x, x_adv, labels, **options)
+        out = outer(perturbed)
         self._note(x, x_adv, weights_moved)
         return out
 

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, ConfigDict
 
 from robust_accel.attack_context import AttackMode
-from robust_accel.attacks import ATTACKS, Attack
+from robust_accel.attacks import ATTACKS, Attack, EpsSchedule
 from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
 from robust_accel.evaluation.certify_images import CertifySettings
@@ -67,6 +67,8 @@ class TrainSettings(Settings):
         attack_mode: Mode of the model during the attack, see ``RobustModel``.
         eps_warmup_epochs: The attack's eps and step size grow linearly, epoch by epoch, to what
             they are: in the k-th of these epochs they are k / eps_warmup_epochs of it.
+        eps_schedule: The same step by step: ``{shape: sine, epochs: 10}``, see ``EpsSchedule``.
+            ``metrics.jsonl`` has the eps of each line's last step as ``attack_eps``.
         awp: Adversarial weight perturbation: ``{gamma: 0.005, warmup_epochs: 10}``, see ``AWP``.
         max_grad_norm: Clip the gradient's global L2 norm to this.
         on_nonfinite: What to do where a loss or gradient is NaN or infinite on any process:
@@ -78,6 +80,9 @@ class TrainSettings(Settings):
             catastrophic overfitting: ``warn`` says it; ``stop`` ends the training, and the run
             leaves its best weights (with ``select: best``).
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
+        swa_start: Keep the mean of the weights after each epoch from this one on, the first being
+            1, and evaluate that: stochastic weight averaging. BatchNorm's running statistics are
+            averaged as the weights are. Before it the weights are measured as they are.
         select: Which weights the run leaves: ``best`` robust accuracy on the held-out split of
             train (``data.validation_size``), or ``last``.
         validate_every: Epochs between measurements on the held-out split; the last one is at the
@@ -106,12 +111,14 @@ class TrainSettings(Settings):
     deterministic: Flag = False
     attack_mode: AttackMode = "eval"
     eps_warmup_epochs: Annotated[Whole, Ge(0)] = 0
+    eps_schedule: EpsSchedule | None = None
     awp: AWP | None = None
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_a_row: Annotated[Whole, Ge(0)] = 20
     on_collapse: Literal["warn", "stop"] = "warn"
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
+    swa_start: Annotated[Whole, Ge(1)] | None = None
     select: Literal["best", "last"] = "last"
     validate_every: Annotated[Whole, Ge(1)] = 1
     validation_steps: Annotated[Whole, Ge(1)] = 10
@@ -124,6 +131,12 @@ class TrainSettings(Settings):
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     channels_last: Flag = False
     compile: Flag = False
+
+    @property
+    def grows_eps(self) -> float:
+        """Epochs in which the attack is not whole yet."""
+        schedule = self.eps_schedule
+        return self.eps_warmup_epochs if schedule is None else schedule.epochs or self.epochs
 
 
 # One line a section: its settings, or the family whose member its ``name`` chooses.

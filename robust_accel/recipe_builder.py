@@ -14,6 +14,7 @@ from robust_accel.files import as_json, check_path
 from robust_accel.messages import close_to, cut, shown, told
 from robust_accel.optim import OptimizerSettings, with_defaults
 from robust_accel.plain_yaml import RecipeError, Written, plain, refuse_other, with_texts
+from robust_accel.recipe_checks import clashes
 from robust_accel.recipe_file import RecipeValues, origin_of
 from robust_accel.settings import Settings, faults_of, listed
 
@@ -159,43 +160,13 @@ class Builder:
         """Faults of the training that no section can see alone."""
         if "schedule" not in self.sections:
             return
-        train, data = built["train"], built["data"]
-        if train is not None:
-            selects = train.select == "best" or train.early_stopping is not None
-            if selects and data is not None and data.validation_size == 0:
-                self.fault(
-                    "data.validation_size",
-                    "0, but train.select: best and train.early_stopping choose on a held-out "
-                    "split of train: hold out some images",
-                )
-            if train.on_collapse == "stop" and train.select != "best":
-                self.fault(
-                    "train.on_collapse",
-                    f"stop leaves the weights from before, but train.select is {train.select}: "
-                    "choose best",
-                )
-            if train.batch_size % train.gradient_accumulation:
-                self.fault(
-                    "train.gradient_accumulation",
-                    f"{train.gradient_accumulation} does not divide train.batch_size "
-                    f"{train.batch_size}",
-                )
-            if not isinstance(built["schedule"], NotImported):
-                try:
-                    built["schedule"].check(train.epochs)
-                except ValueError as error:
-                    self.fault_of("schedule", error)
-        objective = built["objective"]
-        if (
-            getattr(data, "mix", None) is not None
-            and not isinstance(objective, NotImported | None)
-            and not getattr(objective, "takes_soft_labels", False)
-        ):
-            self.fault(
-                "data.mix",
-                "makes labels of several classes, and this objective takes images of one: choose "
-                "adversarial, trades or smoothing (a class of your own declares takes_soft_labels)",
-            )
+        for dotted, message in clashes(built):
+            self.fault(dotted, message)
+        if built["train"] is not None and not isinstance(built["schedule"], NotImported):
+            try:
+                built["schedule"].check(built["train"].epochs)
+            except ValueError as error:
+                self.fault_of("schedule", error)
         fault = getattr(built["attack"], "fault", None)
         if isinstance(fault, str) and "attack" in required:
             self.fault_of("attack", ValueError(f"attack.{fault}"))

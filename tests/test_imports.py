@@ -23,7 +23,7 @@ FLOORS = (
     {"models"},
     {"robust_model"},
     {"evaluation"},
-    {"components", "recipe_file"},
+    {"components", "recipe_checks", "recipe_file"},
     {"recipe_builder"},
     {"integrations", "recipe"},
     {"trained_model", "reporting", "reference"},

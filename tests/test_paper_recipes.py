@@ -78,7 +78,7 @@ def most_long(found: list[str], *default: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What recipes read beside CIFAR-10: pseudo-labelled images, as parquet and as pickle."""
+    """What recipes read beside CIFAR-10: pseudo-labelled images, in parquet, pickle and npz."""
     folder = tmp_path_factory.mktemp("more")
     features = datasets.Features({"img": datasets.Image(), "pseudo_label": datasets.Value("int64")})
     rows = {"img": crops(32, 32, 1), "pseudo_label": [i % 10 for i in range(32)]}
@@ -90,7 +90,8 @@ def more_images(small_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "extrapolated_targets": np.array(rows["pseudo_label"]),
     }
     (folder / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(arrays))
-    np.savez(folder / "1m.npz", **arrays)
+    for name in ("1m.npz", "20m.npz"):
+        np.savez(folder / name, **arrays)
     return folder
 
 

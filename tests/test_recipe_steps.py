@@ -1,11 +1,15 @@
 """Step sizes in a recipe: those that do not fit the ball are refused, by the key to change."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from robust_accel.attacks import DDN, FGSMRS, PGD
+from robust_accel.attacks.strength import scaled
 from robust_accel.evaluation.any_module import measure
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.recipe import RecipeError, load_recipe
+from robust_accel.training.checkpoint import Progress
 from robust_accel.training.loop import Loop
 
 
@@ -114,10 +118,11 @@ def test_a_warm_up_of_eps_keeps_the_steps_in_proportion(step_size):
     recipe = load_recipe("quickstart", ["train.eps_warmup_epochs=4"])
     attack = recipe.attack.model_copy(update={"step_size": step_size})
     loop = Loop.__new__(Loop)
-    loop.settings, loop.attack = recipe.train, attack
+    loop.settings, loop.batches, loop.progress = recipe.train, Mock(steps_per_epoch=10), Progress()
     shares = []
     for epoch in range(6):
-        weaker = loop._attack_in(epoch)
+        loop.progress.step = 10 * epoch + 9
+        weaker = scaled(attack, loop.share_of_eps())
         assert weaker.fault is None
         assert weaker.step_length / weaker.eps == pytest.approx(attack.step_length / attack.eps)
         shares.append(weaker.eps / attack.eps)

@@ -1,10 +1,12 @@
 """Inner maximisation, equation (A1): one file a family of attacks, one line a name."""
 
 from robust_accel.attacks.apgd import APGD
-from robust_accel.attacks.base import Attack, JudgedLoss, LossFn
+from robust_accel.attacks.base import Attack, JudgedLoss, LossFn, remembers
 from robust_accel.attacks.ddn import DDN
 from robust_accel.attacks.fgsm import FGSMRS, NFGSM
 from robust_accel.attacks.pgd import PGD, NoAttack
+from robust_accel.attacks.pgi import FGSMPGI
+from robust_accel.attacks.strength import EpsSchedule
 
 ATTACKS = {
     "none": NoAttack,
@@ -12,6 +14,7 @@ ATTACKS = {
     "apgd": APGD,
     "fgsm-rs": FGSMRS,
     "n-fgsm": NFGSM,
+    "fgsm-pgi": FGSMPGI,
     "ddn": DDN,
 }
 
@@ -19,11 +22,14 @@ __all__ = [
     "APGD",
     "ATTACKS",
     "DDN",
+    "FGSMPGI",
     "FGSMRS",
     "NFGSM",
     "PGD",
     "Attack",
+    "EpsSchedule",
     "JudgedLoss",
     "LossFn",
     "NoAttack",
+    "remembers",
 ]

@@ -34,6 +34,10 @@ class Attack(Protocol):
     ``norm``, L-inf if it has none), no image is moved further, or than ``reach`` if it has that,
     and some are moved, unless ``may_stay`` is true. Two more attributes speak of its settings:
     ``fault``, ``key: ...``, is an error in a recipe and a warning in a script, ``doubt`` a warning.
+
+    One that keeps something of each image says what in ``remembers``, and has ``remembering`` to
+    make room for it (see ``FGSMPGI``). One with a method ``regularized(classifier, out)`` adds to
+    what the objective has returned.
     """
 
     def __call__(
@@ -44,6 +48,11 @@ class Attack(Protocol):
         Some attacks (DDN) refuse a ``loss_fn`` that is no ``JudgedLoss``.
         """
         ...
+
+
+def remembers(part: object) -> str:
+    """What an attack or an objective keeps between steps; empty if nothing."""
+    return str(getattr(part, "remembers", ""))
 
 
 class Seen:

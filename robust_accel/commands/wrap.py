@@ -76,8 +76,9 @@ def wrap_script(
     if (mean is None) != (std is None):
         raise ValueError(f"--mean and --std go together, got {mean} and {std}")
     train = recipe.train
-    if train is not None and train.eps_warmup_epochs:
-        raise RecipeError("train.eps_warmup_epochs: epochs are the script's: wrap wants 0")
+    if train is not None and train.grows_eps:
+        key = "eps_warmup_epochs" if train.eps_schedule is None else "eps_schedule"
+        raise RecipeError(f"train.{key}: epochs are the script's: leave it out for wrap")
     if train is not None and train.awp is not None and train.awp.warmup_epochs:
         raise RecipeError("train.awp.warmup_epochs: epochs are the script's: wrap wants 0")
     by_hand = [key for key in _unused(recipe) if recipe.origins[key] == "command line"]

@@ -71,6 +71,13 @@ class Sampler:
             micro_batches = tuple(torch.cat([before[:1], own]) for before, own in pairs)
         return itertools.islice(iter(micro_batches), first_step * self._num_micro, None)
 
+    @property
+    def own_images(self) -> Tensor:
+        """All that this process may ever be dealt, [n] of indices."""
+        if self._sharding == "global":
+            return torch.arange(self._num_images)
+        return self._shard(self._rank)
+
     def num_labeled(self, images: ImageSet, epoch: int, step: int) -> int:
         """How many of a step's images have a label, over all processes."""
         if self._counts[0] != epoch:
@@ -80,11 +87,15 @@ class Sampler:
             self._counts = (epoch, torch.stack(counts).sum(dim=0))
         return int(self._counts[1][step])
 
+    def _shard(self, rank: int) -> Tensor:
+        """A process's part in fixed shards."""
+        dealt = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 2))
+        return dealt[rank :: self._world_size]
+
     def _own(self, epoch: int, rank: int, *, shift: int = 0) -> Tensor:
         """A process's images in the epoch's order; or those so many places before in each step."""
         if self._sharding == "fixed":
-            dealt = torch.randperm(self._num_images, generator=seeded_generator(self._seed, 2))
-            own = dealt[rank :: self._world_size]
+            own = self._shard(rank)
             generator = seeded_generator(self._seed, 3, epoch, rank)
             order = torch.randperm(len(own), generator=generator)
             used = own[order[: self.steps_per_epoch * self._num_micro * self._micro_size]]
@@ -234,6 +245,15 @@ class TrainingBatches:
         mixed_in = [self._without_end(*other, i, step, device) for i, other in enumerate(others, 1)]
         for parts in zip(batches, *mixed_in, strict=False):
             yield torch.cat([x for x, _ in parts]), torch.cat([labels for _, labels in parts])
+
+    def indices(self, epoch: int, first_step: int) -> Iterator[Tensor]:
+        """Which of the training images ``epoch`` yields, the first ones of each micro-batch."""
+        return self._sets[0][1].epoch(epoch, first_step)
+
+    @property
+    def own_images(self) -> Tensor:
+        """All indices that ``indices`` may ever yield, [n]."""
+        return self._sets[0][1].own_images
 
     def num_labeled(self, step: int) -> float | None:
         """Labelled images in a step's micro-batches, the mean over all of all processes.

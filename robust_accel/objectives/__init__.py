@@ -11,15 +11,23 @@ from robust_accel.objectives.base import (
     cross_entropy_of,
     predicted,
 )
+from robust_accel.objectives.ikl import IKL
 from robust_accel.objectives.mart import Mart
 from robust_accel.objectives.smoothing import Smoothing
 from robust_accel.objectives.trades import Trades
 from robust_accel.objectives.weight_perturbation import AWP
 
-OBJECTIVES = {"adversarial": Adversarial, "trades": Trades, "mart": Mart, "smoothing": Smoothing}
+OBJECTIVES = {
+    "adversarial": Adversarial,
+    "trades": Trades,
+    "ikl": IKL,
+    "mart": Mart,
+    "smoothing": Smoothing,
+}
 
 __all__ = [
     "AWP",
+    "IKL",
     "NOT_A_NUMBER",
     "OBJECTIVES",
     "Adversarial",

@@ -59,15 +59,7 @@ class Trades(Settings):
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        with torch.no_grad():
-            clean = log_softmax(classifier(x), dim=1)
-        if self.attack_loss != "kl":
-            return climbed(classifier, clean.argmax(dim=1), self.attack_loss)
-        return LogitLoss(
-            classifier,
-            clean.argmax(dim=1),
-            lambda logits: kl_divergence(clean, log_softmax(logits, dim=1)),
-        )
+        return away_from_clean(classifier, x, self.attack_loss)[0]
 
     def loss(
         self,
@@ -88,6 +80,27 @@ class Trades(Settings):
             "clean_loss": clean_loss.detach(),
             "divergence": divergence.detach(),
         }
+
+
+def away_from_clean(
+    classifier: Classifier, x: Tensor, loss: Literal["kl"] | AttackLoss
+) -> tuple[LogitLoss, Tensor]:
+    """What leads away from the prediction at x, see ``Trades.attack_loss``, and its logits there.
+
+    Args:
+        x: [B, C, H, W] in [0, 1]; the logits are [B, K], detached.
+    """
+    with torch.no_grad():
+        logits = classifier(x)
+    clean = log_softmax(logits, dim=1)
+    if loss != "kl":
+        return climbed(classifier, clean.argmax(dim=1), loss), logits
+    found = LogitLoss(
+        classifier,
+        clean.argmax(dim=1),
+        lambda adversarial: kl_divergence(clean, log_softmax(adversarial, dim=1)),
+    )
+    return found, logits
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from robust_accel.models.weight_files import check_checkpoint
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.courier import Courier
 from robust_accel.training.manifest import digest_of_file, discard, publish
+from robust_accel.training.memory import Memory
 
 
 @dataclass
@@ -56,12 +57,15 @@ class Checkpoint:
 
     Accelerate keeps weights (safetensors), optimizer, loss scaler and the random states of each
     process (with DeepSpeed, its own files, read without executing anything); this adds
-    ``progress.pt`` (``weights_only``), the averaged weights and the best ones. The order of the
+    ``progress.pt`` (``weights_only``), the averaged weights and the best ones, and what attack and
+    objective keep (``memory.py``). The order of the
     images needs no state: it follows from the seed, the step and the data.
 
     Args:
         parts: State that is the same on all processes.
         own: State that each process has for itself.
+        averaged: The classifier with averaged weights.
+        memory: A file a process, where there is something to keep.
         keep: How many checkpoints are kept, the newest ones.
         about: The run's settings, data, engine and versions, for the manifest.
     """
@@ -73,7 +77,8 @@ class Checkpoint:
         progress: Progress,
         parts: dict[str, Stateful],
         own: Stateful,
-        ema: nn.Module | None,
+        averaged: nn.Module | None,
+        memory: Memory,
         check: Callable[[], None],
         *,
         keep: int,
@@ -81,7 +86,8 @@ class Checkpoint:
     ) -> None:
         self.check = check  # raises where something is not finite
         self.folder, self.accelerator, self.progress = folder, accelerator, progress
-        self.parts, self.own, self.ema = parts, own, ema
+        self.parts, self.own, self.averaged = parts, own, averaged
+        self.memory = memory
         self.keep, self.about = keep, about
         self._courier = Courier(accelerator, folder.absent)
 
@@ -99,6 +105,7 @@ class Checkpoint:
                 new.mkdir(parents=True)
             own = gather_object([self.own.state_dict()])
             self.accelerator.save_state(str(place))
+            self.memory.save(place)
             if main:
                 self._save_parts(new, own)
             names = self._courier.collect(place)
@@ -119,6 +126,7 @@ class Checkpoint:
             with weights_only_loads() if with_deepspeed else nullcontext():
                 self.accelerator.load_state(str(place))
             self._load_parts(place)
+            self.memory.load(place)
         if self.accelerator.is_main_process:
             steps = self.folder.steps()
             for path in steps[steps.index(source) + 1 :]:  # out of the way, but not lost
@@ -151,8 +159,8 @@ class Checkpoint:
     def _save_parts(self, folder: Path, own: list[dict[str, Any]]) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         torch.save(state | {"progress": asdict(self.progress), "own": own}, folder / "progress.pt")
-        if self.ema is not None:
-            save_weights(self.ema, folder / "ema.safetensors")
+        if self.averaged is not None:
+            save_weights(self.averaged, folder / "ema.safetensors")
         if self.progress.best_digest:
             shutil.copyfile(self._whole_best(), folder / self.folder.best.name)
 
@@ -164,8 +172,8 @@ class Checkpoint:
             setattr(self.progress, name, value)
         if len(state["own"]) == self.accelerator.num_processes:
             self.own.load_state_dict(state["own"][self.accelerator.process_index])
-        if self.ema is not None:
-            load_weights(self.ema, folder / "ema.safetensors")
+        if self.averaged is not None:
+            load_weights(self.averaged, folder / "ema.safetensors")
         if self.accelerator.is_main_process:
             self._restore_best(folder / self.folder.best.name)
 

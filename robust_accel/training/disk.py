@@ -17,6 +17,16 @@ from robust_accel.run_folder import RunFolder
 _LONGEST_PATH, _INSIDE = 4096, 512  # bytes that Linux has room for, and of the names in it
 
 
+def check_output(folder: RunFolder) -> None:
+    """Refuse an output folder that would not hold all that a run writes, or not inside of it.
+
+    Raises:
+        ValueError: ``output: ...``
+    """
+    folder.check_contained()
+    check_writable(folder.path)
+
+
 def check_writable(path: Path, key: str = "output") -> None:
     """Refuse a folder that cannot be made or written, before anything is spent.
 
@@ -50,17 +60,26 @@ def check_writable(path: Path, key: str = "output") -> None:
         raise ValueError(f"{key}: {place} cannot be written: {error.strerror}") from error
 
 
-def check_room(folder: RunFolder, model: nn.Module, optimizer: Optimizer, ema: bool) -> str | None:
+def check_room(
+    folder: RunFolder,
+    model: nn.Module,
+    optimizer: Optimizer,
+    averaged: nn.Module | None,
+    others: int = 0,
+) -> str | None:
     """What is to be said of the room for checkpoints before training; None where there is plenty.
 
-    A checkpoint is about the weights, what the optimizer keeps of each, and the moving average.
+    A checkpoint is about the weights, what the optimizer keeps of each, and the averaged ones.
     While one is written the one before is still there.
+
+    Args:
+        others: Bytes of what else is kept.
 
     Raises:
         ValueError: ``output: ...``: there is no room for two.
     """
     known = [size_of(path) for path in folder.steps()[-1:]]
-    size = known[0] if known else _estimate(model, optimizer, ema)
+    size = known[0] if known else _estimate(model, optimizer, averaged) + others
     needed = size * (2 - len(known))
     place = next(p for p in (folder.path, *folder.path.resolve().parents) if p.is_dir())
     free = shutil.disk_usage(place).free
@@ -121,10 +140,10 @@ def in_bytes(number: float) -> str:
     return f"{number:.3g} {units[0]}"
 
 
-def _estimate(model: nn.Module, optimizer: Optimizer, ema: bool) -> int:
+def _estimate(model: nn.Module, optimizer: Optimizer, averaged: nn.Module | None) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"])
     # Adam and its kin, LAMB among them, keep two numbers a weight, SGD a momentum
     kept = 2 if any("beta" in key for key in optimizer.defaults) else 1
-    return weights * (1 + ema) + kept * trained
+    return weights * (1 + (averaged is not None)) + kept * trained

@@ -56,6 +56,8 @@ def facts_of_training(
             "std": classifier.std.flatten().tolist(),
         },
         "ema_decay": settings.ema_decay,
+        "swa_start": settings.swa_start,
+        "epochs_of_growing_eps": settings.grows_eps,
         "applied": progress.applied,
         "parameters_digest": digest_of(classifier.parameters()),
         "train_seconds_per_epoch": progress.train_seconds / epochs,
@@ -82,7 +84,7 @@ def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[
         data.num_classes,
         held_out=len(data.validation),
         batch=settings.log_every * settings.batch_size,
-        after=settings.eps_warmup_epochs,
+        after=settings.grows_eps,
     )
 
 

@@ -10,16 +10,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from robust_accel.attacks import Attack
+from robust_accel.attacks.strength import scaled
 from robust_accel.comm import Collective, GradientCompression
 from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
 from robust_accel.data import TrainingBatches
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
+from robust_accel.training.averaging import EpochMean
 from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_there
 from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
+from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics, share_right
 from robust_accel.training.stopping import Stop
 
@@ -46,7 +49,8 @@ class Loop:
     attack: Attack
     optimizer: Any
     schedule: Any
-    ema: ModelEmaV3 | None
+    average: ModelEmaV3 | None
+    memory: Memory
     progress: Progress
     watch: Watch
     metrics: Metrics
@@ -89,10 +93,14 @@ class Loop:
         self.metrics.start_clock()
         self.model.train()
         self.watch.start()
-        self.robust_model.min_max.attack = self._attack_in(epoch)
+        if first_step == 0:
+            self.memory.begin(epoch)
         if settings.awp is not None:
             self.robust_model.min_max.perturb_weights = epoch >= settings.awp.warmup_epochs
+        indices = self.batches.indices(epoch, first_step)
         for x, labels in self.batches.epoch(epoch, first_step, self.accelerator.device):
+            attack = scaled(self.attack, self.share_of_eps())
+            self.robust_model.min_max.attack = self.memory.attack_on(attack, next(indices))
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             out = self.step(x, labels, self.batches.num_labeled(progress.step))
@@ -103,8 +111,7 @@ class Loop:
             self.averages.settle(taken)
             self.schedule.step()
             progress.step += 1
-            if self.ema is not None and taken:
-                self.ema.update(self.robust_model.classifier, step=progress.step)
+            self._update_average(taken, epoch + 1 if progress.step == last_step else None)
             if self.applied is None:
                 self._check_first_step()
             self.metrics.advance()
@@ -133,7 +140,9 @@ class Loop:
 
     def _check_first_step(self) -> None:
         """Measure what it did, and say so; raise where it was not what was asked for."""
-        decay = None if self.ema is None else self.ema.get_decay(self.progress.step)
+        decay = None
+        if self.average is not None and not isinstance(self.average, EpochMean):
+            decay = self.average.get_decay(self.progress.step)
         self.applied = check_first_step(
             self.robust_model,
             self.accelerator,
@@ -146,18 +155,31 @@ class Loop:
         if self.applied is not None and (said := in_words(self.applied)):
             logger.info("first step: %s", said)
 
-    def _attack_in(self, epoch: int) -> Attack:
-        """The recipe's attack, weaker in its warm-up."""
-        attack: Any = self.attack
-        share = (epoch + 1) / max(1, self.settings.eps_warmup_epochs)
-        if share >= 1:
-            return attack
-        sizes = {key: getattr(attack, key, None) for key in ("eps", "step_size")}
-        return attack.model_copy(update={k: share * v for k, v in sizes.items() if v is not None})
+    def share_of_eps(self) -> float:
+        """How much of its eps the recipe's attack has in the step under way, in (0, 1]."""
+        settings, steps_per_epoch = self.settings, self.batches.steps_per_epoch
+        if settings.eps_schedule is not None:
+            done = (self.progress.step + 1) / steps_per_epoch
+            return settings.eps_schedule.share(done, settings.epochs)
+        epoch = self.progress.step // steps_per_epoch
+        return min(1.0, (epoch + 1) / max(1, settings.eps_warmup_epochs))
+
+    def _update_average(self, taken: bool, epochs: int | None) -> None:
+        """After a step: whether it was taken, and, where an epoch ends by it, how many are done."""
+        average, classifier = self.average, self.robust_model.classifier
+        if isinstance(average, EpochMean):
+            if epochs is not None:
+                average.update(classifier, step=epochs)
+        elif average is not None and taken:
+            average.update(classifier, step=self.progress.step)
 
     def _log(self, x: Tensor, labels: Tensor) -> None:
         # the clean accuracy is the last batch's alone
         clean = share_right(self.robust_model.predict(x), labels)
         images = self.averages.count * len(labels) * self.accelerator.num_processes
-        self.metrics.log(self.averages, clean, images, self.optimizer.param_groups[0]["lr"])
+        about = {"lr": self.optimizer.param_groups[0]["lr"]}
+        attack: Any = self.robust_model.min_max.attack  # the last step's
+        if self.settings.grows_eps:
+            about["attack_eps"] = attack.eps
+        self.metrics.log(self.averages, clean, images, about)
         self.watch.check()

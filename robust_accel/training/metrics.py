@@ -72,18 +72,21 @@ class Metrics:
             self._progress.bytes_of_step = sent
         self._continues = False
 
-    def log(self, averages: "Averages", clean: Tensor, images: int, lr: float) -> None:
+    def log(
+        self, averages: "Averages", clean: Tensor, images: int, about: dict[str, float]
+    ) -> None:
         """Write a line on the steps since the last one.
 
         Args:
             averages: Without losses and accuracies where all steps were left out.
             clean: Accuracy on clean images, of this process.
             images: That all processes have trained on since the last line.
+            about: More that is the same on all processes: the rate.
         """
         means = averages.means() | {"clean_batch_accuracy": clean}
         line = {name: reduce(value, "mean").item() for name, value in means.items()}
         line |= {"images_per_second": images / averages.seconds(), **self._communication()}
-        line |= {"lr": lr, "skipped_steps": self._progress.skipped_steps}
+        line |= about | {"skipped_steps": self._progress.skipped_steps}
         shown = {"loss": f"{line.get('loss', math.nan):.3f}"}
         for kind in ("clean", "robust"):
             shown[kind] = f"{100 * line.get(f'{kind}_batch_accuracy', math.nan):.1f}%"

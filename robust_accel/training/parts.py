@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from robust_accel.attacks import remembers
 from robust_accel.data import Data, Mixing, TrainingBatches, load_data
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.corruptions import CorruptionEvaluation
@@ -40,6 +41,7 @@ def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], 
         lambda: recipe.checked("train", lambda: batches(recipe, data, 0, num_processes)),
         lambda: recipe.checked("data", lambda: check_labels(recipe, data)),
         lambda: check_losses(recipe, data.num_classes),
+        lambda: recipe.checked("data", lambda: check_kept_images(recipe, num_processes)),
     ]
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
         found.append(lambda: AutoAttackEvaluation(recipe.evaluate, data.num_classes))
@@ -56,6 +58,17 @@ def check_losses(recipe: Recipe, num_classes: int) -> None:
     for key, part in losses.items():
         if getattr(part, key.split(".")[-1], None) == "dlr" and num_classes < 3:
             raise ValueError(f"{key}: dlr ranks three classes, the data have {num_classes}: try cw")
+
+
+def check_kept_images(recipe: Recipe, num_processes: int) -> None:
+    """Refuse to deal images anew to processes that each keep something of their own ones."""
+    kept = remembers(recipe.attack)
+    if kept and num_processes > 1 and recipe.data.sharding != "fixed":
+        raise ValueError(
+            f"sharding: {recipe.data.sharding} deals images to other processes in each epoch, and "
+            f"attack.name {recipe.settings['attack']['name']} keeps {kept} where it was: choose "
+            "fixed"
+        )
 
 
 def batches(recipe: Recipe, data: Data, rank: int, world_size: int) -> TrainingBatches:
@@ -79,9 +92,13 @@ def _mixing(recipe: Recipe, data: Data) -> Mixing | None:
     assert recipe.train is not None
     if recipe.data.mix is None:
         return None
+    return Mixing(recipe.data.mix, number_of_logits(recipe, data), recipe.train.seed)
+
+
+def number_of_logits(recipe: Recipe, data: Data) -> int:
+    """The classes that the model has, which may be more than the data's."""
     model = recipe.model
-    number = model.options.get("num_classes") or model.num_classes or data.num_classes
-    return Mixing(recipe.data.mix, number, recipe.train.seed)
+    return int(model.options.get("num_classes") or model.num_classes or data.num_classes)
 
 
 def check_labels(recipe: Recipe, data: Data) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from timm.utils import ModelEmaV3
 
 from robust_accel.comm import compress_gradients
 from robust_accel.comm.agreement import Agreement
@@ -37,11 +36,13 @@ from robust_accel.training.accelerator import (
     deterministic,
     share_buffers,
 )
+from robust_accel.training.averaging import make_average
 from robust_accel.training.checkpoint import Checkpoint, Progress
-from robust_accel.training.disk import check_room, check_writable, told_when_full
+from robust_accel.training.disk import check_output, check_room, told_when_full
 from robust_accel.training.facts import facts_of_training, falls_of
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
+from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics
 from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
@@ -95,7 +96,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
     with joining(settings.timeout):
         accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
     with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
-        decided(lambda: _check_output(folder), accelerator)
+        decided(lambda: check_output(folder), accelerator)
         with owned(folder, accelerator):
             engine = engine_of(accelerator)
             # one that was started again goes on, with all that were not
@@ -112,11 +113,6 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
             run.open(start)
             run.fit()
             return run.finish()
-
-
-def _check_output(folder: RunFolder) -> None:
-    folder.check_contained()
-    check_writable(folder.path)
 
 
 class _Run:
@@ -144,16 +140,19 @@ class _Run:
             self.classifier.to(memory_format=torch.channels_last)
         if settings.compile:
             self.classifier.model.compile()  # the inner module: the wrapper's modes change
+        memory = Memory(recipe, data, self.batches, accelerator)
         robust_model = RobustModel(
             self.classifier,
-            recipe.attack,
-            recipe.objective,
+            memory.attack_on(recipe.attack),
+            memory.objective,
             attack_mode=settings.attack_mode,
             weight_perturbation=settings.awp,
         )
         optimizer = create_optimizer(self.classifier.model, recipe.optimizer)
-        has_average = settings.ema_decay is not None
-        tight = decided(lambda: check_room(folder, classifier, optimizer, has_average), accelerator)
+        self.average = make_average(settings, self.classifier)
+        averaged = None if self.average is None else self.average.module
+        parts = (folder, classifier, optimizer, averaged, memory.num_bytes)
+        tight = decided(lambda: check_room(*parts), accelerator)
         if tight is not None:
             logger.warning(tight)
         schedule = make_scheduler(
@@ -162,15 +161,11 @@ class _Run:
             epochs=settings.epochs,
             steps_per_epoch=self.batches.steps_per_epoch,
         )
-        self.ema = None
-        if settings.ema_decay is not None:
-            self.ema = ModelEmaV3(self.classifier, decay=settings.ema_decay, use_warmup=True)
         model, optimizer = accelerator.prepare(robust_model, optimizer)
         share_buffers(robust_model, accelerator)
         compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
         averages = Averages()
-        averaged = None if self.ema is None else self.ema.module
         self.watch = Watch(
             accelerator, settings, folder, self.progress, robust_model, optimizer, averaged
         )
@@ -181,6 +176,7 @@ class _Run:
             {"schedule": schedule, "compression": compression},
             averages,
             averaged,
+            memory,
             self.watch.check,
             keep=settings.keep,
             about=about | {"versions": versions()},
@@ -202,7 +198,8 @@ class _Run:
             attack=recipe.attack,
             optimizer=optimizer,
             schedule=schedule,
-            ema=self.ema,
+            average=self.average,
+            memory=memory,
             progress=self.progress,
             watch=self.watch,
             metrics=self.metrics,
@@ -381,7 +378,7 @@ class _Run:
 
     def _weights_to_measure(self) -> PixelClassifier:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
-        classifier = self.classifier if self.ema is None else self.ema.module
+        classifier = self.classifier if self.average is None else self.average.module
         # each process updates its own statistics; the first one's count, as in DDP's forward
         broadcast_all(list(classifier.buffers()))
         return classifier

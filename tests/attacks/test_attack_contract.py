@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_accel.attacks import APGD, ATTACKS, DDN, FGSMRS, NFGSM, PGD, NoAttack
+from robust_accel.attacks import APGD, ATTACKS, DDN, FGSMPGI, FGSMRS, NFGSM, PGD, NoAttack
 from robust_accel.attacks.base import gradients_seen, input_gradient
 from robust_accel.objectives import cross_entropy_of
 
@@ -15,6 +15,7 @@ BALL_ATTACKS = {
     "pgd-l2": PGD(norm="l2", eps=0.5, step_size=0.2, num_steps=4),
     "pgd-l2-from-x": PGD(norm="l2", eps=0.5, step_size=0.2, num_steps=4, random_start=False),
     "fgsm-rs": FGSMRS(eps=EPS),
+    "fgsm-pgi": FGSMPGI(eps=EPS),
     "apgd-linf": APGD(eps=EPS, num_steps=5),
     "apgd-l2": APGD(norm="l2", eps=0.5, num_steps=5),
 }
@@ -115,7 +116,7 @@ def test_a_generator_decides_everything_and_the_global_one_is_left_alone(attack)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "fgsm-rs", "n-fgsm"])
+@pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "fgsm-rs", "n-fgsm", "fgsm-pgi"])
 def test_without_a_generator_the_global_one_is_used(name):
     x, labels, model = problem()
     loss_fn = cross_entropy_of(model, labels)
@@ -315,6 +316,10 @@ BAD = [
     (FGSMRS, {"eps": 8}, "eps"),
     (FGSMRS, {"num_steps": 10}, "num_steps"),
     (NFGSM, {"eps": 8}, "eps"),
+    (FGSMPGI, {"eps": 8}, "eps"),
+    (FGSMPGI, {"momentum_decay": 1}, "momentum_decay"),
+    (FGSMPGI, {"reset_epochs": 0}, "reset_epochs"),
+    (FGSMPGI, {"prior_weight": -1}, "prior_weight"),
     (NFGSM, {"noise_scale": 0}, "noise_scale"),
     (NoAttack, {"eps": 0.1}, "eps"),
 ]

@@ -228,6 +228,8 @@ def test_a_scripts_own_errors_keep_their_traceback(
     [
         (["objective.name=trades"], "needs labels"),
         (["train.eps_warmup_epochs=2"], "train.eps_warmup_epochs: epochs are the script's"),
+        (["train.eps_schedule={shape: sine}"], "train.eps_schedule: epochs are the script's"),
+        (["attack={name: fgsm-pgi, eps: 8/255}"], "keeps the perturbation of each image"),
         (["train.awp.warmup_epochs=1"], "train.awp.warmup_epochs: epochs are the script's"),
         (["attack.eps=2"], "attack.eps"),
         (["train.ema_decay=0.9"], "command line: train.ema_decay: wrap does not apply it"),

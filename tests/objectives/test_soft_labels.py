@@ -73,7 +73,7 @@ def test_the_attack_climbs_the_mixed_loss(problem, name):
 
 def test_who_takes_them_says_so():
     taking = {name for name, cls in OBJECTIVES.items() if getattr(cls, "takes_soft_labels", False)}
-    assert taking == {"adversarial", "trades", "smoothing"}
+    assert taking == {"adversarial", "trades", "ikl", "smoothing"}
 
 
 def test_mart_does_not(problem):

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import SMALL, Killed, run, same, timeless, weights
 
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import Data, MemoryImages
@@ -21,31 +22,6 @@ from robust_accel.trained_model import load_model
 from robust_accel.training.facts import falls_of
 from robust_accel.training.metrics import share_right
 from robust_accel.training.run import train
-
-SMALL = (
-    "train.epochs=3",
-    "train.validate_every=1",
-    "train.log_every=5",
-    "attack.num_steps=2",
-    "attack.step_size=0.1",
-    "data.train_size=640",
-    "data.test_size=100",
-    "evaluate.autoattack=null",
-    "evaluate.pgd.num_steps=5",
-)
-
-
-def run(folder: Path, *settings: str, resume: bool = False) -> dict:
-    recipe = load_recipe("quickstart", [*SMALL, f"output={folder}", *settings])
-    return train(recipe, resume=resume)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +152,6 @@ def test_an_evaluation_that_differs_from_training_is_said(
     expected = "trained against linf, eps 0.2; measured against linf, eps 0.3"
     assert expected in report["doubts"][0]
     assert expected in caplog.text
-
-
-class Killed(Exception):
-    pass
-
-
-def timeless(folder: Path) -> list[dict]:
-    """The lines of ``metrics.jsonl``, but for what the clock says."""
-    lines = RunFolder(folder).read_metrics()
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 @pytest.mark.parametrize(

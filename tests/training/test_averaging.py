@@ -1,0 +1,77 @@
+"""The mean of epochs is that of their weights, resumes exactly, and is what is measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import quick_run, resumes_exactly, same, weights
+from torch import nn
+
+from robust_accel.recipe import RecipeError, load_recipe
+from robust_accel.run_folder import RunFolder
+from robust_accel.training.averaging import EpochMean
+
+
+def test_it_is_the_plain_mean_from_an_epoch_on_statistics_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    average = EpochMean(model, 3)
+    states = []
+    for epoch in range(1, 7):
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor.float()))
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        average.update(model, step=epoch)
+        of_interest = states[2:] or states[-1:]
+        for key, tensor in average.module.state_dict().items():
+            if tensor.is_floating_point():
+                expected = torch.stack([state[key] for state in of_interest]).mean(dim=0)
+                torch.testing.assert_close(tensor, expected)
+        if epoch <= 3:  # bit for bit
+            assert all(average.module.state_dict()[k].equal(v) for k, v in states[-1].items())
+
+
+def test_a_run_leaves_the_mean_and_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of the ends of epochs have the weights whose mean the run leaves."""
+    settings = ("train.swa_start=2", "train.checkpoint_every=4", "train.keep=9")
+    settings += ("train.eps_schedule={shape: sine}",)  # by the step: it goes on exactly, too
+    report = resumes_exactly(tmp_path, monkeypatch, 10, *settings)
+    folder = RunFolder(tmp_path / "whole")
+    ends = [step for step in folder.steps() if (int(step.name[5:]) * 3) % report["steps"] == 0]
+    epochs = [load_file(step / "model.safetensors") for step in ends]
+    assert len(epochs) == 3
+    left = weights(folder.path)
+    for key, tensor in left.items():
+        own = [epoch[f"classifier.model.{key}"] for epoch in epochs]
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (own[1] + own[2]) / 2)
+            assert not tensor.equal(own[2])
+    assert report["swa_start"] == 2 and "ema_decay" not in report["applied"]
+    kept = load_file(ends[0] / "ema.safetensors")  # before the second epoch: as they are
+    assert all(epochs[0][f"classifier.{key}"].equal(tensor) for key, tensor in kept.items())
+
+
+@pytest.mark.long
+def test_the_best_mean_is_kept_and_a_part_of_an_epoch_counts(tmp_path: Path) -> None:
+    settings = ("train.swa_start=1", "train.select=best", "train.max_steps=2", "train.epochs=2")
+    report = quick_run(tmp_path / "run", *settings)
+    assert report["selection"]["epoch"] > 0
+    plain = quick_run(tmp_path / "plain", *settings[1:])
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+    assert plain["steps"] == report["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.swa_start=1", "train.ema_decay=0.9"], "choose one"),
+        (["train.swa_start=99"], "99 is after the last of"),
+        (["train.swa_start=0"], "greater than or equal to 1"),
+    ],
+)
+def test_what_is_no_mean_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.swa_start: .*") as refused:
+        load_recipe("quickstart", settings)
+    assert said in str(refused.value)
