@@ -78,7 +78,11 @@ class TrainSettings(Settings):
         max_skipped_in_a_row: Of more steps than this the run ends; of a loss scaler's (fp16), too.
         on_collapse: What to do where robust accuracy falls below half of its best, as in
             catastrophic overfitting: ``warn`` says it; ``stop`` ends the training, and the run
-            leaves its best weights (with ``select: best``).
+            leaves its best weights (with ``select: best``). ``rollback`` goes back to where the
+            last validation had met no fall, whose checkpoint is kept, and on from there with half
+            the rate and other draws of the attack.
+        max_rollbacks: How often it does; where robust accuracy falls once more, training ends as by
+            ``stop``. The report has ``rollbacks``, the reason of each.
         ema_decay: Keep an exponential moving average of the weights, and evaluate that.
         swa_start: Keep the mean of the weights after each epoch from this one on, the first being
             1, and evaluate that: stochastic weight averaging. BatchNorm's running statistics are
@@ -116,7 +120,8 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[Number, Gt(0)] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_a_row: Annotated[Whole, Ge(0)] = 20
-    on_collapse: Literal["warn", "stop"] = "warn"
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    max_rollbacks: Annotated[Whole, Ge(1)] = 3
     ema_decay: Annotated[Number, Gt(0), Lt(1)] | None = None
     swa_start: Annotated[Whole, Ge(1)] | None = None
     select: Literal["best", "last"] = "last"

@@ -40,10 +40,11 @@ def _of_train(train: Any, data: Any) -> Iterator[_Fault]:
             "0, but train.select: best and train.early_stopping choose on a held-out split of "
             "train: hold out some images",
         )
-    if train.on_collapse == "stop" and train.select != "best":
+    if train.on_collapse != "warn" and train.select != "best":
         yield (
             "train.on_collapse",
-            f"stop leaves the weights from before, but train.select is {train.select}: choose best",
+            f"{train.on_collapse} leaves the weights from before, but train.select is "
+            f"{train.select}: choose best",
         )
     if train.batch_size % train.gradient_accumulation:
         yield (

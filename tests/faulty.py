@@ -17,12 +17,13 @@ class Faulty(Adversarial):
         rank: The process that does; all when not given.
         where: The loss and so its gradient; the ``value`` of the loss alone; the ``gradient``
             alone; a ``weight``, or a ``buffer`` of BatchNorm, which is then what it is. Nowhere,
-            but the last bias is made ``huge``: finite, and all classes are alike.
+            but the last bias is made ``huge``: finite, and all classes are alike; or the loss is
+            ``steep``, so that the step is far too long whatever engine keeps the weights.
     """
 
     at: tuple[int, ...] = ()
     rank: int | None = None
-    where: Literal["loss", "value", "gradient", "weight", "buffer", "huge"] = "loss"
+    where: Literal["loss", "value", "gradient", "weight", "buffer", "huge", "steep"] = "loss"
     number: Literal["nan", "inf"] = "nan"
     _calls: int = PrivateAttr(default=0)
 
@@ -35,6 +36,8 @@ class Faulty(Adversarial):
         number = float(self.number)
         if self.where == "loss":
             return out | {"loss": out["loss"] * number}
+        if self.where == "steep":
+            return out | {"loss": out["loss"] * 1000}
         if self.where == "value":
             return out | {"loss": out["loss"] + number}
         if self.where == "gradient":

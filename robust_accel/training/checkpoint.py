@@ -4,7 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ class Progress:
     skipped_steps: int = 0  # of those done: left out, see train.on_nonfinite
     skipped_in_a_row: int = 0
     applied: dict[str, Any] | None = None  # what the run's first step did
+    good_step: int = 0  # of the last validation that met no collapse, where a run may go back
+    rollbacks: list[str] = field(default_factory=list)  # why, for each
     to_validate: bool = False  # the epoch is over, and its validation is still to be done
 
 
@@ -66,7 +68,7 @@ class Checkpoint:
         own: State that each process has for itself.
         averaged: The classifier with averaged weights.
         memory: A file a process, where there is something to keep.
-        keep: How many checkpoints are kept, the newest ones.
+        keep: How many checkpoints are kept, the newest ones; beside them that of ``good_step``.
         about: The run's settings, data, engine and versions, for the manifest.
     """
 
@@ -112,12 +114,18 @@ class Checkpoint:
         if main:
             give_to_umask(new)
             publish(new, target, names, self.about | {"step": self.progress.step})
+            good = self.folder.checkpoints / f"step-{self.progress.good_step:08d}"
             for path in self.folder.steps()[: -self.keep]:
-                discard(path)
+                if path != good:
+                    discard(path)
         self.accelerator.wait_for_everyone()
 
-    def load(self, name: str) -> None:
-        """Restore a checkpoint that was found whole."""
+    def load(self, name: str, *, discards: bool = False) -> None:
+        """Restore a checkpoint that was found whole.
+
+        Args:
+            discards: Remove newer ones, which else are damaged and put aside.
+        """
         source = self.folder.checkpoints / name
         with_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         with self._courier.place(source) as place:
@@ -129,8 +137,11 @@ class Checkpoint:
             self.memory.load(place)
         if self.accelerator.is_main_process:
             steps = self.folder.steps()
-            for path in steps[steps.index(source) + 1 :]:  # out of the way, but not lost
-                path.rename(_unused(path.with_name(f"damaged-{path.name}")))
+            for path in steps[steps.index(source) + 1 :]:
+                if discards:
+                    discard(path)
+                else:  # out of the way, but not lost
+                    path.rename(_unused(path.with_name(f"damaged-{path.name}")))
 
     def save_best(self, module: nn.Module) -> None:
         """Keep weights as the best ones; the first process does."""

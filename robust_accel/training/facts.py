@@ -41,6 +41,7 @@ def facts_of_training(
         "recipe": recipe.settings,
         "left_out": {name: asdict(found) for name, found in data.left_out.items()},
         "doubts": [*recipe.doubts, *(fall.text for fall in fallen)],
+        "rollbacks": progress.rollbacks,
         "steps": progress.step,
         "epochs": epochs,
         "stopped_early": progress.stopped_early,

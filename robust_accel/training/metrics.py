@@ -60,6 +60,12 @@ class Metrics:
         )
         return self._bar
 
+    def show_step(self) -> None:
+        """Where the run stands, which may be further back than it was."""
+        if self._bar.n != self._progress.step:
+            self._bar.n = self._progress.step
+            self._bar.refresh()
+
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update()

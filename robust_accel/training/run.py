@@ -39,13 +39,14 @@ from robust_accel.training.accelerator import (
 from robust_accel.training.averaging import make_average
 from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_output, check_room, told_when_full
-from robust_accel.training.facts import facts_of_training, falls_of
+from robust_accel.training.facts import facts_of_training
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
 from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics
 from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
+from robust_accel.training.rollback import Collapse
 from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, refuse_restart
 from robust_accel.training.takeover import take_over
@@ -211,6 +212,8 @@ class _Run:
             heartbeat=heartbeat,
             averages=averages,
         )
+        done = (self.progress, self.checkpoint, self.loop.save, schedule, optimizer)
+        self.collapse = Collapse(recipe, data, folder, accelerator, *done)
 
     def open(self, start: Start) -> None:
         """Make or continue the run folder."""
@@ -260,7 +263,9 @@ class _Run:
                         raise Stopped(request)
                 if progress.to_validate:
                     self.validate(epoch + 1)
-                self.look_for_collapse(epoch)
+                with self.stop.held():
+                    self.collapse.look(epoch)
+                self.metrics.show_step()
         self.loop.agreement.close()
 
     def validate(self, epoch: int) -> None:
@@ -308,20 +313,8 @@ class _Run:
                 progress.validations_since_best >= patience
             )
         progress.to_validate = False
+        self.collapse.judge()
         self.loop.save()
-
-    def look_for_collapse(self, since: int) -> None:
-        """Tell of robust accuracy that is gone since an epoch, and end the training if asked to."""
-        fallen = decided(
-            lambda: falls_of(self.folder.read_metrics(), self.recipe, self.data), self.accelerator
-        )
-        stops = bool(fallen) and self.settings.on_collapse == "stop"
-        for fall in fallen:
-            if fall.epoch > since:  # the others were told
-                logger.warning(f"{fall.text}; training ends here" if stops else fall.text)
-        if stops:
-            self.progress.stopped_early = True
-            self.loop.save()
 
     def finish(self) -> dict[str, Any]:
         """Choose the weights, save them as a timm folder, measure them, write the report."""

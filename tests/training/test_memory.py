@@ -108,7 +108,7 @@ def test_where_it_cannot_work_it_is_refused(setting: str) -> None:
 def test_several_processes_keep_to_their_own_images_or_are_refused() -> None:
     for sharding, processes in (("fixed", 2), ("global", 1)):
         check_kept_images(load_recipe("quickstart", [*PGI, f"data.sharding={sharding}"]), processes)
-    with pytest.raises(ValueError, match="sharding: global deals images to other .*choose fixed"):
+    with pytest.raises(ValueError, match=r"sharding: global deals images to other .*choose fixed"):
         check_kept_images(load_recipe("quickstart", PGI), 2)
     check_kept_images(load_recipe("quickstart"), 2)
 

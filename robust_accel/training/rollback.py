@@ -1,0 +1,104 @@
+"""What a run does about robust accuracy that is gone: it says so, ends, or goes back and on."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from robust_accel.data import Data
+from robust_accel.processes import decided
+from robust_accel.recipe import Recipe
+from robust_accel.run_folder import RunFolder
+from robust_accel.training.checkpoint import Checkpoint, Progress
+from robust_accel.training.collapse import Fall
+from robust_accel.training.facts import falls_of
+from robust_accel.training.manifest import read_whole
+
+logger = logging.getLogger(__name__)
+
+_SLOWER = 0.5  # what the rate is multiplied by at each going back
+_OTHER_DRAWS = 1_000_003  # added to the seed for each
+
+
+class Collapse:
+    """Watches a run's validations, by ``train.on_collapse``.
+
+    Going back: weights, averages, optimizer, counters, metrics and what attack and objective keep
+    are as they were after the last validation without a fall. From there the rate is half of what
+    it was, and attacks and dropout draw other numbers; images come in the same order. It is written
+    as a checkpoint before anything else, so a run that is stopped goes on from there.
+
+    Args:
+        recipe: With ``train``.
+        progress: Gets the step to go back to, and what was gone back from.
+        save: Writes the checkpoint.
+        schedule, optimizer: Of the rate; a ``LambdaLR``, and as Accelerate has prepared it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        progress: Progress,
+        checkpoint: Checkpoint,
+        save: Callable[[], None],
+        schedule: Any,
+        optimizer: Any,
+    ) -> None:
+        assert recipe.train is not None
+        self._recipe, self._settings, self._data = recipe, recipe.train, data
+        self._folder, self._accelerator = folder, accelerator
+        self._progress, self._checkpoint, self._save = progress, checkpoint, save
+        self._schedule, self._optimizer = schedule, optimizer
+
+    def judge(self) -> None:
+        """A validation is written: where nothing is gone, its step is one to go back to."""
+        if self._settings.on_collapse == "rollback" and not self._falls():
+            self._progress.good_step = self._progress.step
+
+    def look(self, since: int) -> None:
+        """Tell of falls since an epoch, and do what the recipe says."""
+        fallen, progress = self._falls(), self._progress
+        told = [fall.text for fall in fallen if fall.epoch > since]  # the others were
+        action = self._settings.on_collapse
+        if not fallen or action == "warn":
+            for text in told:
+                logger.warning(text)
+            return
+        left = self._settings.max_rollbacks - len(progress.rollbacks)
+        if action == "rollback" and left > 0 and progress.good_step > 0:
+            self._go_back(fallen[-1].text)
+            return
+        for text in told:
+            logger.warning(f"{text}; training ends here")
+        progress.stopped_early = True
+        self._save()
+
+    def _falls(self) -> list[Fall]:
+        def find() -> list[Fall]:
+            return falls_of(self._folder.read_metrics(), self._recipe, self._data)
+
+        return decided(find, self._accelerator)
+
+    def _go_back(self, why: str) -> None:
+        progress, settings = self._progress, self._settings
+        rollbacks, left = [*progress.rollbacks, why], progress.step
+        good = self._folder.checkpoints / f"step-{progress.good_step:08d}"
+        decided(lambda: read_whole(good), self._accelerator)
+        self._checkpoint.load(good.name, discards=True)
+        progress.rollbacks = rollbacks
+        self._schedule.base_lrs = [_SLOWER * rate for rate in self._schedule.base_lrs]
+        for group in self._optimizer.param_groups:
+            group["lr"] *= _SLOWER
+        set_seed(settings.seed + _OTHER_DRAWS * len(rollbacks), device_specific=True)
+        if self._accelerator.is_main_process:
+            self._folder.truncate_metrics(progress.step)
+        self._save()
+        logger.warning(
+            f"{why}; back from step {left} to {progress.step}, with half the rate "
+            f"({len(rollbacks)} of at most {settings.max_rollbacks})"
+        )

@@ -1,0 +1,103 @@
+"""A run whose robust accuracy is gone goes back, on all processes; another way; not forever."""
+
+from pathlib import Path
+
+import pytest
+from launching import Forked
+from safetensors.torch import load_file
+from small_runs import resumes_exactly, run
+from training.test_finite_launch import ENGINES
+
+from robust_accel.recipe import RecipeError, load_recipe
+from robust_accel.run_folder import RunFolder
+
+# 8 steps an epoch, of which the third one breaks the model
+SETTINGS = (
+    "objective.name=faulty:Faulty",
+    "objective.where=huge",
+    "data.train_size=640",
+    "data.validation_size=128",
+    "data.test_size=20",
+    "train.batch_size=64",
+    "train.epochs=3",
+    "train.validate_every=1",
+    "train.select=best",
+    "train.on_collapse=rollback",
+    "train.checkpoint_every=3",
+    "train.log_every=1",
+    "optimizer.lr=0.03",
+    "schedule={name: constant}",
+    "attack.num_steps=2",
+    "attack.step_size=0.1",
+    "evaluate.pgd=null",
+    "evaluate.autoattack=null",
+    "evaluate.train_images=null",
+)
+ONCE = "objective.at=[24]"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robust_accel.training.run.write_report", lambda folder: None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_it_goes_back_with_half_the_rate_and_ends_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (*SETTINGS, ONCE, "train.swa_start=3")
+    report = run(tmp_path / "run", *settings)
+    folder = RunFolder(tmp_path / "run")
+    (why,) = report["rollbacks"]
+    assert why.startswith("robust accuracy on the held-out split is gone: ")
+    assert f"{why}; back from step 24 to 16, with half the rate (1 of at most 3)" in (caplog.text)
+    assert report["steps"] == 24 and not report["stopped_early"] and report["doubts"] == []
+    lines = [line for line in folder.read_metrics() if "lr" in line]
+    assert [line["step"] for line in lines] == list(range(1, 25))  # none of the way that is left
+    rates = [line["lr"] for line in lines]
+    assert rates == pytest.approx([0.03] * 16 + [0.015] * 8)
+    assert not list(folder.checkpoints.glob("*damaged*"))
+    last = load_file(folder.steps()[-1] / "ema.safetensors")
+    assert all(tensor.abs().max() < 1e10 for tensor in last.values())
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("undrawn")
+def test_it_does_not_go_back_forever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    again = f"objective.at={list(range(24, 99))}"
+    report = run(tmp_path / "run", *SETTINGS, again, "train.max_rollbacks=2", "train.epochs=6")
+    assert len(report["rollbacks"]) == 2
+    assert report["stopped_early"] and report["selection"]["epoch"] == 2
+    assert report["steps"] == 24
+    said = caplog.text
+    assert "(2 of at most 2)" in said and said.count("; training ends here") == 1
+
+
+@pytest.mark.long
+def test_a_run_that_has_gone_back_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the 6th step after it; the objective counts anew, and breaks nothing any more."""
+    report = resumes_exactly(tmp_path, monkeypatch, 30, *SETTINGS, ONCE)
+    assert len(report["rollbacks"]) == 1
+
+
+@pytest.mark.long
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_processes_go_back_together(tmp_path: Path, engine: str) -> None:
+    """What each keeps of its images goes back, too."""
+    settings = [s for s in SETTINGS if not s.startswith("attack.")]
+    settings += ["data.sharding=fixed", "attack={name: fgsm-pgi, eps: 0.03, prior_weight: 0}"]
+    settings += ["objective.where=steep", "optimizer={name: sgd, lr: 0.03}", ONCE]
+    command = ("train", "quickstart", *settings, f"output={tmp_path / 'run'}")
+    code, output = Forked(*command, environment=ENGINES[engine]).wait()
+    assert code == 0, output
+    assert output.count("back from step 24 to 16, with half the rate") == 1
+    report = RunFolder(tmp_path / "run").read_report()
+    assert report["steps"] == 24 and len(report["rollbacks"]) == 1
+
+
+def test_it_needs_weights_to_choose_from() -> None:
+    with pytest.raises(RecipeError, match=r"train\.on_collapse: rollback leaves .*choose best"):
+        load_recipe("quickstart", ["train.on_collapse=rollback", "train.select=last"])
