@@ -36,11 +36,16 @@ def facts_of_training(
     assert settings is not None
     steps = max(1, progress.step)
     epochs = steps / steps_per_epoch
-    fallen = falls_of(metrics, recipe, data)
+    doubts = [*recipe.doubts, *(fall.text for fall in falls_of(metrics, recipe, data))]
+    if epochs < settings.grows_eps:
+        doubts.append(
+            f"training ended at epoch {epochs:.4g}, and the attack's eps would have been whole at "
+            f"epoch {settings.grows_eps:g}"
+        )
     return {
         "recipe": recipe.settings,
         "left_out": {name: asdict(found) for name, found in data.left_out.items()},
-        "doubts": [*recipe.doubts, *(fall.text for fall in fallen)],
+        "doubts": doubts,
         "rollbacks": progress.rollbacks,
         "steps": progress.step,
         "epochs": epochs,

@@ -57,8 +57,11 @@ def test_a_run_leaves_the_mean_and_resumes_exactly(
 def test_the_best_mean_is_kept_and_a_part_of_an_epoch_counts(tmp_path: Path) -> None:
     settings = ("train.swa_start=1", "train.select=best", "train.max_steps=2", "train.epochs=2")
     report = quick_run(tmp_path / "run", *settings)
-    assert report["selection"]["epoch"] > 0
+    assert report["selection"]["epoch"] > 0 and report["doubts"] == []
     plain = quick_run(tmp_path / "plain", *settings[1:])
+    grows = "train.eps_schedule={shape: sine}"
+    (doubt,) = quick_run(tmp_path / "growing", *settings, grows)["doubts"]
+    assert doubt.endswith("and the attack's eps would have been whole at epoch 2")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
     assert plain["steps"] == report["steps"] == 2
 

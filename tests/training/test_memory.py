@@ -8,6 +8,7 @@ from launching import SMALL as LAUNCHED
 from launching import Forked, killed_and_resumed
 from safetensors.torch import load_file
 from small_runs import quick_run, resumes_exactly, same, weights
+from training.test_finite_launch import ENGINES
 
 from robust_accel.attacks.pgi import Visit
 from robust_accel.recipe import RecipeError, load_recipe
@@ -115,13 +116,15 @@ def test_several_processes_keep_to_their_own_images_or_are_refused() -> None:
 
 @pytest.mark.long
 @pytest.mark.launch
-def test_two_processes_resume_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_processes_resume_exactly(tmp_path: Path, engine: str) -> None:
     whole = tmp_path / "whole"
     start = partial(
         Forked,
         *("train", "quickstart", *LAUNCHED, *PGI, "data.sharding=fixed"),
         *("train.eps_schedule={shape: sine}", "train.swa_start=2", "train.epochs=3"),
         "objective.name=ikl",
+        environment=ENGINES[engine],
     )
     code, output = start(f"output={whole}").wait()
     assert code == 0, output
