@@ -20,7 +20,8 @@ def clashes(built: dict[str, Any]) -> Iterator[_Fault]:
     train, data = built["train"], built["data"]
     # of a class that is not imported nothing is known
     attack, objective = (
-        None if isinstance(built[key], NotImported) else built[key] for key in ("attack", "objective")
+        None if isinstance(built[key], NotImported) else built[key]
+        for key in ("attack", "objective")
     )
     if train is not None:
         yield from _of_train(train, data)
