@@ -2,7 +2,9 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -55,17 +57,17 @@ class Workers:
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         nodes: list[str] = [""] * len(ranks)
         dist.all_gather_object(nodes, _machine(), group=parent)
-        made = [] if group is not None else [_like(parent, ranks)]
+        alone = len(ranks) < dist.get_world_size()
+        made = [] if group is not None else [_like(parent, ranks, alone=alone)]
         group = group or made[0]
         members = [[r for r, n in zip(ranks, nodes, strict=True) if n == node] for node in nodes]
         sizes = {len(member) for member in members}
         if len(sizes) > 1 or sizes & {1, len(ranks)}:
-            back = _like(parent, ranks) if replies else None
+            back = _like(parent, ranks, alone=alone) if replies else None
             return cls(group, replies=back, made=(*made, *([] if back is None else [back])))
-        mine = members[ranks.index(dist.get_rank())]
-        place = mine.index(dist.get_rank())
-        peers = sorted({member[place] for member in members})
-        inside, across = _like(parent, mine), _like(parent, peers)
+        machines = list(dict.fromkeys(map(tuple, members)))
+        inside = _own(parent, machines)
+        across = _own(parent, list(zip(*machines, strict=True)))
         return cls(group, inside, across, made=(*made, inside, across))
 
 
@@ -74,19 +76,36 @@ def _machine() -> str:
     return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
 
 
-def _like(parent: dist.ProcessGroup | None, ranks: list[int]) -> dist.ProcessGroup:
-    """A group of these ranks with the parent's backends and time limit."""
+def _own(parent: dist.ProcessGroup | None, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """The group of this process, where each part of the workers gets one."""
+    rank = dist.get_rank()
+    if sum(map(len, parts)) < dist.get_world_size():  # others cannot take part
+        (own,) = (part for part in parts if rank in part)
+        return _like(parent, own, alone=True)
+    # each process makes all: by its members alone, a group may get the name of one that is gone
+    # (torch 2.8), and wait for that one's processes
+    groups = [_like(parent, part) for part in parts]
+    (group,) = (group for group, part in zip(groups, parts, strict=True) if rank in part)
+    return group
+
+
+def _like(
+    parent: dist.ProcessGroup | None, ranks: Sequence[int], *, alone: bool = False
+) -> dist.ProcessGroup:
+    """A group of these ranks with the parent's backends and time limit.
+
+    Args:
+        alone: Only its members take part in making it.
+    """
     whole = parent or dist.group.WORLD
     assert whole is not None
     # a group may have a backend for each kind of device: the shortest limit is the one that holds
     backends = [whole._get_backend(device) for device in whole._device_types]
     limits = [getattr(getattr(b, "options", None), "_timeout", None) for b in backends]
     timeout = min((limit for limit in limits if limit is not None), default=None)
-    # only its members take part in making a smaller group
-    subset = len(ranks) < dist.get_world_size()
     backend = dist.get_backend_config(whole)
-    group = dist.new_group(ranks, timeout, backend, use_local_synchronization=subset)
-    assert isinstance(group, dist.ProcessGroup)
+    # of a group that this process is not in, torch gives a number
+    group: Any = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=alone)
     return group
 
 

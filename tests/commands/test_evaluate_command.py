@@ -70,15 +70,19 @@ def test_classes_are_compared_by_name(
 
 
 def test_data_without_a_training_split_are_measured(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The recipe's own gap to training images is not these data's; asked for, it is refused."""
+    caplog.set_level("INFO")
     others = folder_of(tmp_path / "others", ("ant", "bee", "cat"))
     shutil.rmtree(others / "train")
     settings = [f"data.path={others}", f"output={tmp_path / 'out'}", "evaluate.pgd=null"]
     (clean,) = rows(evaluate_model(str(run), settings))
     assert (clean["purpose"], clean["accuracy"] > 0.9) == ("accuracy", True)
-    assert "evaluate.train_images: left out" in capsys.readouterr().out
+    assert "evaluate.train_images: left out" in caplog.text
     assert main(["evaluate", str(run), *settings, "evaluate.train_images=5"]) == 2
     assert "has no split 'train'" in capsys.readouterr().err
 
