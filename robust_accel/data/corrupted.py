@@ -1,6 +1,5 @@
 """Images that noise, blur, weather or compression have corrupted: published, or made here."""
 
-import importlib
 import importlib.metadata
 import inspect
 import os
@@ -313,7 +312,6 @@ class _Made(Dataset):
     def __init__(self, images: GeneratedImages, from_files: bool) -> None:
         self.images = images
         self.decoded = Decoded(images.clean, None) if from_files else None  # type: ignore[arg-type]
-        self.corrupt = importlib.import_module("imagecorruptions").corrupt
 
     def __getitem__(self, index: int) -> "tuple[Tensor, int] | UnusableImage":
         own = self.images
@@ -329,12 +327,14 @@ class _Made(Dataset):
         pixels = (255 * x).round().byte().permute(1, 2, 0).numpy()
         key = (own.seed, own.severities[at], place, *own.name.encode())
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        function = getattr(importlib.import_module("imagecorruptions.corruptions"), own.name)
+        from imagecorruptions import corrupt, corruptions  # an extra, checked before
+
+        function = getattr(corruptions, own.name)
         own_seed = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
         state = np.random.get_state()  # noqa: NPY002
         np.random.seed(seed)  # noqa: NPY002
         try:
-            corrupted = self.corrupt(
+            corrupted = corrupt(
                 pixels, corruption_name=own.name, severity=own.severities[at], **own_seed
             )
         finally:

@@ -171,7 +171,7 @@ def test_a_step_of_one_image_is_refused() -> None:
         ({"cutmix": 1, "prob": 0}, "greater than 0"),
         ({"cutmix": 1, "prob": 1.5}, "less than or equal to 1"),
         ({"cutmix": 1, "switch_prob": 0.5}, "switch_prob: 0.5 chooses between"),
-        ({"cutmix": 1, "mode": "elem"}, "[Ee]xtra inputs"),
+        ({"cutmix": 1, "mode": "elem"}, "mode: unknown key; allowed: mixup"),
     ],
 )
 def test_settings_that_would_not_mix_are_refused(options: dict[str, Any], message: str) -> None:

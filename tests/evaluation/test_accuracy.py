@@ -280,7 +280,8 @@ def test_two_real_processes_agree_with_one(tmp_path: Path) -> None:
 # ---- evaluate ----------------------------------------------------------------------------------
 
 
-def test_evaluate_reports_what_it_did() -> None:
+def test_evaluate_reports_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     classifier, images = tiny()
     settings = EvaluateSettings(
         norm="linf",
@@ -292,8 +293,7 @@ def test_evaluate_reports_what_it_did() -> None:
         batch_size=5,
         seed=4,
     )
-    said: list[str] = []
-    result = evaluate(classifier, images, settings, Process(), num_classes=5, say=said.append)  # type: ignore[arg-type]
+    result = evaluate(classifier, images, settings, Process(), num_classes=5)  # type: ignore[arg-type]
     clean, pgd, autoattack = (result[f"{n}_accuracy"] for n in ("clean", "pgd", "autoattack"))
     assert (clean["accuracy"], clean["images"]["n"], clean["threat_model"]) == (0.75, 20, None)
     assert clean["interval"][0] < 0.75 < clean["interval"][1]
@@ -315,7 +315,7 @@ def test_evaluate_reports_what_it_did() -> None:
     assert [row["attack"] for row in autoattack["after"]] == ["apgd-ce", "apgd-t"]
     assert autoattack["after"][-1]["accuracy"] == autoattack["accuracy"]
     assert autoattack["forward_passes"] > 100 * 4 * autoattack["accuracy"]
-    assert [text.split(":")[0] for text in said] == [
+    assert [text.split(":")[0] for text in caplog.messages] == [
         "clean_accuracy", "pgd_accuracy", "after apgd-ce", "after apgd-t", "autoattack_accuracy",
     ]  # fmt: skip
 
