@@ -84,6 +84,15 @@ def test_data_that_are_nowhere_are_one_sentence_at_once(waited: list[float]) -> 
     assert sum(waited) < 4
 
 
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "../no/where", "images/of/mine"])
+def test_a_path_that_is_no_name_of_the_hubs_is_not_asked_for_there(
+    waited: list[float], path: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^path: '{path}' cannot be loaded: there is no such f"):
+        load_splits(path, None)
+    assert not waited
+
+
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "hf-hub:no/such_model"])
 def test_a_model_that_is_nowhere_is_one_sentence_at_once(waited: list[float], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^name: '{name}' .* {NOWHERE} cannot be reached \("):

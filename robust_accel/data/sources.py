@@ -46,6 +46,8 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
             f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)}, "
             f"{SUFFIX} (WebDataset), and folders"
         )
+    if loader is None and not os.path.exists(path) and not _may_be_elsewhere(path):
+        raise ValueError(f"path: {path!r} cannot be loaded: there is no such folder or file")
     if Path(path, datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         raise ValueError(f"path: {path!r} was written by save_to_disk: write it by to_parquet")
 
@@ -109,6 +111,11 @@ def _no_files(path: str) -> list[str]:
                 elif _is_image(entry.name) and not (entry.is_file() or entry.is_dir()):
                     found.append(entry.path)
     return sorted(found)
+
+
+def _may_be_elsewhere(path: str) -> bool:
+    """Whether it may be an address, or the name of a data set on the hub: ``OWNER/NAME``."""
+    return "://" in path or not (os.path.isabs(path) or path[0] == "." or path.count("/") > 1)
 
 
 @contextmanager
