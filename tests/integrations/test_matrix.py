@@ -18,8 +18,6 @@ ENGINES = (
 )  # fmt: skip
 KINDS = (PLAIN, WRAPPED, IN_PLACE)
 SHARDED = ("ZeRO 3", "FSDP2, nested", "FSDP2, inner")
-# torch 2.6 has FSDP2 on GPUs alone
-FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 SUPPORT = Path(__file__).parent.parent.parent / "docs" / "support.md"
 
 
@@ -47,14 +45,10 @@ def refusal(kind: str, engine: str, objective: str) -> str | None:
     return None
 
 
-def at_hand(cell: tuple[str, str, str]) -> bool:
-    return FSDP2_ON_CPU or "FSDP2" not in cell[1]
-
-
 def matrix(rank: int, world_size: int) -> dict[tuple[str, str, str], float | str]:
     """Of each cell the relative distance from by hand, or what it was refused with."""
     results: dict[tuple[str, str, str], float | str] = {}
-    for kind, engine, objective in filter(at_hand, cells()):
+    for kind, engine, objective in cells():
         try:
             cell = Trained(kind, objective, engine, rank)
             start, found = cell.found(), cell.parameters()
@@ -78,8 +72,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.launch
 @pytest.mark.parametrize("cell", cells(), ids=" | ".join)
 def test_a_cell_is_right_or_refused(cell: tuple[str, str, str], found: list[dict]) -> None:
-    if not at_hand(cell):
-        pytest.skip("this torch has FSDP2 on GPUs alone")
     for results in found:
         said = refusal(*cell)
         if said is None:
