@@ -18,6 +18,7 @@ from robust_accel.commands import is_setting, say
 from robust_accel.console import LEVELS, shown
 from robust_accel.exit_codes import (
     INTERRUPTED,
+    NO_MEMORY,
     NOT_FINITE,
     OF_THE_DISK,
     STOPPED,
@@ -27,6 +28,7 @@ from robust_accel.exit_codes import (
     Stopped,
     Unavailable,
     Unwritable,
+    is_out_of_memory,
 )
 from robust_accel.files import check_path
 from robust_accel.messages import close_to, one_line
@@ -42,7 +44,8 @@ from robust_accel.training.stopping import (
 EXIT_CODES = (
     f"Exit codes: {NOT_FINITE} numbers that are not finite ended a training, or a fault of ours; "
     f"{USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
-    f"process hangs or is gone; {UNWRITABLE} the disk is full, or a file or folder cannot be used; "
+    f"process hangs or is gone; {NO_MEMORY} there is too little memory; "
+    f"{UNWRITABLE} the disk is full, or a file or folder cannot be used; "
     f"{STOPPED} stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume "
     "goes on."
 )
@@ -68,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module, _, name = options.command.partition(":")
                 return getattr(importlib.import_module(module), name or "run")(options)
             except Stopped as stopped:
+                if not stopped.is_told:
+                    said = f"stopped ({stopped.reason}): the same command goes on"
+                    say(f"\nrobust-accel: {said}", file=sys.stderr)
                 if is_launched():
                     leave(stopped.code)  # while further signals are still caught
                 raise
@@ -80,6 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"robust-accel: {error}", file=sys.stderr)
         refuse_restart()
         return NOT_FINITE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        keys = "train.gradient_accumulation (more), evaluate.batch_size, certify.batch_size (less)"
+        said = f"too little memory ({one_line(str(error), 300)}): what changes that: {keys}"
+        print(f"\nrobust-accel: {said}", file=sys.stderr, flush=True)
+        refuse_restart()
+        return NO_MEMORY
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone

@@ -100,6 +100,7 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
             runner.run(results.chosen)
     except Stopped as stopped:
         logger.warning("stopped (%s): the same command goes on", stopped.reason)
+        stopped.is_told = True
         raise
     finally:
         for folder in filter(None, dict.fromkeys((plan.root, options.write))):

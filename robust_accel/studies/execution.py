@@ -19,6 +19,7 @@ import torch
 
 from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED
 from robust_accel.files import append_line, read_lines
+from robust_accel.studies.after import RUN, left_behind
 from robust_accel.studies.plan import Chosen, Plan
 from robust_accel.studies.trial import Command, Trial
 from robust_accel.training.stopping import OVERSEER, process_mark
@@ -224,7 +225,7 @@ class Runner:
             recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
             trial.recipe.save(recipe)
             return ["train", str(recipe), f"output={trial.folder}", "--resume"]
-        words = [word.replace("{run}", str(trial.folder)) for word in words]
+        words = [word.replace(RUN, str(trial.folder)) for word in words]
         return [name, str(trial.folder), *words]
 
     def _ended(self, job: _Job, chosen: Chosen) -> None:
@@ -268,14 +269,6 @@ class Runner:
         for job in self._running:
             if job.process.wait() == 0:
                 self.done.add(job.trial, job.command, "done", time.monotonic() - job.began)
-
-
-def left_behind(trial: Trial, command: Command) -> Path | None:
-    """What a command writes into its run's own folder, where an earlier one may have left it."""
-    if "--out" not in command[:-1]:
-        return None
-    target = command[command.index("--out") + 1]
-    return trial.folder / target[len("{run}/") :] if target.startswith("{run}/") else None
 
 
 def _was_not_finite(job: _Job) -> bool:

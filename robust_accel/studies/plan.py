@@ -18,6 +18,7 @@ from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import beside
 from robust_accel.settings import listed
+from robust_accel.studies.after import check_after
 from robust_accel.studies.study_file import (
     PROCESSES,
     RunSettings,
@@ -247,10 +248,11 @@ class Plan:
             for tried in tries:
                 try:
                     trial = self.trial(cell, tried, self.seeds[0], lambda c: self.tries(c)[0])
+                    assert trial is not None
+                    check_after(trial, f"{self.path}: runs.{cell.run}")
                 except RecipeError as error:
                     faults |= dict.fromkeys(str(error).splitlines())
                     continue
-                assert trial is not None
                 if len(tries) > 1 and trial.recipe.data.validation_size == 0:
                     where = f"{self.path}: runs.{cell.run}.tune"
                     why = "settings are tuned on a split held out of train"
