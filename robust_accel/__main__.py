@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_without_launcher(UNAVAILABLE)
     try:
         with ExitStack() as stack:
-            if not options.command.endswith(".wrap"):  # a script has its own ways of both
+            if not options.command.endswith(".wrap"):  # a script has its own way
                 stack.enter_context(Stop())
-                stack.enter_context(shown("warning" if options.quiet else options.log_level))
+            stack.enter_context(shown("warning" if options.quiet else options.log_level))
             try:
                 # late: a command imports what only it needs
                 module, _, name = options.command.partition(":")
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run, if there is one")
     train.set_defaults(command="robust_accel.commands.train")
 
-    wrap = command("wrap", "run a training script, its model made robust")
+    wrap = command("wrap", "run a training script, its model made robust", telling)
     wrap.add_argument("--recipe", required=True, help="its attack, objective and communication")
     for name in ("mean", "std"):
         wrap.add_argument(
