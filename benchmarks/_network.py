@@ -96,9 +96,9 @@ def limit(namespace: str, device: str, rate: str) -> None:
 
 def lose(namespace: str, percent: int) -> None:
     """Drop so many of the packets that a node is sent, at random."""
-    rule = f"numgen random mod 100 < {percent} drop"
-    chain = f"chain in {{ type filter hook input priority 0; iifname {INTERFACE} {rule}; }}"
-    command = [tool("ip"), "netns", "exec", namespace, tool("nft"), f"table ip lossy {{ {chain} }}"]
+    rules = "add table ip lossy; add chain ip lossy in { type filter hook input priority 0; }; "
+    rules += f"add rule ip lossy in iifname {INTERFACE} numgen random mod 100 < {percent} drop"
+    command = [tool("ip"), "netns", "exec", namespace, tool("nft"), rules]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"nft: {run.stderr.strip()}")
