@@ -118,6 +118,17 @@ class Plan:
             number += cells * (math.prod(map(len, run.tune.values())) + len(self.seeds) - 1)
         return number
 
+    @property
+    def passes(self) -> float:
+        """Of all trainings, see ``Trial.passes``; what is tuned counts as its first."""
+        total, first, seed = 0.0, lambda cell: self.tries(cell)[0], self.seeds[0]
+        for cell in self.cells:
+            tries = self.tries(cell)
+            found = [self.trial(cell, tried, seed, first) for tried in tries]
+            each = [trial.passes for trial in found if trial is not None]
+            total += sum(each) + (len(self.seeds) - 1) * each[0]
+        return total
+
     def known(self, chosen: Chosen) -> list[Trial]:
         """The trainings that can be named yet: seeds but the first wait for the tuning.
 
