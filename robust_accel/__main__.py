@@ -123,6 +123,36 @@ def _positive(text: str) -> int:
     return number
 
 
+def _rate(text: str) -> float:
+    """Bytes a second of ``25gbit``."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmg])bit", text.lower().removesuffix("/s"))
+    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8 if found else 0.0
+    if rate <= 0:
+        wanted = "a rate as 100mbit, 1gbit or 25gbit is wanted"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return rate
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        wanted = "a number above 0, at most 1, is wanted"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return share
+
+
+def _image(text: str) -> tuple[int, ...]:
+    """[C, H, W] of ``3x224x224``."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,4}", part) for part in parts):
+        wanted = "channels, height and width are wanted, as 3x224x224"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return tuple(map(int, parts))
+
+
 def _path(text: str) -> Path:
     try:
         return Path(check_path(text))
@@ -143,7 +173,7 @@ def _launcher(text: str) -> str:
 _GROUPS = {
     "Train and measure": ("train", "wrap", "evaluate", "certify", "pseudo-label"),
     "Compare": ("report", "study"),
-    "Look up": ("recipes", "recipe", "explain", "check", "env", "schema"),
+    "Look up": ("recipes", "recipe", "explain", "check", "plan", "env", "schema"),
 }
 _EXAMPLES = {
     "train": "robust-accel train quickstart train.epochs=4 output=runs/short",
@@ -157,6 +187,7 @@ _EXAMPLES = {
     "recipe": "robust-accel recipe show cifar10/at attack.num_steps=20",
     "explain": "robust-accel explain train.ema_decay",
     "check": "robust-accel check my.yaml data.path=images",
+    "plan": "robust-accel plan cifar10/dat_pgd --nodes 6 --gpus 6 --link 1gbit --device v100",
     "env": "robust-accel env",
     "schema": "robust-accel schema > schema.json",
 }
@@ -309,6 +340,27 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
     check.add_argument("settings", nargs="*", help=settings_help)
     check.set_defaults(command="robust_accel.commands.check")
+
+    plan = command("plan", "what a step would take on many machines", telling)
+    plan.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
+    plan.add_argument("settings", nargs="*", help=settings_help)
+    plan.add_argument("--nodes", type=_positive, required=True, metavar="N", help="machines")
+    plan.add_argument("--gpus", type=_positive, default=1, metavar="N", help="workers of each")
+    plan.add_argument(
+        "--link", type=_rate, required=True, metavar="RATE", help="of a machine: 1gbit, 25gbit"
+    )
+    plan.add_argument(
+        "--device",
+        choices=("this", "v100", "a100", "h100"),
+        default="this",
+        help="whose seconds: of this machine, measured, or by a data sheet",
+    )
+    plan.add_argument(
+        "--efficiency", type=_share, default=0.12, help="of the data sheet's FLOPS that are reached"
+    )
+    plan.add_argument("--image", type=_image, metavar="CxHxW", help="where the data are not here")
+    plan.add_argument("--classes", type=_positive, metavar="N", help="where the data are not here")
+    plan.set_defaults(command="robust_accel.commands.plan")
 
     env = command("env", "versions and devices, for reports of faults")
     env.set_defaults(command="robust_accel.commands.env")
