@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from robust_accel.__main__ import _rate
+from robust_accel.comm.traffic import Machines
 from robust_accel.planning.cost import Cost, measure
 from robust_accel.planning.estimate import PROTOCOLS, Estimate, estimates
-from robust_accel.planning.traffic import Machines
 from robust_accel.recipe import load_recipe
 
 RECIPE = "quickstart"
