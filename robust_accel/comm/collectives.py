@@ -156,7 +156,8 @@ class QSGD(Settings):
     ) -> None:
         """See `ShardingCollective.scatter`.
 
-        Step 7 of Algorithm A1, and the servers keep their means. Where machines hold several workers each, these first take means in fp32.
+        Step 7 of Algorithm A1, and the servers keep their means. Where machines hold several
+        workers each, these first take means in fp32.
         """
         rows, group = rows.float(), workers.group
         if workers.node is not None:
