@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,6 +132,10 @@ class Trained:
             fully_shard(self.tiny.conv, mesh=mesh)
             fully_shard(self.tiny.head, mesh=mesh)
         fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
+        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):  # torch 2.8: gloo sums for means
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
         self.found = lambda: flat(p.full_tensor() for p in self.tiny.parameters())
         self._by_optimizer(model)
 
