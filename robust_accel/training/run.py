@@ -82,6 +82,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
                 kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
                 where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
                 logger.warning("stopped (%s): %s; --resume goes on", stopped.reason, where)
+                stopped.is_told = True
             if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
                 refuse_restart()
             raise

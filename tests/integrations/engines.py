@@ -132,7 +132,7 @@ class Trained:
             fully_shard(self.tiny.conv, mesh=mesh)
             fully_shard(self.tiny.head, mesh=mesh)
         fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
-        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):  # torch 2.8: gloo sums for means
+        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):  # torch 2.8: gloo adds up
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
