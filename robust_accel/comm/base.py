@@ -54,17 +54,15 @@ class Collective(Protocol):
         ...
 
 
+# the tensors' pieces that lie end to end in each worker's part
+Chunks: TypeAlias = Sequence[Sequence[Segment]]
+
+
 class ShardingCollective(Collective, Protocol):
     """A protocol for sharded models (FSDP2), too: each worker keeps its piece of the mean alone."""
 
     def scatter(
-        self,
-        rows: Tensor,
-        chunks: Sequence[Sequence[Segment]],
-        step: int,
-        workers: Workers,
-        meter: Meter,
-        out: Tensor,
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
     ) -> None:
         """Average a gradient over the workers, each worker its own chunk of it.
 

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from robust_accel.comm.base import All, Exchange, run_all
+from robust_accel.comm.base import All, Chunks, Exchange, run_all
 from robust_accel.comm.draws import random_key
 from robust_accel.comm.kernels import BlockNorm
 from robust_accel.comm.layout import Segment, split
@@ -55,13 +55,7 @@ class AllReduce(Settings):
             flat.copy_(mean)
 
     def scatter(
-        self,
-        rows: Tensor,
-        chunks: Sequence[Sequence[Segment]],
-        step: int,
-        workers: Workers,
-        meter: Meter,
-        out: Tensor,
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
     ) -> None:
         """See `ShardingCollective.scatter`. A ring sends (M - 1) / M of the gradient.
 
@@ -148,13 +142,7 @@ class QSGD(Settings):
         return [self._through_machines(flat, segments, step, workers, meter)]
 
     def scatter(
-        self,
-        rows: Tensor,
-        chunks: Sequence[Sequence[Segment]],
-        step: int,
-        workers: Workers,
-        meter: Meter,
-        out: Tensor,
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
     ) -> None:
         """See `ShardingCollective.scatter`.
 
