@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from robust_accel.commands import is_setting, say
+from robust_accel.commands import say
 from robust_accel.console import LEVELS, shown
 from robust_accel.exit_codes import (
     INTERRUPTED,
@@ -31,7 +31,7 @@ from robust_accel.exit_codes import (
     is_out_of_memory,
 )
 from robust_accel.files import check_path
-from robust_accel.messages import close_to, one_line
+from robust_accel.messages import close_to, is_setting, one_line
 from robust_accel.messages import shown as value_shown
 from robust_accel.training.stopping import (
     Stop,
@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     # argparse stops taking settings at the first flag: take those behind one, too
     if rest and (not hasattr(options, "settings") or not all(map(is_setting, rest))):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        is_flag = any(word.startswith("--") for word in rest)
+        hint = "; settings are written section.key=value: train.epochs=3" if is_flag else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.settings += rest
     end_without_launcher(UNAVAILABLE)
@@ -197,6 +199,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Also what was meant, where a command is misspelt."""
         wrong = re.search("invalid choice: '(.*?)' ", message)
+        message = message.replace("required: recipe, settings", "required: recipe")
         super().error(message + (close_to(wrong[1], _EXAMPLES) if wrong else ""))
 
 
@@ -226,16 +229,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="robust-accel",
         metavar="COMMAND",
         help=argparse.SUPPRESS,
-        parser_class=argparse.ArgumentParser,
+        parser_class=_Parser,
     )
     helps: dict[str, str] = {}
 
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(name: str, text: str, *parents: _Parser) -> argparse.ArgumentParser:
         helps[name] = text
         example = f"Example: {_EXAMPLES[name]}"
-        return commands.add_parser(name, description=text, epilog=example, parents=parents)
+        return commands.add_parser(
+            name, description=text, epilog=example, parents=parents, allow_abbrev=False
+        )
 
-    telling = argparse.ArgumentParser(add_help=False)
+    telling = _Parser(add_help=False)
     telling.add_argument("--quiet", action="store_true", help="warnings and the result only")
     telling.add_argument("--log-level", choices=LEVELS, default="info", help="what is told")
     settings_help = "settings that replace the recipe's, as section.key=value"

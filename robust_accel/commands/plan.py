@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from robust_accel.comm.traffic import Machines
 from robust_accel.commands import say
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.planning.cost import Cost, measure
@@ -18,7 +19,6 @@ from robust_accel.planning.estimate import (
     estimates,
     memory,
 )
-from robust_accel.planning.traffic import Machines
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.reporting.tables import Table
 from robust_accel.settings import listed

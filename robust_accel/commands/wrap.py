@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
-from robust_accel.commands import is_setting
 from robust_accel.files import write_json
 from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
 from robust_accel.integrations.witness import NotAttacked, Witness
+from robust_accel.messages import is_setting
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
 from robust_accel.settings import listed
 from robust_accel.studies.trial import flat

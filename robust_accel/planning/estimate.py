@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from robust_accel.comm import QSGD, AllReduce, Collective
+from robust_accel.comm.traffic import Machines, Traffic, traffic
 from robust_accel.planning.cost import Cost
-from robust_accel.planning.traffic import Machines, Traffic, traffic
 
 PROTOCOLS: Mapping[str, Collective] = {
     "fp32": AllReduce(),

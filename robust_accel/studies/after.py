@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from robust_accel.commands import is_setting
-from robust_accel.messages import cut
+from robust_accel.messages import cut, is_setting
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import recipe_of_use
 from robust_accel.settings import listed

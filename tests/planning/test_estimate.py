@@ -2,9 +2,9 @@
 
 import pytest
 
+from robust_accel.comm.traffic import Machines
 from robust_accel.planning.cost import Cost
 from robust_accel.planning.estimate import PROTOCOLS, at_speed, estimates, memory
-from robust_accel.planning.traffic import Machines
 
 MIB = 2**20
 COST = Cost(

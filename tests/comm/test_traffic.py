@@ -12,8 +12,8 @@ from robust_accel import QSGD, AllReduce
 from robust_accel.comm import Meter, Workers
 from robust_accel.comm.base import run_all
 from robust_accel.comm.layout import segment
+from robust_accel.comm.traffic import Machines, traffic
 from robust_accel.planning.estimate import PROTOCOLS
-from robust_accel.planning.traffic import Machines, traffic
 
 SHAPES = ((64, 3, 3, 3), (64,), (128, 64, 3, 3), (10, 128), (10,))
 MORE = {

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from robust_accel.comm import QSGD, Collective, Meter, Workers
-from robust_accel.comm.base import run_all
+from robust_accel.comm.base import Collective, run_all
+from robust_accel.comm.collectives import QSGD
 from robust_accel.comm.layout import segment
+from robust_accel.comm.meter import Meter
+from robust_accel.comm.workers import Workers
 
 
 @dataclass(frozen=True)
