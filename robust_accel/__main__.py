@@ -39,6 +39,7 @@ from robust_accel.training.stopping import (
     is_launched,
     leave,
     refuse_restart,
+    tell_launcher,
 )
 
 EXIT_CODES = (
@@ -80,12 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     leave(stopped.code)  # while further signals are still caught
                 raise
     except ValueError as error:
-        tell = print if getattr(error, "of_one_process", False) else say
-        tell(f"robust-accel: {error}", file=sys.stderr)
+        _tell(f"{error}", by_any=getattr(error, "of_one_process", False))
         refuse_restart()
         return USAGE
     except FloatingPointError as error:  # a training met NaN: nobody's fault in the settings
-        say(f"robust-accel: {error}", file=sys.stderr)
+        _tell(f"{error}")
         refuse_restart()
         return NOT_FINITE
     except (MemoryError, RuntimeError) as error:
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         keys = "train.gradient_accumulation (more), evaluate.batch_size, certify.batch_size (less)"
         said = f"too little memory ({one_line(str(error), 300)}): what changes that: {keys}"
-        print(f"\nrobust-accel: {said}", file=sys.stderr, flush=True)
+        _tell(said, by_any=True)
         refuse_restart()
         return NO_MEMORY
     except Unavailable as error:
-        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
+        _tell(f"{error}", by_any=True)
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
     except Unwritable as error:
-        print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)
+        _tell(f"{error}", by_any=True)
         return UNWRITABLE
     except OSError as error:
         said = f"{error.filename}: {error.strerror}"  # a folder that is not ours to read or write
@@ -109,8 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = f"{place}: {error.strerror}; what was there before is there still"
         elif error.filename is None:
             raise
-        print(f"\nrobust-accel: {one_line(said)}", file=sys.stderr, flush=True)
+        _tell(one_line(said), by_any=True)
         return UNWRITABLE
+
+
+def _tell(text: str, *, by_any: bool = False) -> None:
+    """The last sentence, of the first process or of any; a launcher repeats it below its own."""
+    if by_any:
+        print(f"\nrobust-accel: {text}", file=sys.stderr, flush=True)  # maybe after a bar
+    else:
+        say(f"robust-accel: {text}", file=sys.stderr)
+    tell_launcher(f"robust-accel: {text}")
 
 
 def _numbers(text: str) -> list[float]:

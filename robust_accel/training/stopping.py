@@ -1,13 +1,14 @@
 """Ends a run in good time, with nothing lost: at a signal, by the clock, without its launcher."""
 
 import atexit
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, NoReturn
@@ -153,6 +154,14 @@ def refuse_restart() -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts > 0 and os.environ.get("LOCAL_RANK") == "0" and os.getppid() > 1:
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def tell_launcher(text: str) -> None:
+    """Have torchrun, which Accelerate starts, show a sentence in its table of failures."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
 
 
 def end_without_launcher(code: int, say: Callable[[str], None] | None = None) -> None:
