@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
 from robust_accel.attacks import Attack, remembers
 from robust_accel.attacks.base import gradients_seen
+from robust_accel.attacks.norms import ORDERS, lengths
 from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
 
 logger = logging.getLogger(__name__)
@@ -42,16 +43,15 @@ class Applied:
 
         Raises:
             RuntimeError: The attack should have moved the images and did not, or further than it
-                promises (L-inf and L2 balls alone can be measured here), or to where no number is.
+                promises (balls of other norms are not measured), or to where no number is.
         """
         if not x_adv.isfinite().all():
             raise RuntimeError(f"{attack!r} returned pixels that are NaN or infinite")
         norm, eps = str(getattr(attack, "norm", "linf")).lower(), getattr(attack, "eps", None)
-        known = norm in ("linf", "l2")
-        order = 2 if norm == "l2" else float("inf")
-        lengths = (x_adv - x).flatten(1).norm(dim=1, p=order)
-        largest, median = lengths.max().item(), lengths.median().item()
-        moved = int((lengths > 0).sum())
+        known = norm in ORDERS
+        moves = lengths(x_adv - x, norm if known else "linf")
+        largest, median = moves.max().item(), moves.median().item()
+        moved = int((moves > 0).sum())
         found = cls(len(x), moved, norm if known else "linf", eps, largest, median)
         if eps is not None and not moved and not getattr(attack, "may_stay", False):
             raise RuntimeError(f"{attack!r} moved none of {len(x)} images")

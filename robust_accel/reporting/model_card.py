@@ -157,7 +157,7 @@ def _measured(run: Run) -> list[str]:
 
 
 def _ball(threat: dict[str, Any]) -> str:
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(threat["norm"], threat["norm"])
+    norm = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}.get(threat["norm"], threat["norm"])
     return f"{norm}, eps = {eps_text(threat['eps'])}"
 
 

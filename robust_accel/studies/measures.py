@@ -51,7 +51,8 @@ def _is_of(row: Row, recipe: Recipe, attack: Row, images: int | None) -> bool:
     Its ball stands apart, as ``threat_model``; which attacks AutoAttack has follows.
     """
     asked = {key: value for key, value in as_json(attack).items() if key not in ("norm", "eps")}
-    by = {k: v for k, v in row["attack"].items() if k not in ("attacks", "num_targets")}
+    follows = ("attacks", "num_targets", "apgd_restarts")
+    by = {k: v for k, v in row["attack"].items() if k not in follows}
     by_attack = asked == by
     same_source = row["images"].get("source") == as_json(recipe.data.source())
     return by_attack and same_source and row["seed"] == recipe.evaluate.seed and _on(row, images)
