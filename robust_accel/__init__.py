@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robust_accel.api import Measured, Measurement, Run, certify, evaluate, load_run, train
-    from robust_accel.attacks import APGD, DDN, FGSMPGI, FGSMRS, NFGSM, PGD, Attack
+    from robust_accel.attacks import (
+        APGD,
+        DDN,
+        FGSMPGI,
+        FGSMRS,
+        NFGSM,
+        PGD,
+        Attack,
+        MultiNorm,
+        NormBall,
+    )
     from robust_accel.comm import QSGD, AllReduce, compress_gradients
     from robust_accel.evaluation.certify_images import CertifySettings
     from robust_accel.evaluation.settings import EvaluateSettings
@@ -24,7 +34,17 @@ __version__ = "0.2.0.dev0"
 
 _WHERE = {
     "api": ("Measured", "Measurement", "Run", "certify", "evaluate", "load_run", "train"),
-    "attacks": ("APGD", "DDN", "FGSMPGI", "FGSMRS", "NFGSM", "PGD", "Attack"),
+    "attacks": (
+        "APGD",
+        "DDN",
+        "FGSMPGI",
+        "FGSMRS",
+        "NFGSM",
+        "PGD",
+        "Attack",
+        "MultiNorm",
+        "NormBall",
+    ),
     "comm": ("QSGD", "AllReduce", "compress_gradients"),
     "evaluation.certify_images": ("CertifySettings",),
     "evaluation.settings": ("EvaluateSettings",),
@@ -56,6 +76,8 @@ __all__ = [
     "Mart",
     "Measured",
     "Measurement",
+    "MultiNorm",
+    "NormBall",
     "Objective",
     "PixelClassifier",
     "RobustModel",

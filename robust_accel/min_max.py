@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
-from robust_accel.attacks import Attack, remembers
+from robust_accel.attacks import Attack, MultiNorm, remembers
 from robust_accel.attacks.base import gradients_seen
 from robust_accel.attacks.norms import ORDERS, lengths
 from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
@@ -22,8 +22,9 @@ class Applied:
 
     Attributes:
         images, moved: How many there were, and how many the attack has moved.
-        norm, eps: The attack's ball, if it declares one.
-        largest, median: Over the images, of their perturbation in that norm (L-inf if none).
+        norm, eps: The attack's ball, if it declares one; of several balls, ``multi-norm`` and 1.
+        largest, median: Over the images, of their perturbation in that norm (L-inf if none); of
+            several balls, as a share of the radius of the ball that it fills least.
         weights_moved: Tensors that weight perturbation has moved; None without it.
         non_finite: Images whose loss or gradient was NaN or infinite during the attack.
     """
@@ -49,7 +50,12 @@ class Applied:
             raise RuntimeError(f"{attack!r} returned pixels that are NaN or infinite")
         norm, eps = str(getattr(attack, "norm", "linf")).lower(), getattr(attack, "eps", None)
         known = norm in ORDERS
-        moves = lengths(x_adv - x, norm if known else "linf")
+        if isinstance(attack, MultiNorm):
+            norm, eps, known = "multi-norm", 1.0, True
+            shares = [lengths(x_adv - x, ball.norm) / ball.eps for ball in attack.balls]
+            moves = torch.stack(shares).amin(dim=0)
+        else:
+            moves = lengths(x_adv - x, norm if known else "linf")
         largest, median = moves.max().item(), moves.median().item()
         moved = int((moves > 0).sum())
         found = cls(len(x), moved, norm if known else "linf", eps, largest, median)

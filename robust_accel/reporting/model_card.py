@@ -141,7 +141,8 @@ def _architecture(config: dict[str, Any]) -> str:
 def _measured(run: Run) -> list[str]:
     """Each accuracy with its own threat model, attack and images."""
     rows = _quotable(run)
-    balls = dict.fromkeys(_ball(row["threat_model"]) for row in rows if row.get("threat_model"))
+    threats = [row["threat_model"] for row in rows if row.get("threat_model")]
+    balls = dict.fromkeys(_ball(threat) for threat in threats if "norm" in threat)  # no union
     lines = []
     if balls:
         lines = [
