@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from robust_accel.evaluation.settings import EvaluateSettings
     from robust_accel.integrations.in_place import make_robust
     from robust_accel.models import PixelClassifier
-    from robust_accel.objectives import AWP, IKL, Adversarial, Mart, Objective, Smoothing, Trades
+    from robust_accel.objectives import (
+        AWP,
+        IKL,
+        Adversarial,
+        GradAlign,
+        Mart,
+        Objective,
+        Smoothing,
+        Trades,
+    )
     from robust_accel.optim import LAMB
     from robust_accel.robust_model import RobustModel
     from robust_accel.trained_model import load_model
@@ -50,7 +59,16 @@ _WHERE = {
     "evaluation.settings": ("EvaluateSettings",),
     "integrations.in_place": ("make_robust",),
     "models": ("PixelClassifier",),
-    "objectives": ("AWP", "IKL", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
+    "objectives": (
+        "AWP",
+        "IKL",
+        "Adversarial",
+        "GradAlign",
+        "Mart",
+        "Objective",
+        "Smoothing",
+        "Trades",
+    ),
     "optim": ("LAMB",),
     "robust_model": ("RobustModel",),
     "trained_model": ("load_model",),
@@ -73,6 +91,7 @@ __all__ = [
     "Attack",
     "CertifySettings",
     "EvaluateSettings",
+    "GradAlign",
     "Mart",
     "Measured",
     "Measurement",

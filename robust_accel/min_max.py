@@ -152,13 +152,11 @@ class MinMax:
         def outer(model: nn.Module) -> dict[str, Tensor]:
             return regularized(model, objective.loss(model, x, x_adv, labels, **options))
 
+        if getattr(objective, "grad_align", None) is not None:
+            _refuse_shards(classifier, "GradAlign, which differentiates twice,")
         weights_moved, perturbed = None, classifier
         if self.weight_perturbation is not None and self.perturb_weights:
-            if not all(map(is_whole, classifier.parameters())):
-                raise ValueError(
-                    "adversarial weight perturbation needs whole weights, got shards (FSDP or "
-                    "ZeRO 3): train by DDP or ZeRO 0 to 2, or without it"
-                )
+            _refuse_shards(classifier, "adversarial weight perturbation")
             with attack_context(classifier, "train", freeze=False):
                 perturbed = self.weight_perturbation(classifier, lambda: outer(classifier)["loss"])
             if self.applied is None:
@@ -261,3 +259,11 @@ class MinMax:
                     self._non_finite,
                     len(x),
                 )
+
+
+def _refuse_shards(classifier: nn.Module, what: str) -> None:
+    if not all(map(is_whole, classifier.parameters())):
+        raise ValueError(
+            f"{what} needs whole weights, got shards (FSDP or ZeRO 3): train by DDP or ZeRO 0 to "
+            "2, or without it"
+        )
