@@ -158,7 +158,7 @@ PIXEL = st.sampled_from([0.0, 0.25, 1.0]) | st.floats(0, 1)  # with ties, and at
 MOVE = st.sampled_from([-2.0, -0.5, 0.0, 0.5]) | st.floats(-3, 3)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(PIXEL, MOVE), min_size=1, max_size=12), st.floats(0.01, 8))
 def test_l1_projection_is_exact(entries: list[tuple[float, float]], eps: float) -> None:
     x, delta = torch.tensor(entries, dtype=torch.float64).T

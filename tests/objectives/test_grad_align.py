@@ -113,7 +113,7 @@ def test_descending_it_makes_gradients_alike() -> None:
     assert met[-1] > 0.98 > met[0]
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.long)])
 def test_attention_and_batchnorm_are_differentiated_twice(name: str) -> None:
     """And weight perturbation goes with it."""
     model = timm.create_model(name, num_classes=4)
