@@ -27,6 +27,7 @@ test-oldest:
 	.venv-oldest/bin/pip install --quiet uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
 		--resolution lowest-direct --editable ".[deepspeed,tensorboard,trainer,tests]"
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --no-deps torchattacks
 	.venv-oldest/bin/$(PYTEST) -m "not long"
 
 # known vulnerabilities of what is installed

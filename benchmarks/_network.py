@@ -20,7 +20,8 @@ CLONE_NEWNET = 0x40000000
 def tool(name: str) -> str:
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None or os.geteuid() != 0:
-        raise SystemExit("benchmarks/comm.py needs root, and `ip` and `tc` (package iproute2)")
+        needed = "root, and `ip` and `tc` (package iproute2); faults.py also `nft` (nftables)"
+        raise SystemExit(f"a network of namespaces needs {needed}")
     return path
 
 
@@ -91,6 +92,16 @@ def limit(namespace: str, device: str, rate: str) -> None:
     run = subprocess.run([*command, "rate", rate, *SHAPING], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"tc: {run.stderr.strip()} (rate {rate!r})")
+
+
+def lose(namespace: str, percent: int) -> None:
+    """Drop so many of the packets that a node is sent, at random."""
+    rules = "add table ip lossy; add chain ip lossy in { type filter hook input priority 0; }; "
+    rules += f"add rule ip lossy in iifname {INTERFACE} numgen random mod 100 < {percent} drop"
+    command = [tool("ip"), "netns", "exec", namespace, tool("nft"), rules]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"nft: {run.stderr.strip()}")
 
 
 def enter(namespace: str) -> None:

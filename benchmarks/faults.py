@@ -3,7 +3,7 @@
 Each must then end as the same run that was left alone: with its weights bit for bit, its metrics,
 its counts and its verdicts; all that differs is lost. The processes are forked from one that has
 imported everything, as in the tests; `launcher killed` and the network's faults start real ones
-(Linux, root and `iproute2`, else they are left out). Seconds: from the restart to the first
+(Linux, root, `iproute2`, `nftables`; else left out). Seconds: from the restart to the first
 checkpoint, or the end, that is new.
 
     .venv/bin/python benchmarks/faults.py [--only killed nan] [--times 12] [--seed 0]
@@ -136,21 +136,26 @@ def launcher_killed(lab: Lab, times: int) -> Row:
     return row
 
 
+def two_machines(lab: Lab, folder: RunFolder, nodes: list[str]) -> list[Inside]:
+    """A process on each of two nodes, of one run."""
+    common = {"MASTER_ADDR": f"{_network.SUBNET}.1", "MASTER_PORT": "29513"}
+    return [
+        Inside(
+            node, "robust_accel", *RUN, f"output={folder.path}", SOON,
+            log=lab.root / f"node{rank}.log", RANK=str(rank), LOCAL_RANK="0",
+            WORLD_SIZE="2", **common,
+        )
+        for rank, node in enumerate(nodes)
+    ]  # fmt: skip
+
+
 def link_cut(lab: Lab, times: int) -> Row:
     """Two machines (namespaces), and the link between them goes down."""
     row = Row("link cut, DDP on two nodes")
     for _ in range(times):
         folder = lab.folder()
         with _network.network(2, "none") as nodes:
-            common = {"MASTER_ADDR": f"{_network.SUBNET}.1", "MASTER_PORT": "29513"}
-            ranks = [
-                Inside(
-                    node, "robust_accel", *RUN, f"output={folder.path}", SOON,
-                    log=lab.root / f"node{rank}.log", RANK=str(rank), LOCAL_RANK="0",
-                    WORLD_SIZE="2", **common,
-                )
-                for rank, node in enumerate(nodes)
-            ]  # fmt: skip
+            ranks = two_machines(lab, folder, nodes)
             while ranks[0].running() and not folder.steps():
                 time.sleep(0.02)
             subprocess.run(["ip", "-n", nodes[1], "link", "set", "eth0", "down"], check=True)
@@ -159,6 +164,27 @@ def link_cut(lab: Lab, times: int) -> Row:
         row.about["both sides name the other"] += ends == [UNAVAILABLE] * 2
         row.lost += [] if ends == [UNAVAILABLE] * 2 else [f"codes {ends}"]
         lab.resumed(folder, row)
+    return row
+
+
+def packets_lost(lab: Lab, times: int) -> Row:
+    """Two machines, and of what each is sent some packets never come: all must, in the end."""
+    row = Row("packets lost, DDP on two nodes")
+    for percent in itertools.islice(itertools.cycle((1, 5, 10)), times):
+        folder = lab.folder()
+        with _network.network(2, "none") as nodes:
+            for node in nodes:
+                _network.lose(node, percent)
+            ranks = two_machines(lab, folder, nodes)
+            ends = [rank.process.wait(600) for rank in ranks]
+        row.times += 1
+        named = UNAVAILABLE in ends  # the network was too bad for too long: somebody says so
+        row.about[f"{percent}%: {'named, and gone on from' if named else 'to its end'}"] += 1
+        if named:
+            lab.resumed(folder, row)
+        else:
+            fault = f"codes {ends}" if any(ends) else lab.loss(folder)
+            row.lost += [fault] if fault else []
     return row
 
 
@@ -289,6 +315,7 @@ def rows(
         ("lost", ddp, lambda lab: rank_gone(lab, max(1, times // 4), signal.SIGKILL)),
         ("launcher", ddp, lambda lab: launcher_killed(lab, max(1, times // 6))),
         ("cut", ddp, lambda lab: link_cut(lab, max(1, times // 6))),
+        ("packets", ddp, lambda lab: packets_lost(lab, max(1, times // 4))),
         ("node", ddp, lambda lab: node_lost(lab, max(1, times // 6))),
         ("owners", one, lambda lab: two_owners(lab, max(1, times // 2))),
         *(("flipped", engine, lambda lab: flipped(lab, times)) for engine in (one, ddp, "ZeRO 2")),

@@ -14,10 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from robust_accel.commands import is_setting, say
+from robust_accel.commands import say
 from robust_accel.console import LEVELS, shown
 from robust_accel.exit_codes import (
     INTERRUPTED,
+    NO_MEMORY,
     NOT_FINITE,
     OF_THE_DISK,
     STOPPED,
@@ -27,9 +28,10 @@ from robust_accel.exit_codes import (
     Stopped,
     Unavailable,
     Unwritable,
+    is_out_of_memory,
 )
 from robust_accel.files import check_path
-from robust_accel.messages import close_to, one_line
+from robust_accel.messages import close_to, is_setting, one_line
 from robust_accel.messages import shown as value_shown
 from robust_accel.training.stopping import (
     Stop,
@@ -42,7 +44,8 @@ from robust_accel.training.stopping import (
 EXIT_CODES = (
     f"Exit codes: {NOT_FINITE} numbers that are not finite ended a training, or a fault of ours; "
     f"{USAGE} a setting, an argument or the data are refused; {UNAVAILABLE} another "
-    f"process hangs or is gone; {UNWRITABLE} the disk is full, or a file or folder cannot be used; "
+    f"process hangs or is gone; {NO_MEMORY} there is too little memory; "
+    f"{UNWRITABLE} the disk is full, or a file or folder cannot be used; "
     f"{STOPPED} stopped by a signal or train.max_time, {INTERRUPTED} by Ctrl-C: train --resume "
     "goes on."
 )
@@ -54,20 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     # argparse stops taking settings at the first flag: take those behind one, too
     if rest and (not hasattr(options, "settings") or not all(map(is_setting, rest))):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        is_flag = any(word.startswith("--") for word in rest)
+        hint = "; settings are written section.key=value: train.epochs=3" if is_flag else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.settings += rest
     end_without_launcher(UNAVAILABLE)
     try:
         with ExitStack() as stack:
-            if not options.command.endswith(".wrap"):  # a script has its own ways of both
+            if not options.command.endswith(".wrap"):  # a script has its own way
                 stack.enter_context(Stop())
-                stack.enter_context(shown("warning" if options.quiet else options.log_level))
+            stack.enter_context(shown("warning" if options.quiet else options.log_level))
             try:
                 # late: a command imports what only it needs
                 module, _, name = options.command.partition(":")
                 return getattr(importlib.import_module(module), name or "run")(options)
             except Stopped as stopped:
+                if not stopped.is_told:
+                    said = f"stopped ({stopped.reason}): the same command goes on"
+                    say(f"\nrobust-accel: {said}", file=sys.stderr)
                 if is_launched():
                     leave(stopped.code)  # while further signals are still caught
                 raise
@@ -80,6 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"robust-accel: {error}", file=sys.stderr)
         refuse_restart()
         return NOT_FINITE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        keys = "train.gradient_accumulation (more), evaluate.batch_size, certify.batch_size (less)"
+        said = f"too little memory ({one_line(str(error), 300)}): what changes that: {keys}"
+        print(f"\nrobust-accel: {said}", file=sys.stderr, flush=True)
+        refuse_restart()
+        return NO_MEMORY
     except Unavailable as error:
         print(f"\nrobust-accel: {error}", file=sys.stderr, flush=True)  # maybe after a bar
         os._exit(UNAVAILABLE)  # what torch still has open would wait for those that are gone
@@ -109,6 +125,36 @@ def _positive(text: str) -> int:
     return number
 
 
+def _rate(text: str) -> float:
+    """Bytes a second of ``25gbit``."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmg])bit", text.lower().removesuffix("/s"))
+    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8 if found else 0.0
+    if rate <= 0:
+        wanted = "a rate as 100mbit, 1gbit or 25gbit is wanted"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return rate
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        wanted = "a number above 0, at most 1, is wanted"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return share
+
+
+def _image(text: str) -> tuple[int, ...]:
+    """[C, H, W] of ``3x224x224``."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,4}", part) for part in parts):
+        wanted = "channels, height and width are wanted, as 3x224x224"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {value_shown(text)}")
+    return tuple(map(int, parts))
+
+
 def _path(text: str) -> Path:
     try:
         return Path(check_path(text))
@@ -129,7 +175,7 @@ def _launcher(text: str) -> str:
 _GROUPS = {
     "Train and measure": ("train", "wrap", "evaluate", "certify", "pseudo-label"),
     "Compare": ("report", "study"),
-    "Look up": ("recipes", "recipe", "explain", "check", "env", "schema"),
+    "Look up": ("recipes", "recipe", "explain", "check", "plan", "env", "schema"),
 }
 _EXAMPLES = {
     "train": "robust-accel train quickstart train.epochs=4 output=runs/short",
@@ -143,6 +189,7 @@ _EXAMPLES = {
     "recipe": "robust-accel recipe show cifar10/at attack.num_steps=20",
     "explain": "robust-accel explain train.ema_decay",
     "check": "robust-accel check my.yaml data.path=images",
+    "plan": "robust-accel plan cifar10/dat_pgd --nodes 6 --gpus 6 --link 1gbit --device v100",
     "env": "robust-accel env",
     "schema": "robust-accel schema > schema.json",
 }
@@ -152,6 +199,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Also what was meant, where a command is misspelt."""
         wrong = re.search("invalid choice: '(.*?)' ", message)
+        message = message.replace("required: recipe, settings", "required: recipe")
         super().error(message + (close_to(wrong[1], _EXAMPLES) if wrong else ""))
 
 
@@ -181,16 +229,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="robust-accel",
         metavar="COMMAND",
         help=argparse.SUPPRESS,
-        parser_class=argparse.ArgumentParser,
+        parser_class=_Parser,
     )
     helps: dict[str, str] = {}
 
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(name: str, text: str, *parents: _Parser) -> argparse.ArgumentParser:
         helps[name] = text
         example = f"Example: {_EXAMPLES[name]}"
-        return commands.add_parser(name, description=text, epilog=example, parents=parents)
+        return commands.add_parser(
+            name, description=text, epilog=example, parents=parents, allow_abbrev=False
+        )
 
-    telling = argparse.ArgumentParser(add_help=False)
+    telling = _Parser(add_help=False)
     telling.add_argument("--quiet", action="store_true", help="warnings and the result only")
     telling.add_argument("--log-level", choices=LEVELS, default="info", help="what is told")
     settings_help = "settings that replace the recipe's, as section.key=value"
@@ -205,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run, if there is one")
     train.set_defaults(command="robust_accel.commands.train")
 
-    wrap = command("wrap", "run a training script, its model made robust")
+    wrap = command("wrap", "run a training script, its model made robust", telling)
     wrap.add_argument("--recipe", required=True, help="its attack, objective and communication")
     for name in ("mean", "std"):
         wrap.add_argument(
@@ -295,6 +345,27 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
     check.add_argument("settings", nargs="*", help=settings_help)
     check.set_defaults(command="robust_accel.commands.check")
+
+    plan = command("plan", "what a step would take on many machines", telling)
+    plan.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
+    plan.add_argument("settings", nargs="*", help=settings_help)
+    plan.add_argument("--nodes", type=_positive, required=True, metavar="N", help="machines")
+    plan.add_argument("--gpus", type=_positive, default=1, metavar="N", help="workers of each")
+    plan.add_argument(
+        "--link", type=_rate, required=True, metavar="RATE", help="of a machine: 1gbit, 25gbit"
+    )
+    plan.add_argument(
+        "--device",
+        choices=("this", "v100", "a100", "h100"),
+        default="this",
+        help="whose seconds: of this machine, measured, or by a data sheet",
+    )
+    plan.add_argument(
+        "--efficiency", type=_share, default=0.12, help="of the data sheet's FLOPS that are reached"
+    )
+    plan.add_argument("--image", type=_image, metavar="CxHxW", help="where the data are not here")
+    plan.add_argument("--classes", type=_positive, metavar="N", help="where the data are not here")
+    plan.set_defaults(command="robust_accel.commands.plan")
 
     env = command("env", "versions and devices, for reports of faults")
     env.set_defaults(command="robust_accel.commands.env")

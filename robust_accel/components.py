@@ -105,7 +105,9 @@ def find_component(section: str, family: Mapping[str, type], name: object) -> ty
     except (KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:  # SystemExit is one
-        raise ValueError(f"{shown(name)} cannot be imported: {told(error)}") from error
+        hint = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        hint = "; name it as an import does, without .py" if "/" in module else hint
+        raise ValueError(f"{shown(name)} cannot be imported: {told(error)}{hint}") from error
     if not is_class:
         raise ValueError(f"{shown(name)} is no class, but {shown(found)}")
     if lack is not None:

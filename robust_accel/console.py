@@ -29,16 +29,19 @@ def shown(level: str) -> Iterator[None]:
     """Show what is logged from this level on, and bars, in a block.
 
     Lines go to standard output, warnings to standard error, of the first process only; errors of
-    all, and what is marked as ``of_one_process``. A library's user chooses by ``logging`` instead.
+    all, and what is marked as ``of_one_process``. What a wrapped script shows of ``logging`` does
+    not show them twice. A library's user chooses by ``logging`` instead.
     """
-    handler, before = _Console(), _ours.level
+    handler, before = _Console(), (_ours.level, _ours.propagate)
     _ours.addHandler(handler)
     _ours.setLevel(level.upper())
+    _ours.propagate = False
     try:
         yield
     finally:
         _ours.removeHandler(handler)
-        _ours.setLevel(before)
+        _ours.setLevel(before[0])
+        _ours.propagate = before[1]
 
 
 class _Console(logging.Handler):

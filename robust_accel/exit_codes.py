@@ -9,6 +9,8 @@ USAGE = 2
 """A recipe, an argument or data are not as they must be: one line says what."""
 UNAVAILABLE = 69
 """A process of the run does not answer or is gone, or the network: one line names it."""
+NO_MEMORY = 71
+"""A device or the machine has no memory for so large batches."""
 UNWRITABLE = 74
 """The disk is full, or a file or folder cannot be read or written, or is gone."""
 STOPPED = 75
@@ -32,9 +34,13 @@ class Stopped(SystemExit):
 
     Args:
         request: The signal that asked; SIGALRM is ``train.max_time``.
+
+    Attributes:
+        is_told: Whether a line has said so already, with what is kept.
     """
 
     code: int
+    is_told = False
 
     def __init__(self, request: int) -> None:
         super().__init__(INTERRUPTED if request == signal.SIGINT else STOPPED)
@@ -45,3 +51,9 @@ class Stopped(SystemExit):
         if self.request == signal.SIGALRM:
             return "train.max_time is nearly up"
         return f"got {self.request.name}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left; without importing torch to know."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)

@@ -35,7 +35,8 @@ def locked(folder: Path) -> Iterator[str]:
 
     The kernel lets go when this process ends, in whatever way; a file that is left behind means
     nothing. Processes that it forks own nothing. On NFS the server keeps the lock, so that it holds
-    between machines; a file system without locks is said to have none, and is used.
+    between machines; a file system without locks is said to have none, and is used. Where folders
+    can be locked, too, removing the file lets nobody in.
 
     Raises:
         ValueError: ``output: ...``: another process owns it, or it cannot be written to.
@@ -43,10 +44,17 @@ def locked(folder: Path) -> Iterator[str]:
     is_new = not folder.exists()
     try:
         file = _open_locked(folder)
+        try:
+            itself = _locked_itself(folder)
+        except ValueError:
+            (folder / OWNER).unlink()
+            os.close(file)
+            raise
         text = f"{_about_this_process()}\n{secrets.token_hex(16)}\n"
         os.truncate(file, 0)
         os.write(file, text.encode())
-        _owned.add(file)
+        held = [file] if itself is None else [file, itself]
+        _owned.update(held)
     except FileExistsError:
         raise ValueError(f"output: {folder} is no folder: choose another") from None
     except OSError as error:
@@ -54,11 +62,14 @@ def locked(folder: Path) -> Iterator[str]:
     try:
         yield text
     finally:
+        _owned.difference_update(held)
+        if itself is not None:  # before the next one can have the file
+            fcntl.flock(itself, fcntl.LOCK_UN)  # a process that is being forked has it open yet
+            os.close(itself)
         with suppress(OSError):  # the folder may be gone, or filled
             (folder / OWNER).unlink()  # while it is held: the next one makes its own
             if is_new:
                 folder.rmdir()
-        _owned.discard(file)
         os.close(file)
 
 
@@ -94,6 +105,22 @@ def _open_locked(folder: Path) -> int:
             return file
         os.close(file)  # an owner has removed it since it was opened
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _locked_itself(folder: Path) -> int | None:
+    """The folder, locked as well; None where folders cannot be, as on NFS."""
+    found = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(found)
+        if error.errno not in _HELD:
+            return None
+        raise ValueError(
+            f"output: {folder} is in use by a process whose {OWNER} was removed: wait for its end, "
+            "or choose another folder by output=FOLDER"
+        ) from None
+    return found
 
 
 def _about_this_process() -> str:

@@ -1,4 +1,4 @@
-"""What somebody else has written, in messages: on one line, and cut where it is long."""
+"""What somebody else has written: told on one line, cut where it is long, and what is meant."""
 
 import difflib
 import re
@@ -48,6 +48,11 @@ def printable(text: str) -> str:
     """The text of several lines, without what ``UNPRINTABLE`` finds but tabs and line feeds."""
     keep = lambda found: found[0] if found[0] in "\t\n" else "\N{REPLACEMENT CHARACTER}"  # noqa: E731
     return UNPRINTABLE.sub(keep, text)
+
+
+def is_setting(argument: str) -> bool:
+    """Whether a word of the command line is ``key.subkey=value``."""
+    return "=" in argument and not argument.startswith("-")
 
 
 def close_to(name: object, known: Iterable[str], most: int = 1) -> str:

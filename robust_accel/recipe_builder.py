@@ -98,8 +98,10 @@ class Builder:
         """Sections that do not exist, and settings of the command line that nothing would read."""
         for key in self.values:
             if key not in self.every:
-                allowed = f"{close_to(key, self.every)}; allowed: {listed(self.every)}"
-                self.fault(key, f"unknown section{allowed}")
+                inside = [name for name in self.every if key in _keys_of(self.every[name])]
+                meant = f" (did you mean {' or '.join(f'{name}.{key}' for name in inside)}?)"
+                close = meant if inside else close_to(key, self.every)
+                self.fault(key, f"unknown section{close}; allowed: {listed(self.every)}")
         unread = [
             dotted
             for dotted, origin in self.origins.items()
@@ -181,8 +183,8 @@ class Builder:
         if sigma is None and "certify" in required:
             why = "the objective has no sigma to certify with"
             if isinstance(objective, NotImported):
-                why = f"{objective.why('objective')}: give it"
-            self.fault("certify.sigma", f"missing: {why}")
+                why = objective.why("objective")
+            self.fault("certify.sigma", f"missing: {why}: give it, as certify.sigma=0.25")
 
     def _fill_threat_model(
         self, built: dict[str, Any], resolved: dict[str, Any], required: tuple[str, ...]
@@ -220,6 +222,12 @@ class Builder:
         named_key = re.match(rf"{section}\.([\w.]+):? (.*)", str(error), re.DOTALL)
         dotted, message = named_key.groups() if named_key else ("", str(error))
         self.fault(f"{section}.{dotted}".rstrip("."), message)
+
+
+def _keys_of(spec: SectionSpec) -> set[str]:
+    """All keys that a section may have."""
+    members = spec.values() if isinstance(spec, Mapping) else [spec]
+    return {key for member in members for key in getattr(member, "model_fields", ())}
 
 
 def built(spec: Any, tree: dict[str, Any]) -> Any:

@@ -90,7 +90,7 @@ def _texts_in(docstring: str) -> dict[str, str]:
     for line in inspect.cleandoc(docstring).splitlines():
         if not line.startswith(" ") and line:
             in_settings = line == "Args:"
-        elif in_settings and (entry := re.match(r"    ([\w, ]+): (.*)", line)):
+        elif in_settings and (entry := re.match(r"    (\w[\w, ]*): (.*)", line)):
             names = [name.strip() for name in entry[1].split(",")]
             found |= dict.fromkeys(names, entry[2])
         elif in_settings and line:

@@ -29,7 +29,7 @@ FLOORS = (
     {"integrations", "recipe"},
     {"trained_model", "reporting", "reference"},
     {"training"},
-    {"studies"},
+    {"studies", "planning"},
     {"commands"},
     {"api"},
     {"__init__", "__main__", "trainer"},  # the doors

@@ -52,6 +52,18 @@ def test_a_second_owner_is_refused_by_name_until_the_first_is_gone(
     assert not (folder / OWNER).exists()
 
 
+def test_removing_the_lock_lets_nobody_in(tmp_path: Path, other: Any) -> None:
+    folder = tmp_path / "run"
+    for _ in range(2):
+        (folder / OWNER).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=f"^output: {folder} is in use by a process whose"):
+            locked(folder).__enter__()
+    other.kill()
+    other.join()
+    with locked(folder):
+        assert (folder / OWNER).exists()
+
+
 def test_who_reads_the_lock_or_is_forked_changes_nothing(tmp_path: Path) -> None:
     child = CONTEXT.Process(target=time.sleep, args=(60,))
     with locked(tmp_path):

@@ -18,6 +18,7 @@ KEYS = all_keys()
 def test_every_key_says_what_it_does(key) -> None:
     assert len(key.text) > 5, f"{key.dotted}: no word on it in the docstring of its class"
     assert "  " not in key.text and key.text.count("``") % 2 == 0
+    assert key.text.endswith((".", ".)")), "its sentence has no end"
 
 
 def test_every_key_is_there() -> None:
@@ -54,6 +55,7 @@ def test_a_recipe_names_the_schema_below_its_sentence(path: Path) -> None:
     (place,) = (number for number, found in enumerate(named) if found)
     assert place > 0 and all(line.startswith("# ") for line in lines[:place])
     assert (path.parent / named[place][1]).resolve() == SCHEMA.resolve()
+    assert lines[0].endswith((".", ".)")), "the sentence goes on in the next line"
 
 
 def test_packaged_recipes_fit_the_schema() -> None:

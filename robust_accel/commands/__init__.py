@@ -20,11 +20,6 @@ def say(text: str, file: TextIO | None = None) -> None:
         print(printable(text), file=file or sys.stdout, flush=True)
 
 
-def is_setting(argument: str) -> bool:
-    """Whether a word of the command line is ``key.subkey=value``."""
-    return "=" in argument and not argument.startswith("-")
-
-
 def folder_for(
     model: str, recipe: "Recipe", subject: "Subject", overrides: Sequence[str], verb: str
 ) -> "RunFolder":

@@ -23,7 +23,9 @@ def run(options: argparse.Namespace) -> int:
     )
     if not found and not family:
         known = [*sections, *(key.dotted for key in keys), *(key.component for key in keys)]
-        raise ValueError(f"explain: {shown(asked)} is no key of a recipe{close_to(asked, known)}")
+        longer = [name for name in known if name.startswith(asked)][:3]
+        close = f" (did you mean {' or '.join(longer)}?)" if longer else close_to(asked, known)
+        raise ValueError(f"explain: {shown(asked)} is no key of a recipe{close}")
     for section in family:
         text = about(section, asked) if asked in members(section) else _family(section)
         say(text.replace("``", "") + "\n")

@@ -2,6 +2,7 @@
 
 import argparse
 
+from robust_accel.commands import say
 from robust_accel.files import write_text
 from robust_accel.reporting.exports import check_export, csv, latex
 from robust_accel.reporting.page import page
@@ -27,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
         write_report(RunFolder(folder), everything=options.all)
     for path, _, text in named.values():
         write_text(path, text(runs))
+        say(f"{path}")
     table = comparison(runs)
     print(table.markdown())
     return 0

@@ -89,7 +89,10 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
     logger.info(f"{plan.study.title}: {plan.number} trainings")
     summary = plan.root / f"{name}.json"
     if summary.exists():
-        known = read_json(summary).get("trainings", [])
+        before = read_json(summary)
+        if before.get("title", plan.study.title) != plan.study.title:
+            logger.warning(f"{summary} was of {before['title']!r}: its page is written over")
+        known = before.get("trainings", [])
         for changed in stale(plan.known(results.chosen), known):
             logger.warning(
                 f"{changed}: its recipe has changed since the last table: it is trained anew"
@@ -100,6 +103,7 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
             runner.run(results.chosen)
     except Stopped as stopped:
         logger.warning("stopped (%s): the same command goes on", stopped.reason)
+        stopped.is_told = True
         raise
     finally:
         for folder in filter(None, dict.fromkeys((plan.root, options.write))):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import runpy
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
-from robust_accel.commands import is_setting, say
 from robust_accel.files import write_json
 from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
 from robust_accel.integrations.witness import NotAttacked, Witness
+from robust_accel.messages import is_setting
 from robust_accel.recipe import Recipe, RecipeError, load_recipe
 from robust_accel.settings import listed
 from robust_accel.studies.trial import flat
+
+logger = logging.getLogger(__name__)
 
 _USED = ("attack", "objective", "communication")
 _APPLIED = (*_USED, "train.attack_mode", "train.awp")
@@ -207,7 +210,7 @@ class _Wrapping:
             attack_mode="eval" if train is None else train.attack_mode,
             weight_perturbation=None if train is None else train.awp,
         )
-        say(f"robust-accel: {self.summary()}")
+        logger.info("robust-accel: %s", self.summary())
         return True
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -230,7 +233,7 @@ class _Wrapping:
             applied = self.training.min_max.applied
             self._stepped = applied is not None
             if self._stepped:
-                say(f"robust-accel: {applied}")
+                logger.info("robust-accel: %s", applied)
 
     def send(self, accelerator: Accelerator, prepared: nn.Module) -> None:
         """Gradients by the recipe's communication."""
@@ -279,7 +282,8 @@ class _Wrapping:
             NotWrapped: See ``check``.
         """
         self.check()
-        say(f"robust-accel: attacked {self.training.min_max.calls} batches a process")
+        calls = self.training.min_max.calls
+        logger.info("robust-accel: attacked %d batches a process", calls)
         return 0
 
     @property

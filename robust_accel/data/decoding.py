@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
+from urllib.request import urlopen
 
 import datasets
 import numpy as np
@@ -28,6 +29,7 @@ _ORIENTATION = 274  # tag of EXIF
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 SKIP = "data.on_bad: skip leaves such images out"
 _MOST_PIXELS = 178_956_970  # PIL's own limit, if nobody has switched it off
+_PATIENCE = 20  # seconds in which an address must answer
 _MAIN_IS_FIRST = ("MPO", "PSD")  # a photo and its previews, a picture and its layers
 
 
@@ -70,7 +72,9 @@ def _opened(content: bytes | None, path: str | None) -> Image.Image:
     """An image whose header alone is read."""
     if content is None and path is not None and "://" in path:
         check_address(path)
-        with xopen(path, "rb") as file:
+        # datasets asks a server that does not answer twenty times
+        by_http = path.startswith(("http://", "https://"))
+        with urlopen(path, timeout=_PATIENCE) if by_http else xopen(path, "rb") as file:
             content = file.read()
     if content is not None:
         source: str | io.BytesIO = io.BytesIO(content)

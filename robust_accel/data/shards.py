@@ -123,11 +123,14 @@ def _split(name: str) -> str:
 # ---- their index -------------------------------------------------------------------------------
 
 
-def indexed(names: Sequence[str]) -> datasets.Dataset:
+def indexed(names: Sequence[str], *, skip: bool = False) -> datasets.Dataset:
     """The samples of shards as rows: ``image``, ``__place__``, and a column for each integer.
 
     Shards elsewhere are brought here first, once. The processes of a machine share that, and the
     indexing of what no earlier run has indexed.
+
+    Args:
+        skip: Samples whose label is none have no label, where a shard is indexed anew.
 
     Raises:
         ValueError: ``path: ...``: a shard is not as it must be, or has other columns than others.
@@ -137,8 +140,8 @@ def indexed(names: Sequence[str]) -> datasets.Dataset:
     first = int(os.environ.get("LOCAL_RANK", "0")) * len(names)
     first //= max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     for name in [*names[first:], *names[:first]]:  # each process begins at another
-        _index(name)
-    parts = [datasets.Dataset.from_file(str(_index(name))) for name in names]
+        _index(name, skip)
+    parts = [datasets.Dataset.from_file(str(_index(name, skip))) for name in names]
     for name, part in zip(names, parts, strict=True):
         if part.features != parts[0].features:
             own, other = (sorted({*p.features} - {PLACE}) for p in (part, parts[0]))
@@ -154,7 +157,7 @@ def shards_of(rows: datasets.Dataset) -> dict[str, str]:
     return {path.parent.name.rpartition("-")[0]: path.stem.rpartition("-")[2] for path in paths}
 
 
-def _index(name: str) -> Path:
+def _index(name: str, skip: bool) -> Path:
     """The index of a shard, which is made where there is none of its state."""
     path = _brought(name) if "://" in name else name
     try:
@@ -174,7 +177,7 @@ def _index(name: str) -> Path:
             other.unlink()
         new = folder / "new.arrow"
         with written_whole(new) as place:
-            digest = _write(place, path, name, state)
+            digest = _write(place, path, name, state, skip)
         if _state(os.stat(path)) != state:
             raise ValueError(f"path: {name} has changed while it was read")
         return new.rename(folder / f"{state}-{digest}.arrow")
@@ -204,10 +207,10 @@ def _brought(name: str) -> str:
     return str(path)
 
 
-def _write(place: Path, path: str, name: str, state: str) -> str:
+def _write(place: Path, path: str, name: str, state: str, skip: bool) -> str:
     """Write an index, so many samples at a time; its digest."""
     digest, base, shard = hashlib.sha256(), os.path.basename(name), os.path.realpath(path)
-    read = samples(path)
+    read = samples(path, skip=skip)
     first = list(itertools.islice(read, _BATCH))
     numbers = list(dict.fromkeys(key for sample in first for key in sample.numbers))
     if not first:

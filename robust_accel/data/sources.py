@@ -39,7 +39,7 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
         return _digits()
     check_address(path)
     if Path(path).suffix == SUFFIX:
-        return _of_shards(split_shards(path))
+        return _of_shards(split_shards(path), on_bad)
     loader = _FILES.get(Path(path).suffix)
     if loader is None and Path(path).is_file():
         raise ValueError(
@@ -65,7 +65,7 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
         if loader is None:
             check_found(path, name)
     if found and all(name.endswith(SUFFIX) for names in found.values() for name in names):
-        return _of_shards({str(split): list(names) for split, names in found.items()})
+        return _of_shards({str(split): list(names) for split, names in found.items()}, on_bad)
     files = {str(split): [n for n in names if os.path.isfile(n)] for split, names in found.items()}
     every = [name for names in files.values() for name in names]
     if any(map(_is_image, every)) and (lost := _no_files(path)):
@@ -92,8 +92,9 @@ def rows_of(splits: datasets.DatasetDict, split: str, key: str, path: str) -> da
     return splits[split]
 
 
-def _of_shards(splits: dict[str, list[str]]) -> datasets.DatasetDict:
-    return datasets.DatasetDict({split: indexed(names) for split, names in splits.items()})
+def _of_shards(splits: dict[str, list[str]], on_bad: str) -> datasets.DatasetDict:
+    skip = on_bad == "skip"
+    return datasets.DatasetDict({s: indexed(names, skip=skip) for s, names in splits.items()})
 
 
 def _is_image(name: str) -> bool:

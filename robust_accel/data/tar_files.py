@@ -31,8 +31,11 @@ class Sample:
     numbers: dict[str, int] = field(default_factory=dict)
 
 
-def samples(path: str) -> Iterator[Sample]:
+def samples(path: str, *, skip: bool = False) -> Iterator[Sample]:
     """Read the headers of a tar file, and labels: no image.
+
+    Args:
+        skip: A label that is none is passed over: its sample has none.
 
     Raises:
         ValueError: ``path: ...``: it ends before its end is marked, is broken in the middle, or
@@ -52,7 +55,7 @@ def samples(path: str) -> Iterator[Sample]:
                     if last:
                         yield sample
                     last, sample = key, Sample(key)
-                _add(sample, path, member, part.lower(), archive)
+                _add(sample, path, member, part.lower(), archive, skip)
             if last:
                 yield sample
             file.seek(archive.offset)
@@ -67,7 +70,12 @@ def samples(path: str) -> Iterator[Sample]:
 
 
 def _add(
-    sample: Sample, path: str, member: tarfile.TarInfo, part: str, archive: tarfile.TarFile
+    sample: Sample,
+    path: str,
+    member: tarfile.TarInfo,
+    part: str,
+    archive: tarfile.TarFile,
+    skip: bool,
 ) -> None:
     ending = part.rpartition(".")[2]
     if f".{ending}" in ImageFolder.EXTENSIONS:
@@ -82,7 +90,11 @@ def _add(
         file = archive.extractfile(member)
         assert file is not None
         read = _class if ending == "cls" else _integers
-        sample.numbers |= read(f"path: {path}: {member.name}", file.read(_LONGEST))
+        try:
+            sample.numbers |= read(f"path: {path}: {member.name}", file.read(_LONGEST))
+        except ValueError as error:
+            if not skip:
+                raise ValueError(f"{error}; data.on_bad: skip leaves such images out") from None
 
 
 def _class(where: str, content: bytes) -> dict[str, int]:

@@ -144,9 +144,10 @@ class EvaluateSettings(Settings):
         sweep: PGD accuracy against eps and against the number of steps, see ``SweepSettings``.
         autoattack: ``standard`` (APGD-CE, APGD-T, FAB-T, Square), ``quick`` (APGD-CE, APGD-T),
             ``rand`` (APGD-CE and APGD-DLR averaged over 20 draws, for randomised models), or null
-            to leave it out.
-        search: ``bf16`` lets AutoAttack's gradient attacks search in bf16 first. Successes count
-            where they hold in fp32, and survivors are attacked in fp32 by the whole sequence.
+            to leave it out. Its losses rank classes: at least four are needed (``rand``: three).
+        search: ``bf16`` lets AutoAttack's gradient attacks search in bf16 first, which is faster on
+            devices that compute in it. Successes count where they hold in fp32, and survivors are
+            attacked in fp32 by the whole sequence.
         sanity: True, or ``SanitySettings``: checks for numbers that are too good.
         corruptions: True, or ``CorruptionSettings``: error on corrupted images.
         images: Measure clean and PGD accuracy on the first so many test images, all when null.

@@ -72,7 +72,8 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
     for folder, name in zip(folders, names, strict=True):
         report = tidy(RunFolder(folder).read_report())
         if not report:
-            raise ValueError(f"{folder}: no report.json: nothing was measured there yet")
+            said = "no report.json: nothing was measured there yet"
+            raise ValueError(f"{folder}: {said if Path(folder).is_dir() else 'no such folder'}")
         if "measurements" not in report and any(key in report for key in BEFORE):
             raise ValueError(
                 f"{folder}: report.json is from before the ledger of measurements: measure the "

@@ -12,19 +12,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 from robust_accel.exit_codes import INTERRUPTED, NOT_FINITE, STOPPED
 from robust_accel.files import append_line, read_lines
+from robust_accel.studies.after import RUN, left_behind
 from robust_accel.studies.plan import Chosen, Plan
 from robust_accel.studies.trial import Command, Trial
 from robust_accel.training.stopping import OVERSEER, process_mark
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "unfinished"
+"""What has become of a command that was stopped, and has kept what it did."""
 _PAUSE = 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # through no link to another file
@@ -40,12 +42,16 @@ class Done:
     def __init__(self, root: Path) -> None:
         self._file = root / "done.jsonl"
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
+        self._before: dict[str, float] = {}  # digest -> seconds of what was gone on from
         self._checked: set[Path] = set()
         for line in read_lines(self._file) if self._file.exists() else []:
             self._keep(line)
 
     def _keep(self, line: dict[str, Any]) -> None:
         digest, command = str(line.get("digest")), str(line.get("command"))
+        if line.get("outcome") == UNFINISHED:
+            self._before[digest] = self._before.get(digest, 0.0) + float(line.get("seconds", 0))
+            return
         if command == "train":  # anew: what was done of an earlier one is gone
             self._lines = {key: old for key, old in self._lines.items() if key[0] != digest}
         self._lines[digest, command] = line
@@ -73,7 +79,7 @@ class Done:
 
     def add(self, trial: Trial, command: Command, outcome: str, seconds: float) -> None:
         commands = [command]
-        if command == ("train",):  # measures as well
+        if command == ("train",) and outcome != UNFINISHED:  # measures as well
             commands.append(trial.commands[1])
         for one in commands:
             line = {
@@ -89,9 +95,9 @@ class Done:
             seconds = 0.0
 
     def seconds(self, trials: Iterable[Trial]) -> dict[str, float]:
-        """What trainings took that are done, by digest."""
+        """What trainings took that are done, by digest, with all that they were gone on from."""
         wanted = {trial.digest for trial in trials}
-        found: dict[str, float] = {}
+        found = {digest: self._before[digest] for digest in wanted & self._before.keys()}
         for (digest, _), line in self._lines.items():
             if digest in wanted:
                 found[str(digest)] = found.get(str(digest), 0.0) + float(line.get("seconds", 0))
@@ -224,7 +230,7 @@ class Runner:
             recipe = trial.folder.with_name(f"{trial.folder.name}.yaml")
             trial.recipe.save(recipe)
             return ["train", str(recipe), f"output={trial.folder}", "--resume"]
-        words = [word.replace("{run}", str(trial.folder)) for word in words]
+        words = [word.replace(RUN, str(trial.folder)) for word in words]
         return [name, str(trial.folder), *words]
 
     def _ended(self, job: _Job, chosen: Chosen) -> None:
@@ -238,44 +244,30 @@ class Runner:
             why = f"failed with exit code {code}"
             if code in (STOPPED, INTERRUPTED):
                 why = "was stopped; the same command goes on"
+                self.done.add(job.trial, job.command, UNFINISHED, seconds)
             self.broken[job.trial.folder] = f"{name} {why}, see {job.log}"
         ended = "done" if code == 0 else "met numbers that are not finite"
         how = self.broken.get(job.trial.folder, f"{name} {ended}")
         logger.info(f"{how}, {_span(seconds)}; {self._outlook(chosen)}")
 
     def _outlook(self, chosen: Chosen) -> str:
-        """How many trainings are done, and the time that is left, by what such trainings took."""
+        """How many trainings are done, and the time that is left, by what those took."""
         trials = self.plan.known(chosen)
         took = self.done.seconds(trials)
         whole = [t for t in trials if t.digest in took and not self.done.left(t)]
         left = self.plan.number - len(whole)
         if not whole or not left:
             return f"{len(whole)} of {self.plan.number} done"
-        mean = fmean(took[trial.digest] for trial in whole)
-        kinds: dict[str, list[float]] = {}
-        for trial in whole:
-            kinds.setdefault(trial.cell.run, []).append(took[trial.digest])
-        expected = 0.0
-        for cell in self.plan.cells:
-            number = len(self.plan.tries(cell)) + len(self.plan.seeds) - 1
-            number -= sum(trial.cell == cell for trial in whole)
-            expected += number * fmean(kinds.get(cell.run, [mean]))
+        rate = sum(took[t.digest] for t in whole) / sum(t.passes for t in whole)
+        expected = rate * max(0.0, self.plan.passes - sum(t.passes for t in whole))
         return f"{len(whole)} of {self.plan.number} done, about {_span(expected / self.jobs)} left"
 
     def _end(self, number: int) -> None:
         for job in self._running:
             job.process.send_signal(number)
         for job in self._running:
-            if job.process.wait() == 0:
-                self.done.add(job.trial, job.command, "done", time.monotonic() - job.began)
-
-
-def left_behind(trial: Trial, command: Command) -> Path | None:
-    """What a command writes into its run's own folder, where an earlier one may have left it."""
-    if "--out" not in command[:-1]:
-        return None
-    target = command[command.index("--out") + 1]
-    return trial.folder / target[len("{run}/") :] if target.startswith("{run}/") else None
+            code, seconds = job.process.wait(), time.monotonic() - job.began
+            self.done.add(job.trial, job.command, UNFINISHED if code else "done", seconds)
 
 
 def _was_not_finite(job: _Job) -> bool:

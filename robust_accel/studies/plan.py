@@ -18,6 +18,7 @@ from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import beside
 from robust_accel.settings import listed
+from robust_accel.studies.after import check_after
 from robust_accel.studies.study_file import (
     PROCESSES,
     RunSettings,
@@ -116,6 +117,17 @@ class Plan:
             cells = math.prod(len(self.axes[axis]) for axis in self._axes_of(name))
             number += cells * (math.prod(map(len, run.tune.values())) + len(self.seeds) - 1)
         return number
+
+    @property
+    def passes(self) -> float:
+        """Of all trainings, see ``Trial.passes``; what is tuned counts as its first."""
+        total, first, seed = 0.0, lambda cell: self.tries(cell)[0], self.seeds[0]
+        for cell in self.cells:
+            tries = self.tries(cell)
+            found = [self.trial(cell, tried, seed, first) for tried in tries]
+            each = [trial.passes for trial in found if trial is not None]
+            total += sum(each) + (len(self.seeds) - 1) * each[0]
+        return total
 
     def known(self, chosen: Chosen) -> list[Trial]:
         """The trainings that can be named yet: seeds but the first wait for the tuning.
@@ -247,10 +259,11 @@ class Plan:
             for tried in tries:
                 try:
                     trial = self.trial(cell, tried, self.seeds[0], lambda c: self.tries(c)[0])
+                    assert trial is not None
+                    check_after(trial, f"{self.path}: runs.{cell.run}")
                 except RecipeError as error:
                     faults |= dict.fromkeys(str(error).splitlines())
                     continue
-                assert trial is not None
                 if len(tries) > 1 and trial.recipe.data.validation_size == 0:
                     where = f"{self.path}: runs.{cell.run}.tune"
                     why = "settings are tuned on a split held out of train"

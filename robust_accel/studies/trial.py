@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robust_accel.attacks import NoAttack
 from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.files import as_json
 from robust_accel.plain_yaml import RecipeError, read_plain
@@ -17,6 +18,7 @@ from robust_accel.studies.study_file import Values
 MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoattack_images",
              "train_images", "ids", "draws")  # fmt: skip
 """Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
+_MANY = 50_000  # images, where the recipe does not say
 Command = tuple[str, ...]
 """A command of this package and its words, without the run's folder."""
 _FREE = {
@@ -93,6 +95,17 @@ class Trial:
             counts = section not in ("output", "certify") and name not in _FREE.get(section, ())
             if counts and key not in given:
                 raise RecipeError(f"{stored}: {line}, by default: move the folder away")
+
+    @property
+    def passes(self) -> float:
+        """Images through the network and back, by the settings: what a training costs, roughly."""
+        recipe, train = self.recipe, self.recipe.train
+        assert train is not None
+        of_attack = getattr(
+            recipe.attack, "num_steps", 0 if isinstance(recipe.attack, NoAttack) else 1
+        )
+        each = (1 + of_attack) * getattr(recipe.objective, "num_noise", 1)
+        return train.epochs * (recipe.data.train_size or _MANY) * each
 
     @property
     def name(self) -> str:

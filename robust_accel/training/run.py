@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 from typing import Any
 
@@ -81,7 +82,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             if is_main():
                 kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
                 where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
-                logger.warning("stopped (%s): %s; --resume goes on", stopped.reason, where)
+                goes_on = f"robust-accel train {shlex.quote(str(recipe.output))} --resume goes on"
+                logger.warning("stopped (%s): %s; %s", stopped.reason, where, goes_on)
+                stopped.is_told = True
             if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
                 refuse_restart()
             raise

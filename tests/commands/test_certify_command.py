@@ -23,6 +23,7 @@ from robust_accel.evaluation.certify_images import (
     summary,
 )
 from robust_accel.evaluation.ledger import Ledger
+from robust_accel.exit_codes import NO_MEMORY
 from robust_accel.models import PixelClassifier
 from robust_accel.recipe import load_recipe
 from robust_accel.training.run import train
@@ -74,6 +75,16 @@ def test_the_fields_log_a_table_and_a_plot(run: Path, tmp_path: Path, method: st
     assert report["samples_per_image"] <= most
     assert "certified.png" in (folder.path / "report.md").read_text()
     assert (folder.path / "figures" / "certified.png").exists()
+
+
+def test_too_little_memory_is_a_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in any command."""
+    words = ["certify.batch_size=2147483647", "certify.n=2000000000", f"output={tmp_path / 'new'}"]
+    assert main(["certify", str(run), *SETTINGS, *words]) == NO_MEMORY
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"robust-accel: too little memory \(.*\): .*certify\.batch_size .*", said)
 
 
 class Killed(Exception):

@@ -1,5 +1,6 @@
 """Scripts that know nothing of attacks train robust models; what cannot be wrapped is refused."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -258,6 +259,26 @@ def test_what_of_a_shared_recipe_is_not_applied_is_said(
     assert named[:4] == ["model", "data", "optimizer", "schedule"]
     assert {"train.epochs", "train.ema_decay", "train.deterministic", "evaluate"} <= {*named}
     assert not {"train.keep", "train.attack_mode", "attack", "output", "certify"} & {*named}
+
+
+@pytest.mark.parametrize(("flags", "lines"), [((), 1), (("--quiet",), 0)])
+def test_what_is_said_is_said_once_whatever_the_script_does_with_logging(
+    flags: tuple[str, ...], lines: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "logging_script.py"
+    script.write_text(
+        "import logging, scripts, sys\n"
+        "logging.root.addHandler(logging.StreamHandler(sys.stdout))\n"
+        f"scripts.main('eval', {str(tmp_path)!r})\n"  # is refused at its first step
+    )
+    handlers = logging.root.handlers[:]
+    try:
+        assert main(["wrap", *flags, "--recipe", "quickstart", *NORMALISED, str(script)]) == 2
+    finally:
+        logging.root.handlers = handlers
+    said = capfd.readouterr()
+    assert said.out.count("wrapped Sequential") == lines
+    assert "is trained in eval mode" in said.err
 
 
 def test_commands_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numbered_images import CPU, image, numbers, settings, write_parquet
 from picture_folders import truncate, write_folder
 
 from robust_accel.data import load_data, load_test, load_to_label
+from robust_accel.data.decoding import UnusableImage, open_image
 
 FILES = {"in_memory": False, "image_size": 5}
 
@@ -99,3 +101,12 @@ def test_unlabeled_images_are_skipped_with_their_labels(broken: Path, tmp_path: 
     unlabeled = load_data(settings(whole, unlabeled=own, on_bad="skip")).unlabeled
     assert numbers(unlabeled) == [0, 1, 3, 4, 6, 7]
     assert unlabeled.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_address_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` would ask for minutes, and again for each image."""
+    monkeypatch.setattr("robust_accel.data.decoding._PATIENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/0.png"
+        with pytest.raises(UnusableImage, match=r"^cannot be read \(TimeoutError: timed out\)"):
+            open_image({"bytes": None, "path": address})

@@ -172,7 +172,9 @@ def test_the_index_is_made_once_and_anew_for_what_has_changed(
 ) -> None:
     read: list[str] = []
     samples = shards_module.samples
-    monkeypatch.setattr(shards_module, "samples", lambda path: read.append(path) or samples(path))
+    monkeypatch.setattr(
+        shards_module, "samples", lambda path, **how: read.append(path) or samples(path, **how)
+    )
     load(folder)
     assert len(read) == 4
     load(folder / "train-*.tar", test_split="train")
@@ -317,6 +319,10 @@ def test_labels_that_are_none_are_named(
     write_shard(tar, kind=kind, **changed)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"train\.tar.*{said}"):
         only(tar)
+    kept = only(tar, on_bad="skip")
+    assert is_of(kept, [0, 1, 2, 3, 4, 6, 7])
+    with pytest.raises(ValueError, match=r"\(train\.tar/0005\.png\) has no label; data\.on_bad"):
+        only(tar)  # by the index that has been made
 
 
 def test_shards_that_do_not_go_together_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """AutoAttack is the reference's, and leaves no trace."""
 
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -207,11 +208,11 @@ class Killed(Exception):
 KILLED = settings(autoattack="standard", batch_size=4, eps=0.05)
 
 
-def survivors(folder: Path) -> tuple[Tensor, AutoAttackEvaluation]:
-    """Flags of the standard sequence on a few images, Square and FAB cut short."""
+def survivors(folder: Path) -> tuple[Tensor, float]:
+    """Flags of the standard sequence on a few images, Square and FAB cut short; and its seconds."""
     bench = bench_of(*fitted(), KILLED, folder)
-    evaluation = AutoAttackEvaluation(KILLED, 5)
-    return evaluation.run(bench, bench.clean(12))[0].right, evaluation
+    outcomes, about = AutoAttackEvaluation(KILLED, 5).run(bench, bench.clean(12))
+    return outcomes.right, about["wall_seconds"]
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +260,11 @@ def test_killed_in_any_attack_it_goes_on_and_ends_with_the_same_flags(
     others = len(units) - len(done) - finished_before
     assert others == 3 + 1  # units of clean images and the checks
     done.clear()
-    assert survivors(tmp_path)[0].equal(whole)
+    flags, seconds = survivors(tmp_path)
+    assert flags.equal(whole)
     assert not done  # a third time nothing is left to do
+    spent = [json.loads(line)["seconds"] for line in lines(tmp_path) if line.endswith("}")]
+    assert seconds >= sum(sorted(spent)[3:])  # of clean images are three units
 
 
 def cut_short(perturb: Any, limit: str, value: int) -> Any:

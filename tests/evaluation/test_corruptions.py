@@ -297,8 +297,12 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], said: 
 
 
 def test_without_the_generator_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(_: str) -> str:
-        raise importlib.metadata.PackageNotFoundError
+    version = importlib.metadata.version
+
+    def lost(name: str) -> str:
+        if name == corrupted_module.GENERATOR:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
 
     monkeypatch.setattr(corrupted_module.importlib.metadata, "version", lost)
     with pytest.raises(ValueError, match=r"^evaluate.corruptions.path: not given, .* pip install"):

@@ -131,7 +131,8 @@ class Trained:
         if engine == "FSDP2, nested":
             fully_shard(self.tiny.conv, mesh=mesh)
             fully_shard(self.tiny.head, mesh=mesh)
-        fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
+        root = fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
+        root.set_force_sum_reduction_for_comms(True)  # gloo averages wrongly in torch 2.8
         self.found = lambda: flat(p.full_tensor() for p in self.tiny.parameters())
         self._by_optimizer(model)
 

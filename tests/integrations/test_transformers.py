@@ -177,6 +177,13 @@ class Hub(BaseHTTPRequestHandler):
                     content = base64.b64decode(line["value"]["content"])
                     (self.server.folder / line["value"]["path"]).write_bytes(content)
             reply = {"commitOid": "0" * 40, "commitUrl": f"{url}/commit/{'0' * 40}"}
+        self.answer(reply)
+
+    def do_GET(self) -> None:
+        """Of the repository; an older ``huggingface_hub`` asks."""
+        self.answer({"id": "someone/robust"})
+
+    def answer(self, reply: dict[str, Any]) -> None:
         body = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

@@ -9,7 +9,7 @@ import pytest
 
 from robust_accel.exit_codes import STOPPED
 from robust_accel.studies import execution
-from robust_accel.studies.execution import Done, Runner
+from robust_accel.studies.execution import UNFINISHED, Done, Runner
 from robust_accel.studies.plan import Plan
 
 RUNS = (f"r{n}: {{recipe: quickstart, settings: {{attack.num_steps: {n + 1}}}}}" for n in range(4))
@@ -74,3 +74,17 @@ def test_no_log_is_written_through_a_link(
     with pytest.raises(OSError, match="symbolic link"):
         Runner(plan, Done(plan.root), jobs=1, launcher=None).run(lambda cell: ())
     assert victim.read_text() == "mine" and not started
+
+
+def test_the_time_left_is_by_work_and_with_what_was_stopped(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(FOUR, seeds=range(1))  # of 2, 3, 4 and 5 passes an image
+    chosen, done = lambda cell: (), Done(plan.root)
+    first = plan.known(chosen)[0]
+    first.folder.mkdir(parents=True)
+    (first.folder / "report.json").write_text("{}")
+    done.add(first, ("train",), UNFINISHED, 15.0)
+    assert ("train",) in done.left(first)
+    done.add(first, ("train",), "done", 5.0)
+    for known in (done, Done(plan.root)):
+        runner = Runner(plan, known, jobs=1, launcher=None)
+        assert runner._outlook(chosen) == "1 of 4 done, about 2 min left"

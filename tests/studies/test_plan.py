@@ -8,7 +8,8 @@ from studies.conftest import leave
 
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import SECTIONS, TrainSettings
-from robust_accel.studies.execution import Done, left_behind
+from robust_accel.studies.after import left_behind
+from robust_accel.studies.execution import Done
 from robust_accel.studies.plan import Plan
 
 TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
@@ -192,20 +193,32 @@ def test_a_certificate_by_other_settings_is_another_command(plan_of: Callable[..
     assert other.commands[2][0] == "certify" and "certify.n=300" in other.commands[2]
 
 
+def test_what_a_command_has_left_in_its_run_is_known(plan_of: Callable[..., Plan]) -> None:
+    words = "--data, images.parquet, --out, '{run}/p.parquet', data.unlabeled.split=test"
+    runs = f"runs: {{a: {{recipe: quickstart, then: [[pseudo-label, {words}], [certify]]}}}}"
+    plan = plan_of(runs, overrides=["certify.sigma=0.5"])
+    trial = trials(plan)["a, seed 0"]
+    found = [left_behind(trial, command) for command in trial.commands]
+    assert found == [None, None, trial.folder / "p.parquet", None]
+
+
 @pytest.mark.parametrize(
-    ("words", "target"),
+    ("command", "said"),
     [
-        ("--out, '{run}/p.parquet'", "p.parquet"),
-        ("--out, '{run}/p.parquet', --data, images.parquet", "p.parquet"),
-        ("--out, elsewhere.parquet", None),
-        ("--data, '{run}/p.parquet'", None),
+        ("[certify]", "certify: certify.sigma: missing: the objective has no sigma"),
+        ("[certify, certify.sgma=0.5]", r"certify: certify.sgma: unknown key \(did you mean"),
+        ("[certify, certify.sigma=0.5, data.path]", "certify: data.path is not allowed; allowed"),
+        ("[certify, certify.sigma=0.5, train.epochs=3]", "train.epochs: this command does not"),
+        ("[evaluate, evaluate.eps=8/255, evaluate.norm=l3]", "evaluate: evaluate.norm: 'l3' is"),
+        ("[evaluate, --out, x.parquet]", "evaluate: --out is not allowed"),
+        ("[pseudo-label]", "pseudo-label: --out: missing: {run}/NAME.parquet is wanted"),
+        ("[pseudo-label, --out]", "pseudo-label: --out: a value is wanted"),
+        ("[pseudo-label, --out, all.parquet]", "--out: all.parquet: {run}/NAME.parquet is wanted"),
+        ("[pseudo-label, --out, '{run}/a.csv']", "--out: {run}/a.csv: {run}/NAME.parquet is"),
     ],
 )
-def test_only_what_a_command_writes_into_its_run_is_made_anew(
-    words: str, target: str | None, plan_of: Callable[..., Plan]
+def test_what_cannot_be_done_after_a_training_is_said_before_it(
+    command: str, said: str, plan_of: Callable[..., Plan]
 ) -> None:
-    plan = plan_of(f"runs: {{a: {{recipe: quickstart, then: [[pseudo-label, {words}]]}}}}")
-    trial = trials(plan)["a, seed 0"]
-    assert left_behind(trial, trial.commands[0]) is None
-    expected = None if target is None else trial.folder / target
-    assert left_behind(trial, trial.commands[2]) == expected
+    with pytest.raises(RecipeError, match=rf"study\.yaml: runs\.a\.then: .*{said}"):
+        plan_of(f"runs: {{a: {{recipe: quickstart, then: [{command}]}}}}")

@@ -134,7 +134,7 @@ def test_one_that_fails_is_named_and_the_others_are_done(
     assert main(["study", str(path), "--output", str(tmp_path / "out"), "--seeds", "1"]) == 1
     said = capsys.readouterr()
     assert "failed: bad, seed 0: train failed with exit code 2, see " in said.err
-    assert "not finished: bad; b" in said.out
+    assert "not finished: bad; b" in said.err
     log = Path(said.err.rsplit("see ", 1)[1].strip())
     assert "no/such/folder" in log.read_text()
     assert "| good |" in said.out.replace("  ", " ")

@@ -277,6 +277,7 @@ def test_an_evaluation_ends_at_once_and_goes_on(tmp_path: Path, finished: Path) 
     assert code == STOPPED, output
     assert time.monotonic() - began < 10
     assert "Traceback" not in output
+    assert output.count("robust-accel: stopped (got SIGTERM): the same command goes on") == 1
     done = units()
     code, output = Forked(*evaluate).wait()
     assert code == 0, output

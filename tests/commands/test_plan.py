@@ -1,0 +1,60 @@
+"""The plan command: what it prints, and what it refuses before it measures anything."""
+
+import re
+
+import pytest
+
+from robust_accel.__main__ import _parser, main
+from robust_accel.planning import cost as cost_module
+from robust_accel.planning.estimate import DEVICES
+
+FEW = ("train.batch_size=64", "attack.num_steps=1", "attack.step_size=0.2")
+
+
+def test_a_slow_link_and_no_link(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(cost_module, "_SECONDS", 1e9)
+    common = ("plan", "quickstart", *FEW, "--quiet", "--device", "v100", "--efficiency", "0.5")
+    assert main([*common, "--nodes", "4", "--gpus", "2", "--link", "1mbit"]) == 0
+    said = capsys.readouterr().out
+    assert "77,562 parameters" in said and "batch 64 = 4 x 2 workers x 8 images" in said
+    rows = [[cell.strip() for cell in line.split("|")] for line in said.splitlines()]
+    speedups = {row[1]: float(row[8]) for row in rows if len(row) == 10 and row[8][:1].isdigit()}
+    assert speedups["fp32"] == 1 < speedups["8 bits, 2 sides"] < speedups["4 bits, 2 sides"]
+    assert "Fastest: 4 bits, 2 sides" in said and "DDP fits into 32 GiB" in said
+    assert re.search(r"v100 at 7\.85 TFLOPS \(50% of published\)", said)
+    assert main([*common, "--nodes", "1", "--gpus", "8", "--link", "1mbit"]) == 0
+    assert "does not pay here: nothing leaves a machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--link", "fast"], "a rate as 100mbit, 1gbit or 25gbit is wanted, got 'fast'"),
+        (["--link", "0gbit"], "got '0gbit'"),
+        (["--nodes", "0"], "--nodes"),
+        (["--image", "3x32"], "channels, height and width are wanted"),
+        (["--efficiency", "2"], "a number above 0, at most 1, is wanted"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "quickstart", "--nodes", "2", "--link", "1gbit", *words])
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_dealt_names_those_that_can(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "quickstart", "train.batch_size=100", "--nodes", "3", "--link", "1gbit"]
+    assert main([*words, "--gpus", "2", "train.gradient_accumulation=2"]) == 2
+    said = capsys.readouterr().err
+    assert "train.batch_size: 100 is no multiple of 6 workers x 2 micro-batches: 96, 108" in said
+
+
+def test_the_devices_are_those_that_are_known() -> None:
+    for name in DEVICES:
+        words = ["plan", "quickstart", "--nodes", "1", "--link", "1gbit", "--device", name]
+        assert _parser().parse_args(words).device == name

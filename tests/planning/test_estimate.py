@@ -1,0 +1,43 @@
+"""From one worker's step to many machines': sums that can be done by hand."""
+
+import pytest
+
+from robust_accel.comm.traffic import Machines
+from robust_accel.planning.cost import Cost
+from robust_accel.planning.estimate import PROTOCOLS, at_speed, estimates, memory
+
+MIB = 2**20
+COST = Cost(
+    shapes=((256, 1024),), weights=MIB, gradients=MIB, state=2 * MIB, average=0, kept=1000.0,
+    flops=3e9, forward=0.02, backward=0.01, update=0.005, images=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("rate", "exposed"), [(1e6, 2 * MIB * 3 / 4 / 1e6 - 0.04), (1e9, 0.0)])
+def test_a_step_is_its_passes_and_what_the_last_backward_does_not_hide(
+    rate: float, exposed: float
+) -> None:
+    found = estimates(COST, Machines(4, 1), rate, 4, 3, PROTOCOLS, None)
+    base = found[0]
+    assert base.traffic.leaving == 2 * MIB * 3 / 4
+    assert base.wire == pytest.approx(base.traffic.leaving / rate)
+    assert base.exposed == pytest.approx(exposed)
+    assert base.step == pytest.approx(3 * 4 * 0.03 + exposed + 0.005)
+    assert all(one.step <= base.step for one in found)
+
+
+def test_memory_is_shared_out_by_engine() -> None:
+    found = memory(COST, 4, 10)
+    assert found["DDP"] == 5 * MIB + 10_000
+    assert found["ZeRO 1"] == MIB * (1 + 1 + 0.5 + 0.25) + 10_000
+    assert found["ZeRO 2"] == MIB * (1 + 0.25 + 0.5 + 0.25) + 10_000
+    assert found["FSDP2"] == MIB * (1 + 0.25 + 0.25 + 0.5) + 10_000
+    alone = memory(COST, 1, 10)
+    assert alone["ZeRO 2"] == alone["FSDP2"] == alone["DDP"]
+
+
+def test_another_device_does_the_same_work_in_its_own_time() -> None:
+    found = at_speed(COST, 1e12)
+    assert found.forward + found.backward == pytest.approx(3e9 / 1e12)
+    assert found.forward / found.backward == pytest.approx(2)
+    assert (found.update, found.kept) == (0, COST.kept)
