@@ -6,6 +6,8 @@ tbf at both ends. Each node is one process with one thread, gloo over TCP. Needs
 
 exchange  The backward of a DistributedDataParallel model whose gradients are ready at once (fixed
           random tensors of the model's shapes, DDP's own buckets): communication and nothing else.
+          --engine fsdp2: of an FSDP2 model in parts of about two million elements, whose weights
+          are gathered before; fp32 is FSDP2's own reduce-scatter, which on gloo is an all-reduce.
 step      A training step of RobustModel (one-step attack, backward overlapped with communication).
           Exposed is what the step takes more than the same step in `no_sync`, CPU time included.
 
@@ -14,6 +16,7 @@ machine's cores, so a protocol that computes pays here for all N of them; on a c
 
 python benchmarks/comm.py                                     # 4 nodes, 1 Gbit/s and 100 Mbit/s
 python benchmarks/comm.py --nodes 2 3 4 --rate 1gbit --what exchange
+python benchmarks/comm.py --engine fsdp2 --rate 1gbit
 """
 
 import argparse
@@ -32,9 +35,12 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from _gradients import FixedGradients, Parts
 from _network import INTERFACE, SUBNET, enter, network, payload_sent, tool
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel import FGSMRS, QSGD, AllReduce, RobustModel, compress_gradients
@@ -48,12 +54,18 @@ COLLECTIVES: dict[str, AllReduce | QSGD | None] = {
     POWERSGD: None,  # torch's own hook
     "8bit-1sided": QSGD(bits=8, sides=1),
     "8bit-2sided": QSGD(bits=8, sides=2),
+    "4bit-1sided": QSGD(bits=4, sides=1),
     "4bit-2sided": QSGD(bits=4, sides=2),
 }
-# (rate, nodes): least speed-up of the exchange over fp32
+PROTOCOLS = {
+    "ddp": [name for name in COLLECTIVES if name != "4bit-1sided"],
+    "fsdp2": [BASELINE, "fp16", "8bit-1sided", "4bit-1sided"],  # there is no second side
+}
+# (engine, rate, nodes): least speed-up of the exchange over fp32
 GOALS = {
-    ("1gbit", 4): {"8bit-2sided": 2.5, "4bit-2sided": 3.0},
-    ("100mbit", 4): {"8bit-2sided": 3.5, "4bit-2sided": 6.0},
+    ("ddp", "1gbit", 4): {"8bit-2sided": 2.5, "4bit-2sided": 3.0},
+    ("ddp", "100mbit", 4): {"8bit-2sided": 3.5, "4bit-2sided": 6.0},
+    ("fsdp2", "1gbit", 4): {"8bit-1sided": 2.0, "4bit-1sided": 2.5},
 }
 PORT = 29500
 BATCH, IMAGE, EPS = 8, 32, 8 / 255
@@ -63,6 +75,7 @@ BATCH, IMAGE, EPS = 8, 32, 8 / 255
 class Case:
     """One row of a table: a protocol on a network."""
 
+    engine: str
     protocol: str
     nodes: int
     rate: str
@@ -73,29 +86,6 @@ class Case:
 
 
 # ---- one node --------------------------------------------------------------------------------
-
-
-class FixedGradients(nn.Module):
-    """Parameters of a model's shapes, whose gradients are given: backward costs nothing."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(torch.zeros_like(p) for p in model.parameters())
-        self.gradients = [1e-3 * torch.randn_like(p) for p in self.weights]
-
-    def forward(self) -> Tensor:
-        return _Fixed.apply(self.gradients, *self.weights)
-
-
-class _Fixed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.gradients)
 
 
 def node(case: Case, rank: int, namespace: str, results: Connection) -> None:
@@ -145,28 +135,52 @@ def distribute(
     return ddp, compress_gradients(ddp, collective)
 
 
+def shard(model: Parts, case: Case) -> tuple[nn.Module, GradientCompression | None]:
+    """The same by FSDP2; None for its own reduce-scatter."""
+    mesh = init_device_mesh("cpu", (case.nodes,))
+    for part in model:
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    collective = COLLECTIVES[case.protocol]
+    return model, None if collective is None else compress_gradients(model, collective)
+
+
 def measure_exchange(case: Case) -> dict[str, float]:
     """Seconds of one whole gradient's exchange, and the bytes that this node sent for it."""
     torch.manual_seed(dist.get_rank())
-    model = FixedGradients(timm.create_model(case.model, num_classes=10))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    ddp, compression = distribute(model, case)
+    inner = timm.create_model(case.model, num_classes=10)
+    num_parameters = sum(p.numel() for p in inner.parameters())
+    model: nn.Module
+    if case.engine == "fsdp2":
+        model, compression = shard(Parts(inner), case)
+    else:
+        model, compression = distribute(FixedGradients(inner.parameters()), case)
     meter = compression and compression.meter
+    loss = torch.zeros(())
+
+    def forward() -> None:
+        nonlocal loss
+        model.zero_grad()
+        loss = model()
 
     def exchange() -> None:
-        ddp.zero_grad()
-        ddp().backward()
+        loss.backward()
 
-    warm_up(exchange, case)
-    start_payload, start_formula = payload_sent(), meter.bytes_sent if meter else 0
-    seconds = timed(exchange, case.repeats)
-    payload = (payload_sent() - start_payload) / case.repeats
+    warm_up(lambda: (forward(), exchange()), case)
+    start_formula, payload = meter.bytes_sent if meter else 0, 0.0
+    seconds = []
+    for _ in range(case.repeats):
+        forward()  # FSDP2 gathers its weights
+        start_payload = payload_sent()
+        seconds.append(timed(exchange, 1))
+        payload += (payload_sent() - start_payload) / case.repeats
+    # gloo's reduce-scatter is an all-reduce, too
     ring = 2 * (case.nodes - 1) * 4 * num_parameters / case.nodes
     if meter:
         formula = (meter.bytes_sent - start_formula) / case.repeats
     else:
         formula = ring if case.protocol == BASELINE else float("nan")
-    return {"exchange": seconds, "formula": formula, "payload": payload}
+    return {"exchange": median(seconds), "formula": formula, "payload": payload}
 
 
 def measure_step(case: Case) -> dict[str, float]:
@@ -200,7 +214,7 @@ def measure_step(case: Case) -> dict[str, float]:
     return result
 
 
-def warm_up(work: Callable[[], None], case: Case) -> None:
+def warm_up(work: Callable[[], Any], case: Case) -> None:
     """DDP makes its buckets anew after the first iteration, and PowerSGD starts at the third."""
     for _ in range(4 if case.protocol == POWERSGD else 2):
         work()
@@ -299,7 +313,7 @@ def print_row(values: Sequence[str]) -> None:
 
 def run_table(case: Case, protocols: Sequence[str]) -> None:
     """One table: every protocol on one network, each line as soon as it is known."""
-    print(f"\n{case.nodes} nodes, {case.rate}, {case.model}, {case.repeats} repeats")
+    print(f"\n{case.engine}, {case.nodes} nodes, {case.rate}, {case.model}, {case.repeats} repeats")
     header = ["protocol", *(column for what in case.what for column in COLUMNS[what])]
     print_row(header)
     print_row(["---"] * len(header))
@@ -309,7 +323,7 @@ def run_table(case: Case, protocols: Sequence[str]) -> None:
         values = [c for what in case.what for c in cells(what, row, rows.get(BASELINE, {}))]
         name = f"{protocol}: {row['trouble']}" if "trouble" in row else protocol
         print_row([name, *values])
-    for protocol, goal in GOALS.get((case.rate, case.nodes), {}).items():
+    for protocol, goal in GOALS.get((case.engine, case.rate, case.nodes), {}).items():
         times = [rows.get(name, {}).get("exchange") for name in (BASELINE, protocol)]
         if all(times):
             gain = times[0] / times[1]
@@ -326,14 +340,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rate", nargs="+", default=["1gbit", "100mbit"], help="as tc writes it, or none"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--protocols", nargs="+", choices=COLLECTIVES, default=list(COLLECTIVES))
+    parser.add_argument("--engine", choices=PROTOCOLS, default="ddp")
+    parser.add_argument("--protocols", nargs="+", choices=COLLECTIVES, help="all of the engine's")
     parser.add_argument("--model", default="resnet18", help="a timm model")
-    parser.add_argument("--what", default="exchange,step", help="exchange, step, or both")
+    parser.add_argument("--what", help="exchange, step, or both; fsdp2: exchange")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one row")
     args = parser.parse_args(arguments)
-    args.what = tuple(args.what.split(","))
-    if not set(args.what) <= set(COLUMNS):
-        parser.error(f"--what: {','.join(args.what)} is not exchange, step or exchange,step")
+    known = ["exchange", "step"] if args.engine == "ddp" else ["exchange"]
+    args.what = tuple((args.what or ",".join(known)).split(","))
+    args.protocols = args.protocols or PROTOCOLS[args.engine]
+    if not set(args.what) <= set(known):
+        parser.error(f"--what: {','.join(args.what)} is not of {', '.join(known)}")
+    if not set(args.protocols) <= set(PROTOCOLS[args.engine]):
+        parser.error(f"--protocols: {args.engine} has {', '.join(PROTOCOLS[args.engine])}")
     if min(args.nodes) < 2 or args.repeats < 1:
         parser.error("--nodes must be >= 2 and --repeats >= 1")
     return args
@@ -350,8 +369,8 @@ def main() -> int:
     for rate in args.rate:
         for nodes in args.nodes:
             case = Case(
-                protocol=BASELINE, nodes=nodes, rate=rate, model=args.model, what=args.what,
-                repeats=args.repeats, timeout=args.timeout,
+                engine=args.engine, protocol=BASELINE, nodes=nodes, rate=rate, model=args.model,
+                what=args.what, repeats=args.repeats, timeout=args.timeout,
             )  # fmt: skip
             run_table(case, args.protocols)
     return 0

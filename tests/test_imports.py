@@ -127,6 +127,7 @@ def test_torch_distributed_is_known_to_comm_and_where_evaluation_gathers_or_fsdp
         "robust_model.py",
         "attack_context.py",
         "objectives",
+        "optim",
     )
     if path.relative_to(PACKAGE).parts[0] not in known:
         assert not uses_distributed(path)

@@ -1,9 +1,13 @@
-"""What the processes agree on at every step, without waiting for one another."""
+"""What the processes agree on: at every step, without waiting for one another; and in bits."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 class Agreement:
@@ -49,3 +53,15 @@ class Agreement:
         self._pending.wait()
         self._pending = None
         return int(self._number.item())
+
+
+def same_bits(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> bool:
+    """Whether tensors are the same on all ranks of a group, as far as sums of their bits tell.
+
+    Of the bits: a NaN that all ranks have is the same.
+    """
+    own = torch.stack([t.view(_INTEGERS[t.itemsize]).sum(dtype=torch.int64) for t in tensors])
+    largest, smallest = own.clone(), own.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+    return torch.equal(largest, smallest)

@@ -54,6 +54,30 @@ class Collective(Protocol):
         ...
 
 
+# the tensors' pieces that lie end to end in each worker's part
+Chunks: TypeAlias = Sequence[Sequence[Segment]]
+
+
+class ShardingCollective(Collective, Protocol):
+    """A protocol for sharded models (FSDP2), too: each worker keeps its piece of the mean alone."""
+
+    def scatter(
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
+    ) -> None:
+        """Average a gradient over the workers, each worker its own chunk of it.
+
+        Args:
+            rows: [M, n] of a floating point type, this worker's gradient: row i is worker i's
+                chunk. It may be overwritten.
+            chunks: the tensors' pieces that lie end to end in each row, of the same sizes in all.
+            step: number of the exchange, the same on every rank; seeds the rounding.
+            workers: the process groups.
+            meter: counts the bytes that this rank sends.
+            out: [n] of the same type, filled with the mean of this worker's chunk.
+        """
+        ...
+
+
 class Pipeline:
     """Exchanges under way, at most `depth` of them.
 

@@ -1,7 +1,7 @@
 """Who sends what: protocols that turn each worker's gradient into the mean on every worker.
 
-They know nothing of DDP or DeepSpeed. Every rank decodes the same bytes with the same operations
-in the same order, so that parameters stay bit-identical across ranks.
+They know nothing of DDP, FSDP2 or DeepSpeed. Every rank decodes the same bytes with the same
+operations in the same order, so that parameters stay bit-identical across ranks.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from robust_accel.comm.base import All, Exchange, run_all
+from robust_accel.comm.base import All, Chunks, Exchange, run_all
 from robust_accel.comm.draws import random_key
 from robust_accel.comm.kernels import BlockNorm
 from robust_accel.comm.layout import Segment, split
@@ -26,6 +26,7 @@ from robust_accel.settings import Flag, Settings, Whole, parse_choice
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
 _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
 _SLICE = 1 << 21  # elements exchanged at a time: one slice is computed while another is sent
 
@@ -53,6 +54,25 @@ class AllReduce(Settings):
         if mean is not flat:
             flat.copy_(mean)
 
+    def scatter(
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
+    ) -> None:
+        """See `ShardingCollective.scatter`. A ring sends (M - 1) / M of the gradient.
+
+        FSDP2's own type is kept where it is narrower. On gloo it is twice as much: its
+        reduce-scatter is an all-reduce.
+        """
+        dtype, op, mean = _DTYPES[self.dtype], dist.ReduceOp.AVG, out
+        if rows.itemsize > dtype.itemsize:
+            # multiplied before the sum, as above
+            rows, op = rows.mul(1.0 / workers.size).to(dtype), dist.ReduceOp.SUM
+            mean = rows.new_empty(len(out))
+        rounds = 2 if dist.get_backend(workers.group) == "gloo" else 1
+        meter.sent(rounds * (workers.size - 1) * rows.nbytes / workers.size)
+        _reduce_scatter_tensor(mean, rows.view(-1), op=op, group=workers.group)
+        if mean is not out:
+            out.copy_(mean)
+
 
 class _Route(NamedTuple):
     """How messages travel: by one group to where they are decoded, by another back."""
@@ -72,7 +92,9 @@ class QSGD(Settings):
         bits: bits an element, scales and signs apart.
         sides: 1 quantises each worker's gradient (step 7 of Algorithm A1, the paper's
             Ring-AllReduce setting); 2 also quantises the mean (step 10, its parameter-server
-            setting), with every worker the server of 1/M of the gradient.
+            setting), with every worker the server of 1/M of the gradient. FSDP2's workers keep
+            the mean that they serve, and send parameters: there both say the same, but for the
+            exchange between replicas.
         norm: "max" (default) or the paper's "l2" with s = 2^bits levels.
         block_size: elements that share a norm: 256, or 128 below 8 bits, where not given ("auto");
             null is a whole tensor; "whole" is the whole gradient as far as one exchange holds it
@@ -118,6 +140,35 @@ class QSGD(Settings):
             route = _Route(workers.group, replies, meter)
             return self._between(flat, segments, step, route)
         return [self._through_machines(flat, segments, step, workers, meter)]
+
+    def scatter(
+        self, rows: Tensor, chunks: Chunks, step: int, workers: Workers, meter: Meter, out: Tensor
+    ) -> None:
+        """See `ShardingCollective.scatter`.
+
+        Step 7 of Algorithm A1, and the servers keep their means. Where machines hold several
+        workers each, these first take means in fp32.
+        """
+        rows, group = rows.float(), workers.group
+        if workers.node is not None:
+            rows = _mean_in_machine(rows, workers, meter)
+            chunks = [chunks[i] for i in workers.places[dist.get_rank(workers.node)]]
+            group = workers.peers
+        if self.block_size == "whole":
+            chunks = [[Segment(rows.shape[1], c[0].position, raw=False)] for c in chunks]
+        rank, parts = dist.get_rank(group), len(rows)
+        key = random_key(self.seed, rank, step, rows.device)
+        segments = [segment for chunk in chunks for segment in chunk]
+        message = self.quantizer.encode_parts(rows.view(-1), segments, key, parts, chunked=True)
+        received = Message(*map(torch.empty_like, message))
+        All(
+            _all_to_all(there, sent, group, meter)
+            for there, sent in zip(received, message, strict=True)
+        ).wait()
+        mean = out if out.dtype == torch.float32 else rows.new_empty(len(out))
+        self.quantizer.mean_of_chunk(received, chunks[rank], mean)
+        if mean is not out:
+            out.copy_(mean)
 
     def _through_machines(
         self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
@@ -223,6 +274,16 @@ class _Shares:
         _all_gather(rows, own, group, meter, inside=True).wait()
         for row, size, out in zip(rows, self.sizes, self.flat.split(self.sizes), strict=True):
             out.copy_(row[:size])
+
+
+def _mean_in_machine(rows: Tensor, workers: Workers, meter: Meter) -> Tensor:
+    """[M, n], a row for each worker -> [machines, n], for those at this one's place on each."""
+    places = workers.places
+    sent = torch.stack([rows[i] for same in places for i in same]).view(len(places), -1)
+    received = torch.empty_like(sent)
+    meter.sent(rows.nbytes - received[0].nbytes, inside_machine=True)
+    dist.all_to_all_single(received.view(-1), sent.view(-1), group=workers.node)
+    return received.sum(dim=0).mul_(1.0 / len(places)).view(len(places[0]), -1)
 
 
 def _slices(segments: Sequence[Segment], block_size: int | None) -> list[list[Segment]]:

@@ -1,16 +1,18 @@
-"""The one call that puts a protocol into a prepared model, DDP or DeepSpeed."""
+"""The one call that puts a protocol into a prepared model: DDP, FSDP2 or DeepSpeed."""
 
 import logging
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.comm.base import Collective, GradientCompression
 from robust_accel.comm.collectives import AllReduce
 from robust_accel.comm.ddp import DDPCompression
 from robust_accel.comm.deepspeed import DeepSpeedCompression, is_engine, tell_layers
+from robust_accel.comm.fsdp2 import FSDP2Compression
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +30,20 @@ def compress_gradients(
 
     Args:
         model: what `accelerator.prepare()` returned, before its first backward: a
-            DistributedDataParallel model, or a DeepSpeed engine (ZeRO 0, 1 or 2).
+            DistributedDataParallel model, a DeepSpeed engine (ZeRO 0, 1 or 2), or what FSDP2
+            (`fully_shard`) has sharded, or holds such.
         collective: the protocol; None is the uncompressed all-reduce, counted.
         group: process group to send on under DDP. On CPU (gloo) nothing else may use it; by
-            default one is made, which every rank of the model must take part in.
+            default one is made, which every rank of the model must take part in. Under FSDP2,
+            where a model is sharded over some of the processes: those that hold the same shards.
 
     Returns:
         The counts (`.meter`) and the step (`.state_dict()`, to be saved with a checkpoint). On one
         process nothing is sent: `collective` is ignored, which is said, and the counts stay zero.
 
     Raises:
-        ValueError: several processes but neither DistributedDataParallel nor DeepSpeed, ZeRO 3, a
-            version or setting of DeepSpeed that is not supported, or an unsupported device.
+        ValueError: several processes but no model of such an engine, ZeRO 3, FSDP1, a version or
+            setting of DeepSpeed or FSDP2 that is not supported, or an unsupported device.
     """
     collective = AllReduce() if collective is None else collective
     model = getattr(model, "_orig_mod", model)  # torch.compile around DDP
@@ -57,15 +61,23 @@ def compress_gradients(
             )
         if dist.get_world_size(model.process_group) > 1:
             return DDPCompression(model, collective, group)
-    elif isinstance(model, FSDPModule):
+    elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "compress_gradients does not support FSDP2, which reduces gradients in shards: leave "
-            "it out there, or train by DDP or DeepSpeed"
+            "compress_gradients does not support FSDP1 (FullyShardedDataParallel): use FSDP2 "
+            "(fully_shard; Accelerate: fsdp_version: 2)"
         )
+    elif num_processes > 1 and any(isinstance(module, FSDPModule) for module in model.modules()):
+        scatters: Any = collective
+        if not hasattr(collective, "scatter"):
+            raise ValueError(
+                f"{type(collective).__name__} has no scatter(), by which FSDP2's gradients are "
+                "exchanged: see robust_accel.comm.base.ShardingCollective"
+            )
+        return FSDP2Compression(model, scatters, group)
     elif num_processes > 1:
         raise ValueError(
-            f"on {num_processes} processes compress_gradients needs a DistributedDataParallel "
-            f"model or a DeepSpeed engine, got {type(model).__name__}: call "
+            f"on {num_processes} processes compress_gradients needs a DistributedDataParallel or "
+            f"FSDP2 model or a DeepSpeed engine, got {type(model).__name__}: call "
             "accelerator.prepare(model) before it"
         )
     if collective != AllReduce():

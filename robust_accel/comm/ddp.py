@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from robust_accel.comm.agreement import same_bits
 from robust_accel.comm.base import (
     Collective,
     Exchange,
@@ -25,10 +26,9 @@ from robust_accel.comm.base import (
 )
 from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.meter import Meter
-from robust_accel.comm.workers import Workers
+from robust_accel.comm.workers import Workers, check_device
 
 logger = logging.getLogger(__name__)
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 class DDPCompression(GradientCompression):
@@ -51,18 +51,13 @@ class DDPCompression(GradientCompression):
             self._positions[id(parameter)] = position
             position += parameter.numel()
         device = next(p for p in model.module.parameters() if p.requires_grad).device
-        backend = dist.get_backend(model.process_group)
+        check_device(device.type, model.process_group)
         if device.type == "cpu":
             self._worker = _Worker(self.meter)
-        elif device.type == "cuda" and backend != "gloo":
+        else:
             # the model's own group: two NCCL communicators at work at once can deadlock
             group = group or model.process_group
             self._stream = torch.cuda.Stream(device)
-        else:
-            raise ValueError(
-                f"compress_gradients supports CPU, and CUDA with NCCL; got {device.type} with "
-                f"{backend}"
-            )
         self._workers = Workers.of(
             group, parent=model.process_group, replies=self._worker is not None
         )
@@ -102,25 +97,14 @@ class DDPCompression(GradientCompression):
         Raises:
             RuntimeError: The gradients are not the same on every rank.
         """
-        sums = [
-            torch.zeros((), dtype=torch.int64, device=p.device)
-            if p.grad is None
-            # of the bits: a NaN that all ranks have is the same
-            else p.grad.view(_INTEGERS[p.grad.itemsize]).sum(dtype=torch.int64)
-            for p in self._sent
-        ]
-        own = torch.stack(sums)
-        largest, smallest = own.clone(), own.clone()
-        group = self._workers.group
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
-        if not torch.equal(largest, smallest):
+        grads = [p.new_zeros(1) if p.grad is None else p.grad for p in self._sent]
+        if not same_bits(grads, self._workers.group):
             raise RuntimeError(
                 f"after the first exchange by {self._collective!r} gradients differ between ranks"
             )
         logger.info(
             "gradients of %d tensors exchanged by %r, equal on %d ranks; %d bytes sent",
-            len(sums),
+            len(grads),
             self._collective,
             self._workers.size,
             self.meter.bytes_sent,

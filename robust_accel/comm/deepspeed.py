@@ -8,7 +8,7 @@ DeepSpeed 0.19.8.
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -210,16 +210,9 @@ class DeepSpeedCompression(GradientCompression):
             number = self._exchanges[1]
         self._exchanges = (at, number + 1)
         step = self.steps = (at << 20) + number
-        with torch.no_grad(), self._timed(flat.device):
-            return averaged(self._collective, flat, segments, step, self._workers, self.meter)
-
-    def _timed(self, device: torch.device) -> AbstractContextManager[None]:
         # the engine waits here; with overlap_comm, exposed seconds are an upper bound
-        if device.type != "cuda":
-            return self.meter.timed(exposed=True)
-        now = torch.cuda.Event(enable_timing=True)
-        now.record()
-        return self.meter.timed_stream(exposed_since=now)
+        with torch.no_grad(), self.meter.timed_on(flat.device, exposed=True):
+            return averaged(self._collective, flat, segments, step, self._workers, self.meter)
 
 
 def _by_shape(tensors: Sequence[Tensor]) -> list[Segment]:

@@ -1,6 +1,7 @@
 """Where a gradient's tensors lie: in blocks, and in the parts of a message that servers get."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -122,28 +123,34 @@ class Layout:
         unit: int,
         parts: int,
         device: torch.device,
+        chunked: bool = False,
     ) -> "Layout":
         """Lay out a gradient.
 
         Args:
             block_size: None: a tensor is one block, or with several parts one a part.
             unit: elements that fill whole words.
+            chunked: the segments are `parts` times as many and as large ones: a part is what lies
+                in one chunk of the gradient, and None makes each segment a block.
         """
         raw: list[Run] = []
-        members: list[list[Run]] = []  # of each group, from the flat gradient to the whole model
+        # of each group, from the flat gradient to the whole model
+        members: defaultdict[int, list[Run]] = defaultdict(list)
         num_elements = num_raw = 0
-        for s in segments:
+        tensors = len(segments) // parts if chunked else len(segments)
+        for i, s in enumerate(segments):
             if s.raw:
                 raw.append(Run(num_elements, num_raw, s.size))
                 num_raw += s.size
             elif s.size:
-                if block_size is None or not members:
-                    members.append([])
-                members[-1].append(Run(num_elements, s.position, s.size))
+                members[i % tensors if block_size is None else 0].append(
+                    Run(num_elements, s.position, s.size)
+                )
             num_elements += s.size
+        pieces = 1 if chunked else parts
         groups = tuple(
-            _group(runs, block_size or -(-runs[0].size // parts), unit, parts, device)
-            for runs in members
+            _group(runs, block_size or -(-runs[0].size // pieces), unit, parts, device)
+            for runs in members.values()
         )
         return cls(num_elements, parts, num_raw, _merge(raw), groups)
 

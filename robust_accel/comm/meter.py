@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +87,15 @@ class Meter:
             end.record()
             self._pending.append((start, end, exposed_since))
             self._collect(wait=False)
+
+    def timed_on(self, device: torch.device, *, exposed: bool) -> AbstractContextManager[None]:
+        """Whichever of both a device takes: a CPU waits in the block, a GPU's stream in its own."""
+        if device.type != "cuda":
+            return self.timed(exposed=exposed)
+        now = torch.cuda.Event(enable_timing=True) if exposed else None
+        if now is not None:
+            now.record()
+        return self.timed_stream(exposed_since=now)
 
     def _collect(self, *, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][1].query()):

@@ -127,10 +127,16 @@ class Quantizer:
     # ------------------------------------------------------------------ in parts, for servers
 
     def encode_parts(
-        self, flat: Tensor, segments: Sequence[Segment], key: Tensor, parts: int
+        self,
+        flat: Tensor,
+        segments: Sequence[Segment],
+        key: Tensor,
+        parts: int,
+        *,
+        chunked: bool = False,
     ) -> Message:
-        """Quantise a gradient [d] into so many parts."""
-        layout = self._layout(segments, parts, flat.device)
+        """Quantise a gradient [d] into so many parts; chunked: each of its equal chunks is one."""
+        layout = self._layout(segments, parts, flat.device, chunked)
         words = sum(g.rows_of_part * self._row_words(g.width) for g in layout.groups)
         message = Message(
             flat.new_empty(parts, layout.floats_of_part),
@@ -138,6 +144,17 @@ class Quantizer:
         )
         self._encode(flat, layout, key, message)
         return message
+
+    def mean_of_chunk(self, received: Message, segments: Sequence[Segment], out: Tensor) -> Tensor:
+        """What the owner of a chunk makes of every worker's part of it -> [n] fp32, `out`.
+
+        received: row m is worker m's, by `encode_parts(..., chunked=True)`.
+        segments: of the chunk alone.
+        """
+        layout = self._layout(segments, 1, out.device)
+        rows = zip(received.floats.split(1), received.words.split(1), strict=True)
+        self._decode([Message(*row) for row in rows], layout, out)
+        return out
 
     @torch.no_grad()
     def mean_of_part(
@@ -297,12 +314,14 @@ class Quantizer:
     def _row_words(self, block: int) -> int:
         return round_up(block, self._unit) * (self.bits + (self.norm == "l2")) // 32
 
-    def _layout(self, segments: Sequence[Segment], parts: int, device: torch.device) -> Layout:
-        known = (tuple(segments), parts, device)
+    def _layout(
+        self, segments: Sequence[Segment], parts: int, device: torch.device, chunked: bool = False
+    ) -> Layout:
+        known = (tuple(segments), parts, device, chunked)
         if known not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:  # buckets that come in ever other orders
                 self._layouts.clear()
-            made = Layout.of(known[0], self.block_size, self._unit, parts, device)
+            made = Layout.of(known[0], self.block_size, self._unit, parts, device, chunked)
             self._layouts[known] = made
         return self._layouts[known]
 

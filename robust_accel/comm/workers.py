@@ -20,6 +20,8 @@ class Workers:
         node: those on this machine, where every machine holds the same number, at least two, and
             there are several machines; None otherwise.
         peers: then, the worker at this one's place on each machine.
+        places: then, for each worker of `node` its peers' ranks in `group`.
+        num_machines: that hold them, where `of` has asked.
         made: those of these groups that `of` has made.
     """
 
@@ -27,6 +29,8 @@ class Workers:
     node: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
     replies: dist.ProcessGroup | None = None
+    places: tuple[tuple[int, ...], ...] = ()
+    num_machines: int = 1
     made: tuple[dist.ProcessGroup, ...] = ()
 
     def close(self) -> None:
@@ -64,11 +68,21 @@ class Workers:
         sizes = {len(member) for member in members}
         if len(sizes) > 1 or sizes & {1, len(ranks)}:
             back = _like(parent, ranks, alone=alone) if replies else None
-            return cls(group, replies=back, made=(*made, *([] if back is None else [back])))
+            given = [] if back is None else [back]
+            return cls(group, replies=back, num_machines=len(set(nodes)), made=(*made, *given))
         machines = list(dict.fromkeys(map(tuple, members)))
         inside = _own(parent, machines)
-        across = _own(parent, list(zip(*machines, strict=True)))
-        return cls(group, inside, across, made=(*made, inside, across))
+        peers = list(zip(*machines, strict=True))
+        across = _own(parent, peers)
+        places = tuple(tuple(ranks.index(r) for r in sorted(same)) for same in peers)
+        return cls(
+            group,
+            inside,
+            across,
+            places=places,
+            num_machines=len(machines),
+            made=(*made, inside, across),
+        )
 
 
 def _machine() -> str:
@@ -107,6 +121,15 @@ def _like(
     # of a group that this process is not in, torch gives a number
     group: Any = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=alone)
     return group
+
+
+def check_device(device: str, group: dist.ProcessGroup) -> None:
+    """Raise ValueError for tensors that the group's processes cannot exchange as we do."""
+    backend = dist.get_backend(group)
+    if device != "cpu" and (device != "cuda" or backend == "gloo"):
+        raise ValueError(
+            f"compress_gradients supports CPU, and CUDA with NCCL; got {device} with {backend}"
+        )
 
 
 def backends() -> list[str]:

@@ -173,7 +173,7 @@ class _Wrapping:
             finally:
                 self._busy = False
             if found:
-                each = prepared if isinstance(prepared, tuple) else (prepared,)
+                each = prepared if isinstance(prepared, tuple | list) else (prepared,)
                 mine = next(each[i] for i, a in enumerate(given) if a is self.model)
                 self.send(accelerator, mine)
             return prepared

@@ -100,7 +100,7 @@ class RobustAccuracy(TrainerCallback):
 
 
 class QuantizedGradients(TrainerCallback):
-    """Sends gradients by a protocol, on DDP or DeepSpeed: ``compress_gradients`` for a ``Trainer``.
+    """Sends gradients by a protocol, as ``compress_gradients`` does, for a ``Trainer``.
 
     Args:
         trainer: It prepares its model when training starts, and that is when the protocol is set.

@@ -1,6 +1,7 @@
 """LAMB, the layer-wise adaptive optimizer of distributed adversarial training (equation (3))."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from robust_accel.optim.lamb_kernels import Batch, Form, Row, descend, update_and_norms
+from robust_accel.optim.sharded import Over, local, over
 
 _FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks on parameters
 _NO_FSDP1 = (
@@ -45,6 +47,9 @@ class LAMB(Optimizer):
     A tensor with tau(||theta||) = 0 (zero-initialised, c_l = 0) would stay at zero for ever, and
     ||u|| = 0 would divide by zero. In both cases tau(||theta||) / ||u|| is taken to be 1, as You
     et al.'s code and timm do: a zero-initialised tensor starts with a step of Adam.
+
+    Of a DTensor (FSDP2, tensor parallelism) each process updates its own piece by the norms of the
+    whole tensor: one small all-reduce a step for all of them.
 
     Norms of fp16 and bf16 tensors are computed in fp32. NaN gradients give NaN parameters, and an
     infinite entry turns its whole tensor into NaN (through the norm), so neither can go unnoticed.
@@ -172,24 +177,46 @@ class LAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        num_layers, cut = 0, defaultdict[Over, list[Batch]](list)  # DTensors, of all groups
         for group in self.param_groups:
             shard = self._shards.get(group["params"][0]) if self._shards else None
-            batches = self._collect(group, shard)
-            if shard is None:
-                workspace = _workspace(batches)
-                for batch in batches:  # both at once, while its updates are in the cache
-                    batch.workspace = workspace
-                    update_and_norms(batch)
-                    descend(batch)
+            batches = self._collect(group, shard, num_layers)
+            if shard is not None:
+                self._descend_together(
+                    batches, shard.num_layers, shard.sum_over_ranks, group["params"][0].device
+                )
                 continue
+            num_layers += sum(len(batch.rows) for batch in batches)
+            workspace = _workspace(batches)
             for batch in batches:
+                if batch.over is not None:
+                    cut[batch.over].append(batch)
+                    continue
+                batch.workspace = workspace  # both at once, while its updates are in the cache
                 update_and_norms(batch)
-            _sum_norms(batches, shard, group["params"][0].device)
-            for batch in batches:
                 descend(batch)
+        for over_ranks, batches in cut.items():
+            device = batches[0].params[0].device
+            self._descend_together(batches, num_layers, over_ranks.sum, device)
         return loss
 
-    def _collect(self, group: dict[str, Any], shard: _Shard | None) -> list[Batch]:
+    @staticmethod
+    def _descend_together(
+        batches: Sequence[Batch],
+        num_layers: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        """A step of pieces of layers, by one sum over ranks of all squared norms."""
+        for batch in batches:
+            update_and_norms(batch)
+        _sum_norms(batches, num_layers, sum_over_ranks, device)
+        for batch in batches:
+            descend(batch)
+
+    def _collect(
+        self, group: dict[str, Any], shard: _Shard | None, first_layer: int
+    ) -> list[Batch]:
         """The group's layers with a gradient, in batches of one device, dtype and treatment."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
@@ -199,28 +226,34 @@ class LAMB(Optimizer):
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
         if steps:
             torch._foreach_add_(steps, 1)
+        overs = [over(param) for param in params]
+        four = (params, grads, exp_avgs, exp_avg_sqs)
+        params, grads, exp_avgs, exp_avg_sqs = (
+            [local(t, param) for t, param in zip(same, params, strict=True)] for same in four
+        )
         rows = [
             Row(*row, layer, row[0].ndim)
             for layer, row in enumerate(
-                zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+                zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True), first_layer
             )
         ]
         if shard is not None and rows:
             rows = _cut(rows[0], shard.pieces)
+            overs = [None] * len(rows)
         fused = _may_fuse(group)
         foreach = group["foreach"]
         if foreach is None:
             foreach = all(param.is_cuda for param in params)
         batches: list[Batch] = []
-        last: dict[tuple[torch.device, torch.dtype, bool, Form], Batch] = {}
-        for row in rows:
+        last: dict[tuple[torch.device, torch.dtype, bool, Form, Over | None], Batch] = {}
+        for row, over_ranks in zip(rows, overs, strict=True):
             adapt = not group["exclude_1d"] or row.ndim > 1
             form: Form = "foreach" if foreach else "plain"
             if fused and row.fusable():
                 form = "fused"
-            key = (row.param.device, row.param.dtype, adapt, form)
+            key = (row.param.device, row.param.dtype, adapt, form, over_ranks)
             if key not in last or not last[key].has_room(row):
-                last[key] = Batch(group, form, adapt)
+                last[key] = Batch(group, form, adapt, over_ranks)
                 batches.append(last[key])
             last[key].append(row)
         return batches
@@ -284,15 +317,21 @@ def _workspace(batches: Sequence[Batch]) -> Tensor:
     return torch.empty(max(sizes, default=0), dtype=torch.float32, device="cpu")
 
 
-def _sum_norms(batches: Sequence[Batch], shard: _Shard, device: torch.device) -> None:
+def _sum_norms(
+    batches: Sequence[Batch],
+    num_layers: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> None:
     """Replace the norms of this rank's pieces by the norms of the whole layers."""
-    squares = torch.zeros(2, shard.num_layers, dtype=torch.float32, device=device)
+    # each layer has its place: ranks may batch theirs otherwise, or hold nothing of some
+    squares = torch.zeros(2, num_layers, dtype=torch.float32, device=device)
     adapted = [batch for batch in batches if batch.adapt]
     for batch in adapted:
         index = torch.tensor(batch.layers, device=device)
         norms = torch.stack([batch.weight_norms, batch.update_norms])
         squares.index_add_(1, index, norms.square().to(torch.float32))
-    norms = shard.sum_over_ranks(squares).sqrt()
+    norms = sum_over_ranks(squares).sqrt()
     for batch in adapted:
         batch.weight_norms, batch.update_norms = norms[:, batch.layers].unbind()
 

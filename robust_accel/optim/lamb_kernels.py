@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from robust_accel.optim.sharded import Over
+
 Form = Literal["plain", "foreach", "fused"]
 
 FUSED_BATCH = 1 << 20  # elements of several tensors: their directions are 4 MiB
@@ -50,6 +52,7 @@ class Batch:
     group: dict[str, Any]
     form: Form
     adapt: bool  # a layer-wise factor and weight decay, or a plain step of Adam
+    over: Over | None = None  # who holds the layers' other pieces
     rows: list[Row] = field(default_factory=list)
     num_elements: int = 0
     workspace: Tensor | None = None  # fp32, for u: batches that take turns share one
@@ -201,7 +204,7 @@ def _rates(batch: Batch) -> list[Any]:
 def _l2_norms(tensors: list[Tensor]) -> list[Tensor]:
     """Norms in fp32 or better: an fp16 sum of squares overflows at a norm of 256."""
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
-        # _foreach_norm has a dtype too, but DTensor (FSDP2) fails on it in torch 2.14
+        # _foreach_norm has a dtype too, but DTensor fails on it in torch 2.14
         dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
         pairs = zip(tensors, dtypes, strict=True)
         return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in pairs]

@@ -188,7 +188,7 @@ def measurement_table(rows: Sequence[Row]) -> Table:
 
 _COLUMNS = (
     "purpose", "attack", "settings", "threat model", "n", "images", "accuracy (%)",
-    "clean, same images (%)", "seed", "seconds", "forward passes", "hardware",
+    "clean, same images (%)", "seed", "seconds", "forward passes", "hardware", "measured", "record",
 )  # fmt: skip
 _SHORT = ("purpose", "attack", "threat model", "n", "accuracy (%)")
 
@@ -211,4 +211,6 @@ def _measurement(row: Row) -> list[str]:
         f"{row['seconds']:.1f}" if "seconds" in row else "",
         f"{row['forward_passes']:,}" if "forward_passes" in row else "",
         row.get("hardware") or row.get("device") or "",
+        str(row.get("time", ""))[:16].replace("T", " "),
+        str(row.get("key", ""))[:8],
     ]

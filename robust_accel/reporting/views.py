@@ -6,6 +6,7 @@ them in. report.md, report.html, the model card and the exports show what stands
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,9 +135,10 @@ def interval_text(interval: Sequence[float]) -> str:
 
 
 def accuracy_text(row: Row) -> str:
-    """``75.00 [68.57, 80.48]``, in percent; empty where the row has no accuracy."""
+    """``75.00 [68.57, 80.48]``, in percent; of checks how many had which verdict; else empty."""
     if row.get("accuracy") is None:
-        return ""
+        found = Counter(str(check["status"]) for check in row.get("checks", ()))
+        return ", ".join(f"{number} {status}" for status, number in found.items())
     interval = f" {interval_text(row['interval'])}" if row.get("interval") else ""
     return percent(row["accuracy"]) + interval
 

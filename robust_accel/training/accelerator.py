@@ -36,8 +36,15 @@ def create_accelerator(
         project_dir: Where trackers write.
 
     Raises:
-        ValueError: The engine cannot leave out a step, as ``train.on_nonfinite`` asks.
+        ValueError: The launcher asks for FSDP, or the engine cannot leave out a step, as
+            ``train.on_nonfinite`` asks.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # on CPUs Accelerate would pass it over, and train by DDP
+        raise ValueError(
+            "the launch configuration's distributed_type: FSDP is not possible with train: use "
+            "DDP or DeepSpeed (recipes/accelerate/zero2.yaml), or make_robust in a loop of your own"
+        )
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
     limit = settings.timeout + LATER

@@ -9,8 +9,6 @@ import psutil
 import torch
 from ddp_training import batch, get, make_model, train, wrap
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.comm import QSGD, Meter, Workers, compress_gradients
@@ -170,14 +168,6 @@ def ignored(rank, world_size):
     return model[0].weight.grad.clone(), model[1].weight.grad.clone()
 
 
-def sharded(rank, world_size):
-    mesh = init_device_mesh("cpu", (world_size,))
-    try:
-        compress_gradients(fully_shard(make_model(), mesh=mesh), QSGD())
-    except ValueError as error:
-        return str(error)
-
-
 TWO = [
     closed,
     seconds_by_parts,
@@ -186,7 +176,6 @@ TWO = [
     never_synchronised,
     hooked_already,
     not_ddp,
-    sharded,
     evaluated_in_between,
     left_behind,
     ignored,
@@ -232,11 +221,6 @@ def test_model_that_is_not_ddp_is_refused(two):
     for message in get(two, not_ddp):
         assert "DistributedDataParallel" in message
         assert "prepare" in message
-
-
-def test_fsdp2_is_refused_with_what_to_do(two):
-    for said in get(two, sharded):
-        assert "does not support FSDP2" in said and "leave it out there" in said
 
 
 def test_only_local_steps_are_refused(two):

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from launching import Forked
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from robust_accel import PGD
@@ -81,7 +82,7 @@ def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
     if kind == "fsdp2" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch has FSDP2 on GPUs alone")
     recipe, *settings = RECIPE
-    if kind == "outside":
+    if kind == "outside" or hasattr(FSDPModule, "set_custom_reduce_scatter"):
         settings += ["communication.name=qsgd"]
     command = ("wrap", "--recipe", recipe, *NORMALISED, *settings)
     code, output = Forked(*command, SCRIPT, kind, tmp_path).wait()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -131,8 +131,11 @@ class Trained:
         if engine == "FSDP2, nested":
             fully_shard(self.tiny.conv, mesh=mesh)
             fully_shard(self.tiny.head, mesh=mesh)
-        root = fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
-        root.set_force_sum_reduction_for_comms(True)  # gloo averages wrongly in torch 2.8
+        fully_shard(self.tiny if engine == "FSDP2, inner" else model, mesh=mesh)
+        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):  # torch 2.8: gloo adds up
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
         self.found = lambda: flat(p.full_tensor() for p in self.tiny.parameters())
         self._by_optimizer(model)
 

@@ -143,9 +143,9 @@ def test_a_run_that_was_trained_but_not_measured_is_told_as_such(tmp_path: Path)
 
 def test_a_run_without_report_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "robust")
-    with pytest.raises(ValueError, match=r"other: no report.json"):
+    with pytest.raises(ValueError, match=r"other: no such folder"):
         comparison_table([tmp_path / "robust", tmp_path / "other"])
-    with pytest.raises(ValueError, match=r"other: no report.json"):
+    with pytest.raises(ValueError, match=r"other: no such folder"):
         write_report(RunFolder(tmp_path / "other"))
 
 

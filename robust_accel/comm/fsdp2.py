@@ -1,0 +1,302 @@
+"""A protocol in an FSDP2 model: its public hooks for collectives (torch 2.9 or newer).
+
+FSDP2 hands over the gradients of one module's parameters as a matrix with a row for each worker:
+row i holds the i-th chunk of every gradient, cut in its first dimension and filled up with zeros.
+"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from robust_accel.comm.agreement import same_bits
+from robust_accel.comm.base import GradientCompression, ShardingCollective, averaged
+from robust_accel.comm.collectives import AllReduce
+from robust_accel.comm.layout import Segment, segment
+from robust_accel.comm.meter import Meter
+from robust_accel.comm.workers import Workers, check_device
+
+logger = logging.getLogger(__name__)
+_COMPRESSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class FSDP2Compression(GradientCompression):
+    """A protocol as the reduce-scatter of each module that `fully_shard` has got.
+
+    Its all-gathers of parameters stay as they are, and are not counted.
+
+    Args:
+        model: FSDP2's, or one that holds such.
+        collective: The protocol.
+        replicas: Those that hold the same shards as this process (HSDP), if any: the means are
+            averaged over them by the protocol, too. Where only they are on several machines, what
+            stays inside of one is not compressed.
+    """
+
+    def __init__(
+        self, model: nn.Module, collective: ShardingCollective, replicas: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for module in modules:
+            module.reshard()  # of whole parameters nothing tells the layout
+        mesh = _mesh(model, modules)
+        group = mesh.get_group()
+        _check_replicas(group, replicas)
+        check_device(mesh.device_type, group)
+        self.collective = collective
+        self.workers = Workers.of(group, parent=group)
+        self.replicas: Workers | None = None
+        if replicas is not None:
+            self.replicas = Workers.of(replicas, parent=replicas)
+            shards = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+            if not same_bits(shards, replicas):
+                raise ValueError("replicas of the model differ: load the same weights into all")
+        self.calls = [0] * len(modules)  # of each module's exchange
+        self.size = sum(p.requires_grad for p in model.parameters())
+        self._own = {id(p) for p in model.parameters()}
+        self._model, self._told = weakref.ref(model), False
+        self._before_step = register_optimizer_step_pre_hook(self._before_update)
+        position = 0
+        for number, module in enumerate(modules):
+            exchange: Any = ReduceScatter(self, number, parameters_of(module), position)
+            position += exchange.num_elements
+            module.set_custom_reduce_scatter(exchange)
+            if replicas is not None:
+                module.set_all_reduce_hook(exchange.over_replicas)
+            _COMPRESSED.add(module)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        super().load_state_dict(state)
+        self.calls = [self.steps] * len(self.calls)
+
+    def close(self) -> None:
+        """Release the groups that were made; a synchronised backward raises afterwards."""
+        super().close()
+        self._before_step.remove()
+        self.workers.close()
+        if self.replicas is not None:
+            self.replicas.close()
+
+    def begin(self, number: int) -> int:
+        """A module's exchange begins; returns its step."""
+        self._refuse_if_closed()
+        step = self.calls[number]
+        self.calls[number] += 1
+        self.steps = max(self.steps, self.calls[number])
+        return step
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Of every optimizer in this process: say what the first exchange did.
+
+        Raises:
+            RuntimeError: There was none.
+        """
+        if self._told or self._model() is None:
+            return
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in self._own and p.grad is not None for p in params):
+            return
+        if self.meter.bytes_sent == 0:
+            raise RuntimeError(
+                "an optimizer step was to be made whose gradients compress_gradients has not "
+                "exchanged: FSDP2's reduce-scatter was set anew after it"
+            )
+        self._told = True
+        logger.info(
+            "gradients of %d tensors exchanged by %r, each shard's by its worker of %d%s; "
+            "%d bytes sent",
+            self.size,
+            self.collective,
+            self.workers.size,
+            "" if self.replicas is None else f", over {self.replicas.size} replicas",
+            self.meter.bytes_sent,
+        )
+
+
+class ReduceScatter:
+    """What FSDP2 calls for the gradients of one module's parameters, in its own stream."""
+
+    def __init__(
+        self,
+        compression: FSDP2Compression,
+        number: int,
+        parameters: Sequence[nn.Parameter],
+        position: int,
+    ) -> None:
+        self._compression, self._number = compression, number
+        self._parameters, self._position = parameters, position
+        self._chunks: dict[int, list[list[Segment]]] = {}  # by their elements
+        self.num_elements = sum(map(self._chunk_size, parameters)) * compression.workers.size
+        self._step = 0
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Average the rows of [M n] into [n], scaled as `op` says; queued like FSDP's own."""
+        assert not async_op, "FSDP2 waits by its stream"
+        own = self._compression
+        scale = _scale(op, own.workers.size)
+        self._step = own.begin(self._number)
+        rows, chunks = input_tensor.view(own.workers.size, -1), self._segments(len(output_tensor))
+        workers = replace(own.workers, group=group)  # FSDP2 may have made one for this
+        with torch.no_grad(), self._timed(input_tensor.device):
+            if self._inside_machine():
+                meter = Meter()
+                AllReduce().scatter(rows, chunks, self._step, workers, meter, output_tensor)
+                own.meter.sent(meter.bytes_sent, inside_machine=True)
+            else:
+                # odd numbers are for what follows
+                step = 2 * self._step
+                own.collective.scatter(rows, chunks, step, workers, own.meter, output_tensor)
+            if scale != 1:
+                output_tensor.mul_(scale)
+
+    def over_replicas(self, reduce_output: Tensor) -> None:
+        """Average [n] over the processes that hold the same shards."""
+        own = self._compression
+        assert own.replicas is not None
+        segments = self._segments(len(reduce_output))[dist.get_rank(own.workers.group)]
+        step = 2 * self._step + 1
+        with torch.no_grad(), self._timed(reduce_output.device):
+            averaged(own.collective, reduce_output, segments, step, own.replicas, own.meter)
+
+    def _timed(self, device: torch.device) -> Any:
+        # on CPUs FSDP2's backward waits for each; the first parameters' is the last one
+        exposed = device.type == "cpu" or self._position == 0
+        return self._compression.meter.timed_on(device, exposed=exposed)
+
+    def _inside_machine(self) -> bool:
+        own = self._compression
+        far = own.replicas is not None and own.replicas.num_machines > 1
+        return far and own.workers.num_machines == 1
+
+    def _segments(self, size: int) -> list[list[Segment]]:
+        """The tensors in each row of `size` elements.
+
+        Which parameters had no gradient, and which modules share an exchange
+        (`fully_shard([a, b])`), FSDP2 does not tell: blocks then lie anywhere in a row.
+        """
+        if size not in self._chunks:
+            trained = [p for p in self._parameters if p.requires_grad]
+            sizes = [self._chunk_size(p) for p in trained]
+            pieces = [(n, segment(p.shape, 0).raw) for n, p in zip(sizes, trained, strict=True)]
+            if sum(sizes) != size:
+                pieces = [(size, False)]
+            self._chunks[size] = [[] for _ in range(self._compression.workers.size)]
+            position = self._position
+            for length, raw in pieces:
+                for chunk in self._chunks[size]:
+                    chunk.append(Segment(length, position, raw))
+                    position += length
+        return self._chunks[size]
+
+    def _chunk_size(self, parameter: nn.Parameter) -> int:
+        """Elements of one worker's chunk, with what fills it up."""
+        num_workers = self._compression.workers.size
+        assert isinstance(parameter, DTensor)
+        (placement,) = parameter.placements
+        assert isinstance(placement, Shard)
+        rows = parameter.shape[placement.dim]
+        return -(-rows // num_workers) * (parameter.numel() // max(rows, 1))
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """Those that FSDP2 exchanges together, in its order: children first, without shards inside."""
+    found: dict[int, nn.Parameter] = {}
+    seen = set()
+
+    def collect(part: nn.Module) -> None:
+        seen.add(part)
+        for child in part.children():
+            if child not in seen and not isinstance(child, FSDPModule):
+                collect(child)
+        found.update({id(p): p for p in part.parameters(recurse=False)})
+
+    collect(module)
+    return list(found.values())
+
+
+def _scale(op: Any, num_workers: int) -> float:
+    """What a reduction gives, as a multiple of the mean."""
+    if op == dist.ReduceOp.AVG:
+        return 1.0
+    if op == dist.ReduceOp.SUM:
+        return num_workers
+    if op == dist.ReduceOp.PREMUL_SUM:  # of set_gradient_divide_factor; its pickle has the factor
+        return num_workers * float(op.__getstate__()[1])
+    raise ValueError(f"compress_gradients does not know FSDP2's reduction {op}")
+
+
+def _mesh(model: nn.Module, modules: Sequence[nn.Module]) -> DeviceMesh:
+    """Over which all of a model is sharded.
+
+    Raises:
+        ValueError: A version of torch, or a way of sharding, that is not supported.
+    """
+    if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        raise ValueError(
+            f"compress_gradients on FSDP2 needs torch 2.9 or newer, found {torch.__version__}: "
+            "update torch, leave it out, or train by DDP or DeepSpeed"
+        )
+    if any(module in _COMPRESSED for module in modules):
+        raise ValueError(
+            "the model's gradients are exchanged by compress_gradients already: call it once"
+        )
+    meshes = []
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"compress_gradients: {name} is trained, but in no module that fully_shard "
+                    "has got, so that nobody exchanges its gradients: shard the whole model, too"
+                )
+            continue
+        mesh, first = parameter.device_mesh, parameter.placements[0]
+        if mesh.ndim == 2 and isinstance(first, Replicate):
+            raise ValueError(
+                "compress_gradients cannot replace FSDP2's own all-reduce between replicas: give "
+                "fully_shard the mesh of the shards alone, mesh['shard'], and compress_gradients "
+                "group=mesh['replicate'].get_group()"
+            )
+        if mesh.ndim > 1 or not isinstance(first, Shard):
+            raise ValueError(
+                f"compress_gradients does not support FSDP2 with tensor parallelism: {name} lies "
+                f"on {mesh.ndim} dimensions as {parameter.placements}"
+            )
+        meshes.append(mesh)
+    if len(set(meshes)) != 1:
+        raise ValueError(
+            f"compress_gradients supports FSDP2 on one mesh for all modules, got {len(set(meshes))}"
+        )
+    return meshes[0]
+
+
+def _check_replicas(group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> None:
+    """Raise ValueError unless shards times replicas are all processes."""
+    shards = dist.get_process_group_ranks(group)
+    same = [dist.get_rank()] if replicas is None else dist.get_process_group_ranks(replicas)
+    total = dist.get_world_size()
+    if len(shards) == 1 or len(shards) * len(same) != total or len({*shards} & {*same}) != 1:
+        raise ValueError(
+            f"the model is sharded over {len(shards)} of {total} processes, and group has the "
+            f"ranks {same}: it must be of those that hold the same shards as this one, or left out "
+            "where all hold others"
+        )
