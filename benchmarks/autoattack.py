@@ -37,7 +37,7 @@ def plain(args: argparse.Namespace) -> tuple[float, float]:
     ((x, labels),) = images.batches([torch.arange(args.images)], torch.device("cpu"))
     attack = AutoAttack(
         classifier,
-        norm={"linf": "Linf", "l2": "L2"}[recipe.evaluate.norm or ""],
+        norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[recipe.evaluate.norm or ""],
         eps=recipe.evaluate.eps,
         version="custom",
         attacks=list(ATTACKS_OF[args.version]),

@@ -9,13 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robust_accel.api import Measured, Measurement, Run, certify, evaluate, load_run, train
-    from robust_accel.attacks import APGD, DDN, FGSMPGI, FGSMRS, NFGSM, PGD, Attack
+    from robust_accel.attacks import (
+        APGD,
+        DDN,
+        FGSMPGI,
+        FGSMRS,
+        NFGSM,
+        PGD,
+        Attack,
+        MultiNorm,
+        NormBall,
+    )
     from robust_accel.comm import QSGD, AllReduce, compress_gradients
     from robust_accel.evaluation.certify_images import CertifySettings
     from robust_accel.evaluation.settings import EvaluateSettings
     from robust_accel.integrations.in_place import make_robust
     from robust_accel.models import PixelClassifier
-    from robust_accel.objectives import AWP, IKL, Adversarial, Mart, Objective, Smoothing, Trades
+    from robust_accel.objectives import (
+        AWP,
+        IKL,
+        Adversarial,
+        GradAlign,
+        Mart,
+        Objective,
+        Smoothing,
+        Trades,
+    )
     from robust_accel.optim import LAMB
     from robust_accel.robust_model import RobustModel
     from robust_accel.trained_model import load_model
@@ -24,13 +43,32 @@ __version__ = "0.2.0.dev0"
 
 _WHERE = {
     "api": ("Measured", "Measurement", "Run", "certify", "evaluate", "load_run", "train"),
-    "attacks": ("APGD", "DDN", "FGSMPGI", "FGSMRS", "NFGSM", "PGD", "Attack"),
+    "attacks": (
+        "APGD",
+        "DDN",
+        "FGSMPGI",
+        "FGSMRS",
+        "NFGSM",
+        "PGD",
+        "Attack",
+        "MultiNorm",
+        "NormBall",
+    ),
     "comm": ("QSGD", "AllReduce", "compress_gradients"),
     "evaluation.certify_images": ("CertifySettings",),
     "evaluation.settings": ("EvaluateSettings",),
     "integrations.in_place": ("make_robust",),
     "models": ("PixelClassifier",),
-    "objectives": ("AWP", "IKL", "Adversarial", "Mart", "Objective", "Smoothing", "Trades"),
+    "objectives": (
+        "AWP",
+        "IKL",
+        "Adversarial",
+        "GradAlign",
+        "Mart",
+        "Objective",
+        "Smoothing",
+        "Trades",
+    ),
     "optim": ("LAMB",),
     "robust_model": ("RobustModel",),
     "trained_model": ("load_model",),
@@ -53,9 +91,12 @@ __all__ = [
     "Attack",
     "CertifySettings",
     "EvaluateSettings",
+    "GradAlign",
     "Mart",
     "Measured",
     "Measurement",
+    "MultiNorm",
+    "NormBall",
     "Objective",
     "PixelClassifier",
     "RobustModel",

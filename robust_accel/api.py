@@ -43,7 +43,8 @@ class Measurement:
         purpose: ``accuracy``, ``certificate``, ``train``, ``sweep``, ``sanity``,
             ``corruption``, ``corruptions`` (their mean).
         attack: Its ``name`` and all its settings; ``{"name": "none"}`` of clean images.
-        threat_model: ``norm`` and ``eps`` in pixel units, where there is one.
+        threat_model: ``norm`` and ``eps`` in pixel units, where there is one; a list of these as
+            ``union`` of images that withstand an attack in each.
         accuracy: In [0, 1]; a certificate's at radius 0.
         interval: Wilson's, 95%.
         images: How many.
@@ -95,18 +96,25 @@ class Measured:
 
     @property
     def pgd(self) -> Measurement | None:
-        """Of several attacks by PGD or APGD that of the most images, then of the most steps."""
+        """Of several attacks by PGD or APGD that of the most images, then of the most steps, then
+        the latest: of several balls their union, see ``against``.
+        """
         return self._quoted(lambda row: row["attack"]["name"] in ("pgd", "apgd"))
 
     @property
     def autoattack(self) -> Measurement | None:
-        """``standard`` before ``rand`` before ``quick``."""
+        """``standard`` before ``rand`` before ``quick``; of several balls their union."""
         return self._quoted(lambda row: row["attack"]["name"] == "autoattack")
 
     @property
     def certificate(self) -> Measurement | None:
         """``record["radii"]`` has the certified accuracy at each radius."""
         return self._quoted(lambda row: True, "certificate")
+
+    def against(self, norm: str) -> "Measured":
+        """What was measured in balls of one norm: ``linf``, ``l2`` or ``l1``."""
+        own = (one for one in self.measurements if (one.threat_model or {}).get("norm") == norm)
+        return Measured(self.model, tuple(own))
 
     def _quoted(self, wanted: Callable[[Row], bool], purpose: str = "accuracy") -> Any:
         rows = [one.record for one in self.measurements if one.purpose == purpose]
@@ -251,7 +259,8 @@ def evaluate(
             the mode that it was in.
         images: [N, C, H, W], floating point, in [0, 1]: a tensor, an array, or a list of images.
         labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
-        settings: With an eps: ``EvaluateSettings(eps="8/255", autoattack="standard")``.
+        settings: With an eps, ``EvaluateSettings(eps="8/255", autoattack="standard")``, or with
+            ``balls`` of several norms.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
         how: All by name. ``mean``, ``std``: by which images are normalised inside, one number a
             channel or one for all; both or neither. Not with a ``PixelClassifier``

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
-from robust_accel.attacks import Attack, remembers
+from robust_accel.attacks import Attack, MultiNorm, remembers
 from robust_accel.attacks.base import gradients_seen
+from robust_accel.attacks.norms import ORDERS, lengths
 from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,9 @@ class Applied:
 
     Attributes:
         images, moved: How many there were, and how many the attack has moved.
-        norm, eps: The attack's ball, if it declares one.
-        largest, median: Over the images, of their perturbation in that norm (L-inf if none).
+        norm, eps: The attack's ball, if it declares one; of several balls, ``multi-norm`` and 1.
+        largest, median: Over the images, of their perturbation in that norm (L-inf if none); of
+            several balls, as a share of the radius of the ball that it fills least.
         weights_moved: Tensors that weight perturbation has moved; None without it.
         non_finite: Images whose loss or gradient was NaN or infinite during the attack.
     """
@@ -42,16 +44,20 @@ class Applied:
 
         Raises:
             RuntimeError: The attack should have moved the images and did not, or further than it
-                promises (L-inf and L2 balls alone can be measured here), or to where no number is.
+                promises (balls of other norms are not measured), or to where no number is.
         """
         if not x_adv.isfinite().all():
             raise RuntimeError(f"{attack!r} returned pixels that are NaN or infinite")
         norm, eps = str(getattr(attack, "norm", "linf")).lower(), getattr(attack, "eps", None)
-        known = norm in ("linf", "l2")
-        order = 2 if norm == "l2" else float("inf")
-        lengths = (x_adv - x).flatten(1).norm(dim=1, p=order)
-        largest, median = lengths.max().item(), lengths.median().item()
-        moved = int((lengths > 0).sum())
+        known = norm in ORDERS
+        if isinstance(attack, MultiNorm):
+            norm, eps, known = "multi-norm", 1.0, True
+            shares = [lengths(x_adv - x, ball.norm) / ball.eps for ball in attack.balls]
+            moves = torch.stack(shares).amin(dim=0)
+        else:
+            moves = lengths(x_adv - x, norm if known else "linf")
+        largest, median = moves.max().item(), moves.median().item()
+        moved = int((moves > 0).sum())
         found = cls(len(x), moved, norm if known else "linf", eps, largest, median)
         if eps is not None and not moved and not getattr(attack, "may_stay", False):
             raise RuntimeError(f"{attack!r} moved none of {len(x)} images")
@@ -146,13 +152,11 @@ class MinMax:
         def outer(model: nn.Module) -> dict[str, Tensor]:
             return regularized(model, objective.loss(model, x, x_adv, labels, **options))
 
+        if getattr(objective, "grad_align", None) is not None:
+            _refuse_shards(classifier, "GradAlign, which differentiates twice,")
         weights_moved, perturbed = None, classifier
         if self.weight_perturbation is not None and self.perturb_weights:
-            if not all(map(is_whole, classifier.parameters())):
-                raise ValueError(
-                    "adversarial weight perturbation needs whole weights, got shards (FSDP or "
-                    "ZeRO 3): train by DDP or ZeRO 0 to 2, or without it"
-                )
+            _refuse_shards(classifier, "adversarial weight perturbation")
             with attack_context(classifier, "train", freeze=False):
                 perturbed = self.weight_perturbation(classifier, lambda: outer(classifier)["loss"])
             if self.applied is None:
@@ -255,3 +259,11 @@ class MinMax:
                     self._non_finite,
                     len(x),
                 )
+
+
+def _refuse_shards(classifier: nn.Module, what: str) -> None:
+    if not all(map(is_whole, classifier.parameters())):
+        raise ValueError(
+            f"{what} needs whole weights, got shards (FSDP or ZeRO 3): train by DDP or ZeRO 0 to "
+            "2, or without it"
+        )

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, ConfigDict
 
 from robust_accel.attack_context import AttackMode
-from robust_accel.attacks import ATTACKS, Attack, EpsSchedule
+from robust_accel.attacks import ATTACKS, Attack, EpsSchedule, MultiNorm
 from robust_accel.comm import COLLECTIVES
 from robust_accel.data import DataSettings
 from robust_accel.evaluation.certify_images import CertifySettings
@@ -252,15 +252,25 @@ class Recipe:
     @property
     def doubts(self) -> list[str]:
         """Where what is measured is not what is trained."""
-        trained = getattr(self.attack, "norm", "linf"), getattr(self.attack, "eps", None)
-        measured = self.evaluate.norm, self.evaluate.eps
-        if trained[1] is None or measured[1] is None or trained == measured:
+        trained, measured = _balls(self.attack), _balls(self.evaluate)
+        if None in (*trained.values(), *measured.values()) or trained == measured:
             return []
-        own, other = (f"{norm}, eps {eps_text(eps or 0)}" for norm, eps in (trained, measured))
-        return [f"trained against {own}; measured against {other} (evaluate.norm, evaluate.eps)"]
+        own, other = (
+            " and ".join(f"{norm}, eps {eps_text(eps or 0)}" for norm, eps in balls.items())
+            for balls in (trained, measured)
+        )
+        keys = "evaluate.norm, evaluate.eps" if self.evaluate.balls is None else "evaluate.balls"
+        return [f"trained against {own}; measured against {other} ({keys})"]
 
     def save(self, path: Path) -> None:
         write_text(path, dump(self.settings))
+
+
+def _balls(part: Any) -> dict[str, float | None]:
+    """The radii of an attack, or of what is measured with, by their norms."""
+    if isinstance(part, MultiNorm | EvaluateSettings) and part.balls is not None:
+        return {ball.norm: ball.eps for ball in part.balls}
+    return {getattr(part, "norm", "linf"): getattr(part, "eps", None)}
 
 
 def load_recipe(

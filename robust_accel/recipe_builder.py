@@ -189,11 +189,12 @@ class Builder:
     def _fill_threat_model(
         self, built: dict[str, Any], resolved: dict[str, Any], required: tuple[str, ...]
     ) -> None:
-        """The norm and eps to evaluate with are the attack's, where they are not given."""
+        """The norm and eps, or balls, to evaluate with are the attack's, where none are given."""
         evaluate, attack = built["evaluate"], built["attack"]
         if evaluate is None:
             return
         unknown = [key for key in ("norm", "eps") if getattr(evaluate, key) is None]
+        unknown = [] if evaluate.balls is not None else unknown
         if isinstance(attack, NotImported) and attack.norm is None:
             if unknown and "evaluate" in required:
                 names = " and ".join(f"evaluate.{key}" for key in unknown)
@@ -207,7 +208,7 @@ class Builder:
             if "evaluate" in required:
                 self.fault_of("evaluate", ValueError(f"evaluate.{error}"))
             return
-        if filled.eps is None and "evaluate" in required:
+        if filled.eps is None and filled.balls is None and "evaluate" in required:
             self.fault("evaluate.eps", "missing: the attack has no eps to evaluate with")
         name = resolved.get("attack", {}).get("name")
         if is_custom(name, {}):  # so that the run can be measured without its code

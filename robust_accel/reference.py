@@ -188,7 +188,9 @@ def _schema_of(section: str, definitions: dict[str, Any]) -> dict[str, Any]:
         properties["name"] = {"anyOf": [{"enum": sorted(spec)}, custom]}
     for component, cls in members(section).items():
         own = cls.model_json_schema()
-        definitions |= own.pop("$defs", {})
+        for inner, found in own.pop("$defs", {}).items():
+            lenient = {key: _lenient(value) for key, value in found["properties"].items()}
+            definitions[inner] = found | {"properties": lenient}
         texts = texts_of(cls)
         for name, found in own["properties"].items():
             described = _lenient(found) | {"description": texts.get(name, "")}

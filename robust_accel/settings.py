@@ -21,7 +21,7 @@ from robust_accel.files import check_path
 from robust_accel.messages import close_to, cut, shown
 from robust_accel.plain_yaml import MOST_FAULTS, number
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 
 
 if TYPE_CHECKING:

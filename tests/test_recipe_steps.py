@@ -84,7 +84,7 @@ def test_a_radius_of_one_norm_is_none_of_another():
     assert said.endswith("evaluate.eps: missing: the attack's 0.1 is one of linf, not of l2")
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 9, 10, 50])
 def test_the_evaluations_own_steps_reach_the_edge(norm, num_steps):
     settings = EvaluateSettings(norm=norm, eps=0.4).with_threat_model_of(None)

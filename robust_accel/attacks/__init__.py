@@ -4,6 +4,7 @@ from robust_accel.attacks.apgd import APGD
 from robust_accel.attacks.base import Attack, JudgedLoss, LossFn, remembers
 from robust_accel.attacks.ddn import DDN
 from robust_accel.attacks.fgsm import FGSMRS, NFGSM
+from robust_accel.attacks.multi_norm import MultiNorm, NormBall, NormBalls
 from robust_accel.attacks.pgd import PGD, NoAttack
 from robust_accel.attacks.pgi import FGSMPGI
 from robust_accel.attacks.strength import EpsSchedule
@@ -16,6 +17,7 @@ ATTACKS = {
     "n-fgsm": NFGSM,
     "fgsm-pgi": FGSMPGI,
     "ddn": DDN,
+    "multi-norm": MultiNorm,
 }
 
 __all__ = [
@@ -30,6 +32,9 @@ __all__ = [
     "EpsSchedule",
     "JudgedLoss",
     "LossFn",
+    "MultiNorm",
     "NoAttack",
+    "NormBall",
+    "NormBalls",
     "remembers",
 ]

@@ -42,7 +42,8 @@ class PGD(Ball):
     """Iterated steepest ascent, projected to the ball; returns the last iterate.
 
     Args:
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``; in L1 a step goes along the largest hundredth of the
+            gradient, and ``apgd`` finds more.
         eps: Radius of the ball in pixel units, > 0 (``8/255`` is accepted); L-inf: at most 1.
         num_steps: Number of steps, >= 1.
         step_size: Length of a step in pixel units, > 0; 2.5 eps / num_steps, at most eps, when not
@@ -52,7 +53,8 @@ class PGD(Ball):
         random_start: Start uniformly in the ball (true), at x (false), or near x with the noise
             of TRADES (``gaussian``: standard deviation 0.001).
 
-    Source: Madry et al. 2018 (arXiv 1706.06083); (A1) of DAT.
+    Source: Madry et al. 2018 (arXiv 1706.06083); (A1) of DAT. In L1 SLIDE of Tramer and Boneh 2019
+    (arXiv 1904.13000), projected to ball and box at once.
     """
 
     num_steps: Annotated[Whole, Ge(1)] = 10
@@ -85,7 +87,8 @@ class PGD(Ball):
             x_adv = (x + random_start(x, self.eps, self.norm, generator)).clamp(0, 1)
         step_length = self.step_length
         for _ in range(self.num_steps):
-            step = step_length * ascent_direction(input_gradient(loss_fn, x_adv), self.norm)
+            grad = input_gradient(loss_fn, x_adv)
+            step = step_length * ascent_direction(grad, self.norm, x_adv)
             x_adv = project(x_adv + step, x, self.eps, self.norm)
         # last iterate: choosing the best one would cost a forward, and training wants no choice
         return x_adv

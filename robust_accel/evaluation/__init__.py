@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -19,8 +19,10 @@ from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.sanity import sanity
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.evaluation.sweep import sweep
+from robust_accel.evaluation.unions import attack_of_union, union_of
 from robust_accel.models import PixelClassifier
 from robust_accel.run_folder import RunFolder
+from robust_accel.settings import eps_text
 
 __all__ = [
     "EvaluateSettings",
@@ -31,6 +33,15 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """An attack within one ball, what it has left, and what else there is to say."""
+
+    about: dict[str, Any]
+    outcomes: Outcomes
+    more: dict[str, Any]
+
 
 DRAWS = 21  # of a randomised model, if no number is asked for; odd, so that two classes cannot tie
 
@@ -71,7 +82,8 @@ def evaluate(
         The records of this evaluation: ``clean_accuracy``, ``pgd_accuracy`` and
         ``autoattack_accuracy``, ``train_clean_accuracy`` and ``train_pgd_accuracy``, ``sweep``,
         ``sanity``; ``corruptions``, and by name ``corruption``; and ``function``, the digest of
-        what was measured.
+        what was measured. Of several balls these accuracies are those of the union, ``sanity`` is a
+        list, and ``pgd_accuracy_by_ball`` and so on are lists of records, too.
     """
 
     def told(name: str, record: Record) -> Record:
@@ -99,9 +111,10 @@ def evaluate(
         )
 
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    autoattack = None  # made first: what it refuses, it refuses before anything is spent
+    models = settings.threat_models()
+    autoattacks = []  # made first: what they refuse, they refuse before anything is spent
     if settings.autoattack is not None:
-        autoattack = AutoAttackEvaluation(settings, num_classes)
+        autoattacks = [AutoAttackEvaluation(one, num_classes) for one in models]
     corruptions = None
     if settings.corruptions:
         own: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names}
@@ -122,20 +135,40 @@ def evaluate(
             f"evaluate.draws: {settings.draws}, but the model always answers the same: one is taken"
         )
     result: dict[str, Any] = {"function": bench.function}
-    pgd = None
-    if settings.pgd is not None:
-        pgd = attacker_of(settings)
+    pgds = [] if settings.pgd is None else [attacker_of(one) for one in models]
 
-    def clean_and_pgd(bench: Bench, limit: int | None, prefix: str, purpose: str) -> Any:
+    def keep(
+        bench: Bench, purpose: str, name: str, before: Outcomes, parts: list[Part], key: str
+    ) -> None:
+        """The accuracy in each ball and, of several, that of their union."""
+        records = []
+        for about, outcomes, more in parts:
+            where = f" ({about['norm']}, eps {eps_text(about['eps'])})" if len(parts) > 1 else ""
+            record = bench.record(purpose, about, before, outcomes, **more)
+            records.append(told(name + where, record))
+        if len(parts) > 1:
+            result[f"{key}_by_ball"] = list(records)
+            about = attack_of_union([part.about for part in parts])
+            left = union_of([part.outcomes for part in parts])
+            record = bench.record(purpose, about, before, left)
+            records.append(told(f"{name} (in all of these balls)", record))
+        result[key] = records[-1]
+
+    def clean_and_pgd(
+        bench: Bench, limit: int | None, prefix: str, purpose: str
+    ) -> tuple[Outcomes, list[Outcomes]]:
         right = bench.clean(limit)
-        name, by_pgd = f"{prefix}clean_accuracy", None
+        name = f"{prefix}clean_accuracy"
         result[name] = told(name, bench.record(purpose, {"name": "none"}, right, right))
-        if pgd is not None:
-            by_pgd = bench.attacked(pgd, right.first(len(right.index)))
-            about = "_".join(pgd.about[key] for key in ("name", "loss") if key in pgd.about)
-            record = bench.record(purpose, pgd.about, right, by_pgd)
-            result[f"{prefix}pgd_accuracy"] = told(f"{prefix}{about}_accuracy", record)
-        return right, by_pgd
+        found = []
+        for pgd in pgds:
+            left = bench.attacked(pgd, right.first(len(right.index)))
+            found.append(Part(pgd.about, left, {}))
+        if found:
+            name = "_".join(pgds[0].about[k] for k in ("name", "loss") if k in pgds[0].about)
+            key = f"{prefix}pgd_accuracy"
+            keep(bench, purpose, f"{prefix}{name}_accuracy", right, found, key)
+        return right, [part.outcomes for part in found]
 
     right, by_pgd = clean_and_pgd(bench, settings.images, "", "accuracy")
     if train is not None and settings.train_images is not None:
@@ -145,18 +178,25 @@ def evaluate(
         clean_and_pgd(of_train, settings.train_images, "train_", "train")
     if settings.sweep is not None:
         result["sweep"] = sweep(bench, right, settings)
-    by_autoattack: Outcomes | None = None
-    if autoattack is not None:
+    by_autoattack: list[Part] = []
+    if autoattacks:
         limit = min(settings.autoattack_images or len(right.index), len(images))
         before = (right if limit <= len(right.index) else bench.clean(limit)).first(limit)
-        by_autoattack, about = autoattack.run(bench, before)
-        record = bench.record("accuracy", autoattack.about, before, by_autoattack, **about)
-        result["autoattack_accuracy"] = told("autoattack_accuracy", record)
+        for one in autoattacks:
+            left, more = one.run(bench, before)
+            by_autoattack.append(Part(one.about, left, more))
+        name = "autoattack_accuracy"
+        keep(bench, "accuracy", name, before, by_autoattack, name)
     if settings.sanity:
-        both = None if by_pgd is None or by_autoattack is None else (by_pgd, by_autoattack)
-        result["sanity"] = sanity(bench, settings, autoattack=both, other=other)
+        both = zip(by_pgd, (part.outcomes for part in by_autoattack), strict=False)
+        compared: list[Any] = list(both) or [None] * len(models)
+        checked = [
+            sanity(bench, one, autoattack=pair, other=other)
+            for one, pair in zip(models, compared, strict=True)
+        ]
+        result["sanity"] = checked[0] if len(checked) == 1 else checked
     if corruptions is not None:
         result |= corruptions.run(partial(bench_of, draws=bench.draws))
     if folder is not None:
-        keep_examples(bench, settings, folder.examples)
+        keep_examples(bench, models[0], folder.examples)
     return result

@@ -76,7 +76,7 @@ def measure(
     """Clean, PGD and AutoAttack accuracy of any module on pixels, see ``robust_accel.evaluate``.
 
     Args:
-        settings: With an eps.
+        settings: With an eps, or balls.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
 
     Returns:
@@ -199,9 +199,9 @@ def _on_pixels(
 
 
 def _complete(settings: EvaluateSettings, other: nn.Module | None) -> EvaluateSettings:
-    """The settings, with a norm and an eps."""
+    """The settings, with a norm and an eps, or several."""
     given = settings.with_threat_model_of(None)
-    if given.eps is None:
+    if given.eps is None and given.balls is None:
         raise ValueError("eps is missing: the radius in pixel units, like eps='8/255'")
     for key in ("ids", "train_images"):
         if getattr(given, key) is not None:

@@ -28,6 +28,7 @@ ATTACKS_OF = {
 }
 _MIN_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the DLR losses rank so many logits
 _MAX_TARGETS = 9
+_L1 = {"restarts": 5, "targets": 5}  # of APGD-CE and of APGD-T: what upstream does in L1 alone
 _SQUARE_GAIN = 0.002  # of accuracy: more of Square after the others is warned of, as upstream does
 
 
@@ -69,17 +70,19 @@ class AutoAttackEvaluation:
                 f"evaluate.autoattack: {settings.autoattack} needs at least {needed} classes (its "
                 f"loss ranks them), the data have {num_classes}; set it to null"
             )
-        self._num_targets = min(_MAX_TARGETS, num_classes - 1)
+        self._num_classes = num_classes
         assert settings.autoattack is not None
         self.about: dict[str, Any] = {
             "name": "autoattack",
             "version": settings.autoattack,
             "attacks": list(ATTACKS_OF[settings.autoattack]),
             "search": settings.search,
-            "num_targets": self._num_targets,
+            "num_targets": self._num_targets("apgd-t"),
             "norm": settings.norm,
             "eps": settings.eps,
         }
+        if self._is_thorough:
+            self.about["apgd_restarts"] = _L1["restarts"]
 
     def run(self, bench: Bench, before: Outcomes) -> tuple[Outcomes, dict[str, Any]]:
         """Attack what is right.
@@ -112,7 +115,8 @@ class AutoAttackEvaluation:
 
     def _attacker(self, stage: Stage) -> Attacker:
         settings = self.settings
-        about = {**stage._asdict(), "name": stage.attack, "num_targets": self._num_targets}
+        targets = self._num_targets(stage.attack)
+        about = {**stage._asdict(), "name": stage.attack, "num_targets": targets}
         about |= {"norm": settings.norm, "eps": settings.eps, "eot": settings.autoattack == "rand"}
 
         def perturb(classifier: PixelClassifier, x: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -130,13 +134,27 @@ class AutoAttackEvaluation:
         # what version="standard" sets, for any number of classes
         suite.apgd.n_restarts = suite.fab.n_restarts = 1
         suite.fab.targeted = True
-        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = self._num_targets
+        for own, attack in (("apgd-t", suite.apgd_targeted), ("fab-t", suite.fab)):
+            attack.n_target_classes = self._num_targets(own)
+        if self._is_thorough:
+            suite.apgd.n_restarts = _L1["restarts"]
+            suite.apgd.use_largereps = suite.apgd_targeted.use_largereps = True
         suite.apgd.loss = name.removeprefix("apgd-")
         if settings.autoattack == "rand":
             suite.apgd.eot_iter = 20
         return {"apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}.get(
             name, suite.apgd
         )
+
+    @property
+    def _is_thorough(self) -> bool:
+        """Whether it is the version of L1, which begins with larger balls."""
+        return self.settings.norm == "l1" and self.settings.autoattack != "rand"
+
+    def _num_targets(self, attack: str) -> int:
+        """Of the classes, how many a targeted attack tries."""
+        is_less = self._is_thorough and attack == "apgd-t"
+        return min(_L1["targets"] if is_less else _MAX_TARGETS, self._num_classes - 1)
 
     def _warnings(self, bench: Bench, before: Outcomes) -> list[str]:
         """The reference's checks: randomised, probabilities for logits, gradients in forward."""
@@ -162,7 +180,7 @@ def _suite(
 ) -> AutoAttack:
     return AutoAttack(
         classifier,
-        norm={"linf": "Linf", "l2": "L2"}[settings.norm or ""],
+        norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[settings.norm or ""],
         eps=settings.eps,
         version="custom",
         seed=seed,

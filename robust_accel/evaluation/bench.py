@@ -312,7 +312,7 @@ class Bench:
         """Keep a finished measurement.
 
         Args:
-            attack: Its description, with ``norm`` and ``eps`` where it has a ball.
+            attack: Its description, with ``norm`` and ``eps`` where it has a ball, or ``union``.
             before: The same images unattacked.
             more: Further results.
         """
@@ -345,14 +345,15 @@ class Bench:
         """A record of any kind of result, its identity made from what was measured."""
         digests = self._digests_of(index.tolist())
         attack = dict(attack)
-        norm, eps = attack.pop("norm", None), attack.pop("eps", None)
+        norm, eps, union = (attack.pop(key, None) for key in ("norm", "eps", "union"))
+        ball = None if eps is None else {"norm": norm, "eps": eps}
         whole = len(index) == len(self.images)
         part = selection or (self.kind if whole else f"first {len(index)}")
         identity = {
             "function": self.function,
             "purpose": purpose,
             "attack": attack,
-            "threat_model": None if eps is None else {"norm": norm, "eps": eps},
+            "threat_model": ball if union is None else {"union": union},
             "seed": self.seed,
             "batch_size": self.batch_size,
             "draws": self.draws,

@@ -28,6 +28,10 @@ class _ThreatModel(_Part):
     eps: float
 
 
+class _Union(_Part):
+    union: list[_ThreatModel]
+
+
 class _Images(_Part):
     n: int
     selection: str | None = None
@@ -40,7 +44,7 @@ class ReportRow(_Part):
     purpose: str
     attack: _Attack
     images: _Images
-    threat_model: _ThreatModel | None = None
+    threat_model: _ThreatModel | _Union | None = None
     accuracy: Share | None = None
     interval: list[float] | None = None
 

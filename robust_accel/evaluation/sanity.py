@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import input_gradient
-from robust_accel.attacks.norms import ascent_direction, project, random_start
+from robust_accel.attacks.norms import ORDERS, ascent_direction, project, random_start
 from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.autoattack import square_attack
 from robust_accel.evaluation.bench import Attacker, Bench
@@ -75,7 +75,8 @@ def sanity(
     by_steps = {n: outcomes.right for n, outcomes in after.items()}
     # what both leave
     white_box = after[50].after(torch.arange(number), after[10].verdicts, after[10].chosen)
-    large = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(math.prod(bench.images.shape))
+    # from any image to the grey one
+    large = 0.5 * math.prod(bench.images.shape) ** (1 / ORDERS[settings.norm or ""])
     transferred = None
     if other is not None:
         transferred = survivors(_transferred(other, pgd(20), bench.images.shape), "transfer").right

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from robust_accel.attacks import PGD
+from robust_accel.attacks import PGD, MultiNorm, NormBall, NormBalls
 from robust_accel.attacks.steps import default_step, unfit_step
 from robust_accel.objectives import AttackLoss
 from robust_accel.settings import (
@@ -136,6 +136,10 @@ class EvaluateSettings(Settings):
 
     Args:
         norm, eps: The threat model; the training attack's when not given.
+        balls: Several threat models in the place of these, as of the attack ``multi-norm``, whose
+            they are when nothing is given: ``[{norm: linf, eps: 8/255}, {norm: l1, eps: 12}]``.
+            Each attack is done in each, and beside its accuracies stands that of their union: an
+            image counts if it withstands all.
         pgd: Null leaves PGD out.
         sweep: PGD accuracy against eps and against the number of steps, see ``SweepSettings``.
         autoattack: ``standard`` (APGD-CE, APGD-T, FAB-T, Square), ``quick`` (APGD-CE, APGD-T),
@@ -159,6 +163,7 @@ class EvaluateSettings(Settings):
 
     norm: Norm | None = None
     eps: OptionalPixels = default(None)
+    balls: NormBalls | None = None
     pgd: PGDSettings | None = PGDSettings()
     sweep: SweepSettings | None = None
     autoattack: Literal["standard", "quick", "rand"] | None = None
@@ -174,13 +179,22 @@ class EvaluateSettings(Settings):
     seed: Annotated[Whole, Ge(0)] = 0
 
     def with_threat_model_of(self, attack: Any) -> "EvaluateSettings":
-        """Fill norm and eps from the training attack where they were left out.
+        """Fill norm and eps, or balls, from the training attack where they were left out.
 
         Eps stays None where neither says it.
 
         Raises:
             ValueError: ``key: ...``: there is no such ball, or PGD's steps are none of this one.
         """
+        balls = self.balls
+        if self.norm is None and self.eps is None:
+            balls = balls or (attack.balls if isinstance(attack, MultiNorm) else None)
+        elif balls is not None:
+            raise ValueError(
+                "balls: norms and radii stand there: leave out (null) norm and eps, or balls"
+            )
+        if balls is not None:
+            return self._with_balls(balls)
         own = str(getattr(attack, "norm", "linf")).lower()
         norm = self.norm or own
         if norm not in get_args(Norm):
@@ -193,6 +207,29 @@ class EvaluateSettings(Settings):
         if eps is not None:
             filled._check_pgd()
         return filled
+
+    def _with_balls(self, balls: tuple[NormBall, ...]) -> "EvaluateSettings":
+        """Of several threat models; what is of one alone is refused."""
+        if self.sweep is not None:
+            raise ValueError("sweep: its radii are of one norm: give norm and eps, not balls")
+        if self.pgd is not None and self.pgd.step_size is not None:
+            raise ValueError(
+                f"pgd.step_size: {self.pgd.step_size:.4g} is a length in one norm: leave it out "
+                "for several balls"
+            )
+        filled = self.model_copy(update={"balls": balls})
+        for one in filled.threat_models():
+            one._check_pgd()
+        return filled
+
+    def threat_models(self) -> list["EvaluateSettings"]:
+        """These settings for each threat model by itself: with a norm and an eps."""
+        if self.balls is None:
+            return [self]
+        return [
+            self.model_copy(update={"balls": None, "norm": ball.norm, "eps": ball.eps})
+            for ball in self.balls
+        ]
 
     def _check_pgd(self) -> None:
         """All that ``make_pgd`` will be asked for, before anything is spent."""

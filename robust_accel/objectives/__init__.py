@@ -11,6 +11,7 @@ from robust_accel.objectives.base import (
     cross_entropy_of,
     predicted,
 )
+from robust_accel.objectives.grad_align import GradAlign
 from robust_accel.objectives.ikl import IKL
 from robust_accel.objectives.mart import Mart
 from robust_accel.objectives.smoothing import Smoothing
@@ -33,6 +34,7 @@ __all__ = [
     "Adversarial",
     "AttackLoss",
     "Classifier",
+    "GradAlign",
     "LogitLoss",
     "Mart",
     "Objective",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robust_accel.objectives.base import AttackLoss, Classifier, climbed
+from robust_accel.objectives.grad_align import GradAlign
 from robust_accel.settings import Number, Settings
 
 
@@ -19,6 +20,7 @@ class Adversarial(Settings):
             published code trains with 1.
         label_smoothing: in [0, 1); of the outer loss only: the attack climbs the plain loss.
         attack_loss: What the attack climbs, see ``climbed``: ``cross_entropy``, ``cw`` or ``dlr``.
+        grad_align: Add GradAlign, for one-step attacks: ``{eps: 8/255, weight: 0.2}``.
 
     Source: equation (2) of DAT with phi = l(theta, x + delta; y).
     """
@@ -28,6 +30,7 @@ class Adversarial(Settings):
     clean_weight: Annotated[Number, Ge(0)] = 0.0
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
     attack_loss: AttackLoss = "cross_entropy"
+    grad_align: GradAlign | None = None
 
     def inner_loss(
         self, classifier: Classifier, x: Tensor, labels: Tensor
@@ -38,13 +41,14 @@ class Adversarial(Settings):
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         logits = classifier(x_adv)
-        adv_loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if self.clean_weight == 0:
-            return {"loss": adv_loss, "logits": logits, "adv_loss": adv_loss.detach()}
-        clean_loss = cross_entropy(classifier(x), labels, label_smoothing=self.label_smoothing)
-        return {
-            "loss": self.clean_weight * clean_loss + adv_loss,
-            "logits": logits,
-            "adv_loss": adv_loss.detach(),
-            "clean_loss": clean_loss.detach(),
-        }
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        parts = {"adv_loss": loss.detach()}
+        if self.clean_weight:
+            clean = cross_entropy(classifier(x), labels, label_smoothing=self.label_smoothing)
+            parts["clean_loss"] = clean.detach()
+            loss = self.clean_weight * clean + loss
+        if self.grad_align is not None:
+            alignment = self.grad_align(classifier, x, labels)
+            parts["grad_alignment"] = alignment.detach()
+            loss = loss + self.grad_align.weight * (1 - alignment)
+        return {"loss": loss, "logits": logits, **parts}

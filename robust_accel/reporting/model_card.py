@@ -141,7 +141,8 @@ def _architecture(config: dict[str, Any]) -> str:
 def _measured(run: Run) -> list[str]:
     """Each accuracy with its own threat model, attack and images."""
     rows = _quotable(run)
-    balls = dict.fromkeys(_ball(row["threat_model"]) for row in rows if row.get("threat_model"))
+    threats = [row["threat_model"] for row in rows if row.get("threat_model")]
+    balls = dict.fromkeys(_ball(threat) for threat in threats if "norm" in threat)  # no union
     lines = []
     if balls:
         lines = [
@@ -157,7 +158,7 @@ def _measured(run: Run) -> list[str]:
 
 
 def _ball(threat: dict[str, Any]) -> str:
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(threat["norm"], threat["norm"])
+    norm = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}.get(threat["norm"], threat["norm"])
     return f"{norm}, eps = {eps_text(threat['eps'])}"
 
 

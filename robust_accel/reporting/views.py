@@ -144,7 +144,13 @@ def accuracy_text(row: Row) -> str:
 
 
 def threat_text(threat: dict[str, Any] | None) -> str:
-    return "" if threat is None else f"{threat['norm']}, eps {eps_text(threat['eps'])}"
+    """``l2, eps 0.5``; of several balls ``union of linf 8/255, l2 0.5``."""
+    if threat is None:
+        return ""
+    if "union" in threat:
+        balls = (f"{ball['norm']} {eps_text(ball['eps'])}" for ball in threat["union"])
+        return f"union of {', '.join(balls)}"
+    return f"{threat['norm']}, eps {eps_text(threat['eps'])}"
 
 
 def attack_text(attack: dict[str, Any]) -> str:
@@ -266,11 +272,11 @@ def quoted(run: Run) -> list[Quoted]:
             row["threat_model"] for row in own if row.get("threat_model")
         )
         points = {p["radius"]: p for p in (certificate or {}).get("radii", []) if p["radius"] > 0}
-        if points and not any(t and t["norm"] == "l2" and t["eps"] in points for t in threats):
+        if points and not any(_l2_radius(t) in points for t in threats):
             threats.append({"norm": "l2", "eps": min(points)})
         for threat in threats or [None]:
             against = [row for row in own if threat and row.get("threat_model") == threat]
-            point = points.get(threat["eps"]) if threat and threat["norm"] == "l2" else None
+            point = points.get(_l2_radius(threat))
             found.append(
                 Quoted(
                     source,
@@ -282,6 +288,10 @@ def quoted(run: Run) -> list[Quoted]:
                 )
             )
     return found
+
+
+def _l2_radius(threat: dict[str, Any] | None) -> float | None:
+    return threat["eps"] if threat and threat.get("norm") == "l2" else None
 
 
 def _unique(values: Iterable[dict[str, Any]]) -> list[dict[str, Any] | None]:

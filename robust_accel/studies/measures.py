@@ -6,8 +6,10 @@ taken only from the one that the recipe of the study asks for; else there is non
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from robust_accel.evaluation.accuracy import attacker_of
+from robust_accel.evaluation.unions import attack_of_union
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.views import Row, Run, pick, refused_by_name
@@ -24,7 +26,9 @@ def _pgd(run: Run, recipe: Recipe) -> float | None:
     settings = recipe.evaluate
     if settings.pgd is None:
         return None
-    return _percent(run, recipe, attacker_of(settings).about, settings.images)
+    parts = [attacker_of(one).about for one in settings.threat_models()]
+    about = parts[0] if settings.balls is None else attack_of_union(parts)
+    return _percent(run, recipe, about, settings.images)
 
 
 def _autoattack(run: Run, recipe: Recipe) -> float | None:
@@ -35,7 +39,8 @@ def _autoattack(run: Run, recipe: Recipe) -> float | None:
 
 def _percent(run: Run, recipe: Recipe, attack: Row, images: int | None) -> float | None:
     """Accuracy in percent, of the row with this attack."""
-    threat = {"norm": recipe.evaluate.norm, "eps": recipe.evaluate.eps}
+    balls = [{"norm": one.norm, "eps": one.eps} for one in recipe.evaluate.threat_models()]
+    threat = balls[0] if recipe.evaluate.balls is None else {"union": balls}
     row = pick(
         row
         for row in run.of("accuracy", attack["name"])
@@ -50,8 +55,11 @@ def _is_of(row: Row, recipe: Recipe, attack: Row, images: int | None) -> bool:
 
     Its ball stands apart, as ``threat_model``; which attacks AutoAttack has follows.
     """
-    asked = {key: value for key, value in as_json(attack).items() if key not in ("norm", "eps")}
-    by = {k: v for k, v in row["attack"].items() if k not in ("attacks", "num_targets")}
+    asked = {
+        key: value for key, value in as_json(attack).items() if key not in ("norm", "eps", "union")
+    }
+    follows = ("attacks", "num_targets", "apgd_restarts")
+    by = {k: v for k, v in row["attack"].items() if k not in follows}
     by_attack = asked == by
     same_source = row["images"].get("source") == as_json(recipe.data.source())
     return by_attack and same_source and row["seed"] == recipe.evaluate.seed and _on(row, images)
@@ -99,9 +107,11 @@ MEASURES: dict[str, Measured] = {
     "steps": _from_report("steps"),
 }
 """By name: accuracies in percent; seconds an epoch; MB (10^6 bytes) that a process sends a step;
-MiB. With a point: ``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps)."""
+MiB. With a point: ``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of
+several balls ``pgd`` and ``autoattack`` are the union's; ``pgd l1`` is in one of them."""
 
 _POINT = re.compile(r"(certified|pgd eps|pgd num_steps) (\S+)")
+_IN_ONE = re.compile(r"(pgd|autoattack) (linf|l2|l1)")
 _KEYS = {"pgd eps": "eps", "pgd num_steps": "num_steps", "certified": "radius"}
 
 
@@ -114,8 +124,8 @@ def check_measure(name: str) -> str:
     point = _POINT.fullmatch(name)
     if point is not None:
         parse_number(point[2])
-    elif name not in MEASURES:
-        points = "certified R, pgd eps E, pgd num_steps K"
+    elif name not in MEASURES and _IN_ONE.fullmatch(name) is None:
+        points = "certified R, pgd eps E, pgd num_steps K; pgd or autoattack and a norm"
         raise ValueError(f"a measure is wanted: {listed(MEASURES)}, {points}")
     return name
 
@@ -127,6 +137,11 @@ def measure(name: str, run: Run, recipe: Recipe) -> float | None:
         name: Checked by ``check_measure``.
         recipe: What the study asked for.
     """
+    if in_one := _IN_ONE.fullmatch(name):
+        name, own = in_one[1], recipe.evaluate.threat_models()
+        if in_one[2] not in [one.norm for one in own]:
+            return None
+        recipe = replace(recipe, evaluate=next(one for one in own if one.norm == in_one[2]))
     point = _POINT.fullmatch(name)
     if point is None:
         with refused_by_name(run.folder):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from robust_accel.data import Data
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of, hardware, versions
-from robust_accel.recipe import Recipe, TrainSettings
+from robust_accel.recipe import Recipe
 from robust_accel.training.checkpoint import Progress
 from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.metrics import peak_memory
@@ -72,8 +72,16 @@ def facts_of_training(
         "bytes_sent_per_step": progress.bytes_sent / steps,
         "peak_memory_bytes": peak_memory(accelerator.device),
         "versions": versions(),
-        **_best_against_last(metrics, progress, settings, data),
+        **_best_against_last(metrics, progress, recipe, data),
     }
+
+
+def held_out_attack(recipe: Recipe) -> str:
+    """What measures robust accuracy on the held-out split."""
+    assert recipe.train is not None
+    balls = recipe.evaluate.balls
+    several = "" if balls is None else f" in each of {len(balls)} balls"
+    return f"PGD-{recipe.train.validation_steps}{several}"
 
 
 def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[Fall]:
@@ -95,7 +103,7 @@ def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[
 
 
 def _best_against_last(
-    metrics: list[dict[str, Any]], progress: Progress, settings: TrainSettings, data: Data
+    metrics: list[dict[str, Any]], progress: Progress, recipe: Recipe, data: Data
 ) -> dict[str, Any]:
     """Robust accuracy on the held-out split: of the best epoch, and of the last."""
     lines = [line for line in metrics if "validation_robust_accuracy" in line]
@@ -104,7 +112,7 @@ def _best_against_last(
     about = {
         "split": _HELD_OUT,
         "n": len(data.validation),
-        "attack": f"PGD-{settings.validation_steps}",
+        "attack": held_out_attack(recipe),
         "best": progress.best_accuracy,
         "best_epoch": progress.best_epoch,
         "last": lines[-1]["validation_robust_accuracy"],

@@ -10,11 +10,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from robust_accel.attacks import Attack
+from robust_accel.attacks.multi_norm import of_step
 from robust_accel.attacks.strength import scaled
 from robust_accel.comm import Collective, GradientCompression
 from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
-from robust_accel.data import TrainingBatches
+from robust_accel.data import TrainingBatches, seeded_generator
 from robust_accel.recipe import TrainSettings
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.averaging import EpochMean
@@ -27,6 +28,8 @@ from robust_accel.training.metrics import Averages, Metrics, share_right
 from robust_accel.training.stopping import Stop
 
 logger = logging.getLogger(__name__)
+
+_ATTACK = 10  # among the keys of seeded draws
 
 
 @dataclass
@@ -99,7 +102,8 @@ class Loop:
             self.robust_model.min_max.perturb_weights = epoch >= settings.awp.warmup_epochs
         indices = self.batches.indices(epoch, first_step)
         for x, labels in self.batches.epoch(epoch, first_step, self.accelerator.device):
-            attack = scaled(self.attack, self.share_of_eps())
+            generator = seeded_generator(settings.seed, _ATTACK, progress.step)
+            attack = of_step(scaled(self.attack, self.share_of_eps()), generator)
             self.robust_model.min_max.attack = self.memory.attack_on(attack, next(indices))
             if settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)

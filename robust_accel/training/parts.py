@@ -1,6 +1,7 @@
 """What a run is made of, from its recipe and data."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -44,7 +45,8 @@ def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], 
         lambda: recipe.checked("data", lambda: check_kept_images(recipe, num_processes)),
     ]
     if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
-        found.append(lambda: AutoAttackEvaluation(recipe.evaluate, data.num_classes))
+        models = recipe.evaluate.threat_models()
+        found += [partial(AutoAttackEvaluation, one, data.num_classes) for one in models]
     if recipe.evaluate.corruptions:
         about: Any = {"num_classes": data.num_classes, "class_names": data.class_names}
         about |= {"source": recipe.data.source()}

@@ -40,7 +40,7 @@ from robust_accel.training.accelerator import (
 from robust_accel.training.averaging import make_average
 from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_output, check_room, told_when_full
-from robust_accel.training.facts import facts_of_training
+from robust_accel.training.facts import facts_of_training, held_out_attack
 from robust_accel.training.finite import Watch
 from robust_accel.training.loop import Loop
 from robust_accel.training.memory import Memory
@@ -282,11 +282,13 @@ class _Run:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        clean = bench.clean()
-        pgd = under_attack(settings.make_pgd(self.settings.validation_steps))
+        clean = robust = bench.clean()
+        for one in settings.threat_models():  # of several, what withstands all
+            pgd = under_attack(one.make_pgd(self.settings.validation_steps))
+            robust = bench.attacked(pgd, robust)
         line = {
             "validation_clean_accuracy": clean.accuracy,
-            "validation_robust_accuracy": bench.attacked(pgd, clean).accuracy,
+            "validation_robust_accuracy": robust.accuracy,
         }
         if (clean.prediction == NOT_A_NUMBER).all():
             self.watch.stop(
@@ -333,7 +335,7 @@ class _Run:
             selection |= {
                 "split": "held out of train",
                 "n": len(self.data.validation),
-                "metric": f"PGD-{self.settings.validation_steps} accuracy",
+                "metric": f"{held_out_attack(self.recipe)} accuracy",
                 "robust_accuracy": self.progress.best_accuracy,
                 "epoch": self.progress.best_epoch,
             }

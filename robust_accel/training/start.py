@@ -23,7 +23,9 @@ _FREE = (
     "train.max_skipped_in_a_row",
 )  # fmt: skip
 # of the accuracy that chooses weights
-_CHOOSING = ("evaluate.norm", "evaluate.eps", "evaluate.seed", "evaluate.batch_size")
+_CHOOSING = (
+    "evaluate.norm", "evaluate.eps", "evaluate.balls", "evaluate.seed", "evaluate.batch_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _with_threat_model(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with the norm and eps that are measured, the attack's where none are given."""
     given = settings.get("evaluate") or {}
     attack = settings.get("attack") or {}
-    filled = {key: given.get(key) or attack.get(key) for key in ("norm", "eps")}
+    filled = {key: given.get(key) or attack.get(key) for key in ("norm", "eps", "balls")}
     return settings | {"evaluate": given | filled}
 
 

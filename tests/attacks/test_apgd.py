@@ -16,7 +16,7 @@ from robust_accel.objectives import Adversarial, climbed, cross_entropy_of, pred
 from robust_accel.recipe import load_recipe
 from robust_accel.training.run import train
 
-RADII = {"linf": 0.2, "l2": 1.0}
+RADII = {"linf": 0.2, "l2": 1.0, "l1": 2.0}
 LOSSES = {"cross_entropy": "ce", "dlr": "dlr"}  # ours and theirs
 
 
@@ -59,7 +59,8 @@ def test_it_breaks_what_the_authors_code_breaks(trained, norm, loss):
     ours = APGD(norm=norm, eps=eps)(climbed(model, y, loss), x)
     broken = [predicted(model(z)) != y for z in (ours, x_adv)]
     assert 0.2 < broken[0].float().mean() < 0.98  # else nothing would be compared
-    assert abs(broken[0].float().mean() - broken[1].float().mean()) <= 0.02
+    more = broken[0].float().mean() - broken[1].float().mean()  # ours goes on after a success
+    assert -0.02 <= more <= (0.05 if norm == "l1" else 0.02)
     assert (broken[0] == broken[1]).float().mean() >= 0.92
 
 

@@ -31,6 +31,22 @@ def test_l2_optimum_of_a_linear_loss(random_start):
     torch.testing.assert_close(attack(linear(w), X), optimum, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("random_start", [True, False])
+def test_l1_optimum_of_a_linear_loss_within_the_box(random_start):
+    w = torch.randn_like(X)
+    attack = PGD(norm="l1", eps=1.25, step_size=0.3, num_steps=40, random_start=random_start)
+    # half the range is open to each value: two and a half of the largest entries use up 1.25
+    order = w.flatten(1).abs().argsort(dim=1, descending=True)
+    signs, expected = w.flatten(1).sign(), X.flatten(1).clone()
+    for rank, length in enumerate((0.5, 0.5, 0.25)):
+        at = order[:, rank, None]
+        expected.scatter_add_(1, at, length * signs.gather(1, at))
+    found = attack(linear(w), X).flatten(1)
+    gain = ((found - X.flatten(1)) * w.flatten(1)).sum(1)
+    best = ((expected - X.flatten(1)) * w.flatten(1)).sum(1)
+    assert (gain > 0.95 * best).all() and (gain <= best + 1e-5).all()
+
+
 def test_linf_optimum_at_the_border_of_the_box():
     x, w = torch.rand_like(X).round(), torch.randn_like(X)
     found = PGD(eps=0.1, step_size=0.04, num_steps=6)(linear(w), x)

@@ -15,7 +15,7 @@ from robust_accel.__main__ import main
             "eps",
             ["attack.eps (n-fgsm)", "evaluate.eps: number > 0 or null", "optimizer.eps (lamb)"],
         ),
-        ("pgd", ["Source: Madry et al. 2018", "attack.norm (pgd): linf, l2; default: linf"]),
+        ("pgd", ["Source: Madry et al. 2018", "attack.norm (pgd): linf, l2, l1; default: linf"]),
         ("schedule", ["piecewise: ", "schedule.milestones (piecewise)", "must be given"]),
         ("train", ["train.max_time", "train.awp.gamma"]),
         ("train.awp", ["train.awp.gamma"]),

@@ -80,9 +80,25 @@ def flags(given: EvaluateSettings, num_classes: int = 5) -> tuple[list[bool], li
     return clean.right.tolist(), after.right.tolist()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_attacks_are_set_as_in_the_reference(norm: str) -> None:
+    given = settings(norm=norm, eps=0.1, autoattack="standard", seed=3)
+    model: Any = nn.Identity()
+    ours = AutoAttackEvaluation(given, num_classes=11)
+    theirs = AutoAttack(model, norm=norm.capitalize(), eps=0.1, seed=3, version="standard")
+    parts = {"apgd-ce": theirs.apgd, "apgd-t": theirs.apgd_targeted, "fab-t": theirs.fab}
+    for name, part in (parts | {"square": theirs.square}).items():
+        own, reference = vars(ours._attack(model, name, 3, torch.device("cpu"))), vars(part)
+        left_out = ("logger", "loss", "targeted", "device")  # set when it is run
+        assert type(own) is type(reference)
+        for key in reference.keys() - set(left_out):
+            assert own[key] == reference[key], (name, key)
+    assert ours.about["num_targets"] == (5 if norm == "l1" else 9)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", pytest.param("l1", marks=pytest.mark.long)])
 def test_flags_are_the_references(norm: str) -> None:
-    eps = {"linf": 0.03, "l2": 0.1}[norm]
+    eps = {"linf": 0.03, "l2": 0.1, "l1": 0.35}[norm]
     before, after = flags(settings(norm=norm, eps=eps, seed=3))
     assert 0 < sum(after) < sum(before) < len(before)
     assert all(b for b, a in zip(before, after, strict=True) if a)
@@ -91,10 +107,9 @@ def test_flags_are_the_references(norm: str) -> None:
     right = torch.tensor(before)
     # straight from the reference, which attacks the images that are right
     reference = AutoAttack(
-        classifier.eval(), norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=3,
-        version="custom", attacks=["apgd-ce", "apgd-t"],
+        classifier.eval(), norm=norm.capitalize(), eps=eps, seed=3, version="standard"
     )  # fmt: skip
-    reference.apgd.n_restarts = 1
+    reference.attacks_to_run = ["apgd-ce", "apgd-t"]
     reference.apgd_targeted.n_target_classes = 4
     with torch.random.fork_rng():
         x_ref, _ = reference.run_standard_evaluation(x[right], labels[right], batch_size=24)
