@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said_before_anything_is_spent(run: Run, tmp_path: Path
             lambda: train("quickstart", output=here, train={"epoch": 3}),
             r"train\(\): train.epoch: unknown key \(did you mean epochs\?\)",
         ),
-        (lambda: load_run(here), f"{here}: no report.json"),
+        (lambda: load_run(here), f"{here}: no such folder"),
         (lambda: run.evaluate(EvaluateSettings(norm="l2", eps=0.1, sweep={"eps": [-1]})), "sweep"),
     ]
     for call, said in cases:
