@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--protocols", nargs="+", choices=AS_SETTINGS, default=[*AS_SETTINGS])
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load_recipe(RECIPE, SETTINGS)
@@ -83,7 +84,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for rate in options.rates:
         plan = planned(cost, options.nodes, rate)
-        for protocol in AS_SETTINGS:
+        for protocol in options.protocols:
             sent, seconds = trained(protocol, options.nodes, rate, options.steps)
             one = plan[protocol]
             print(

@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
     for line in _advice(found, cost, machines, images, space):
         say(line)
     say(f"Assumed: {how}; every machine's link at {options.link * 8 / 1e9:g} Gbit/s both ways, and")
-    say("no latency; the last backward hides what it can; no worker slower than another.")
+    hides = "a CPU hides nothing" if timed_on == torch.device("cpu") else "the backward hides it"
+    say(f"no latency; while gradients are sent {hides}; no worker slower than another.")
     return 0
 
 

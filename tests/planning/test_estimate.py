@@ -1,11 +1,14 @@
 """From one worker's step to many machines': sums that can be done by hand."""
 
 import pytest
+import torch
 
+from robust_accel import AllReduce
 from robust_accel.comm.traffic import Machines
 from robust_accel.planning.cost import Cost
 from robust_accel.planning.estimate import PROTOCOLS, at_speed, estimates, memory
 
+CPU = torch.device("cpu")
 MIB = 2**20
 COST = Cost(
     shapes=((256, 1024),), weights=MIB, gradients=MIB, state=2 * MIB, average=0, kept=1000.0,
@@ -24,6 +27,12 @@ def test_a_step_is_its_passes_and_what_the_last_backward_does_not_hide(
     assert base.exposed == pytest.approx(exposed)
     assert base.step == pytest.approx(3 * 4 * 0.03 + exposed + 0.005)
     assert all(one.step <= base.step for one in found)
+
+
+def test_a_cpu_worker_hides_nothing() -> None:
+    (one,) = estimates(COST, Machines(4, 1), 1e6, 4, 3, {"fp32": AllReduce()}, CPU)
+    assert one.traffic.seconds > 0
+    assert one.exposed == one.wire + one.traffic.seconds
 
 
 def test_memory_is_shared_out_by_engine() -> None:
