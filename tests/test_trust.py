@@ -137,7 +137,7 @@ def test_what_only_the_code_knows_is_asked_for(
         f"robust-accel: {folder}/recipe.yaml: evaluate.norm: missing: attack.name "
         f"'own_parts:Signed' {why} evaluate.norm and evaluate.eps",
         f"robust-accel: {folder}/recipe.yaml: certify.sigma: missing: objective.name "
-        f"'own_parts:Noisy' {why} it",
+        f"'own_parts:Noisy' {why} it, as certify.sigma=0.25",
     ]
     given = ["evaluate.norm=l2", "evaluate.eps=0.5", "certify.sigma=0.1"]
     recipe = recipe_of(str(folder), given, required=("model", "data", "evaluate", "certify"))

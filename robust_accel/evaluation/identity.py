@@ -27,6 +27,7 @@ _OWN = set(vars(nn.Module())) | {"call_super_init", "dump_patches"}  # of nn.Mod
 _WORDS = {"class_names", "statistics_source", "weights_source", "model_args", "_frozen"}
 _WORDS |= {"pretrained_cfg", "default_cfg", "_model_args", "pretrained_model_args"}
 _WORDS |= {"_name_or_path", "name_or_path", "_compiled_call_impl", "_is_torch_compile"}
+_WORDS |= {"_compile_kwargs"}  # Lightning leaves it on what torch.compile returns
 _DEEPEST, _MOST = 8, 20_000  # levels and objects that are looked at
 _PROBES = 2
 
