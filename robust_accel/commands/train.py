@@ -7,6 +7,7 @@ import shlex
 from robust_accel.console import is_main
 from robust_accel.models.timm_folder import read_config
 from robust_accel.recipe import load_recipe
+from robust_accel.recipe_file import packaged_recipes
 from robust_accel.reporting.report import comparison_table
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.run import train
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> int:
     source, settings = options.recipe, options.settings
     own = RunFolder(source)
-    if own.recipe.is_file():  # a run's: it goes on where it lies
+    if source not in packaged_recipes() and own.recipe.is_file():  # a run goes on where it lies
         source, settings = str(own.recipe), [f"output={source}", *settings]
     recipe = load_recipe(source, settings)
     # what torchrun starts again after a failure is the run that it has started before

@@ -18,6 +18,7 @@ _READS = {
 }
 """Command -> sections that must be there."""
 _FLAGS = {"pseudo-label": ("--data", "--out")}
+_TRUST = "--trust"  # of the others
 _SUFFIX = ".parquet"
 
 
@@ -42,10 +43,12 @@ def _faults(trial: Trial, command: Command) -> Iterator[str]:
     for word in rest:
         if word in flags:
             given[word] = next(rest, None)
+        elif word == _TRUST and name not in _FLAGS:
+            continue
         elif is_setting(word):
             settings.append(word.replace(RUN, str(trial.folder)))
         else:
-            allowed = listed([*flags, "section.key=value"])
+            allowed = listed([*(flags or (_TRUST,)), "section.key=value"])
             yield f"{cut(word)} is not allowed; allowed: {allowed}"
     yield from (f"{flag}: a value is wanted" for flag, value in given.items() if value is None)
     out = given.get("--out") or ""
@@ -55,7 +58,7 @@ def _faults(trial: Trial, command: Command) -> Iterator[str]:
     try:
         optional = ("evaluate",) if name == "pseudo-label" else ()
         recipe_of_use(trial.recipe.settings, settings, "run", required=_READS[name],
-                      optional=optional, trust=True)  # fmt: skip
+                      optional=optional, trust=_TRUST in words)  # fmt: skip
     except RecipeError as error:
         yield from (line.partition(": ")[2] for line in str(error).splitlines())
 

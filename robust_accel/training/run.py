@@ -49,7 +49,7 @@ from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.rollback import Collapse
 from robust_accel.training.start import Start, engine_of, find_start
-from robust_accel.training.stopping import Stop, Stopped, refuse_restart
+from robust_accel.training.stopping import Stop, Stopped, is_launched, refuse_restart
 from robust_accel.training.takeover import take_over
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             if is_main():
                 kept = [str(path) for path in RunFolder(recipe.output).steps()[-1:]]
                 where = f"{kept[0]} holds all that was done" if kept else "no step was done yet"
-                goes_on = f"robust-accel train {shlex.quote(str(recipe.output))} --resume goes on"
-                logger.warning("stopped (%s): %s; %s", stopped.reason, where, goes_on)
+                command = f"robust-accel train {shlex.quote(str(recipe.output))}"
+                if is_launched():  # by which it has its processes
+                    command = "the same command with"
+                logger.warning(
+                    "stopped (%s): %s; %s --resume goes on", stopped.reason, where, command
+                )
                 stopped.is_told = True
             if stopped.request in (signal.SIGUSR1, signal.SIGALRM):
                 refuse_restart()

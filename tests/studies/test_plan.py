@@ -195,7 +195,8 @@ def test_a_certificate_by_other_settings_is_another_command(plan_of: Callable[..
 
 def test_what_a_command_has_left_in_its_run_is_known(plan_of: Callable[..., Plan]) -> None:
     words = "--data, images.parquet, --out, '{run}/p.parquet', data.unlabeled.split=test"
-    runs = f"runs: {{a: {{recipe: quickstart, then: [[pseudo-label, {words}], [certify]]}}}}"
+    then = f"[[pseudo-label, {words}], [certify, --trust]]"
+    runs = f"runs: {{a: {{recipe: quickstart, then: {then}}}}}"
     plan = plan_of(runs, overrides=["certify.sigma=0.5"])
     trial = trials(plan)["a, seed 0"]
     found = [left_behind(trial, command) for command in trial.commands]
@@ -210,6 +211,7 @@ def test_what_a_command_has_left_in_its_run_is_known(plan_of: Callable[..., Plan
         ("[certify, certify.sigma=0.5, data.path]", "certify: data.path is not allowed; allowed"),
         ("[certify, certify.sigma=0.5, train.epochs=3]", "train.epochs: this command does not"),
         ("[evaluate, evaluate.eps=8/255, evaluate.norm=l3]", "evaluate: evaluate.norm: 'l3' is"),
+        ("[pseudo-label, --out, '{run}/a.parquet', --trust]", "--trust is not allowed"),
         ("[evaluate, --out, x.parquet]", "evaluate: --out is not allowed"),
         ("[pseudo-label]", "pseudo-label: --out: missing: {run}/NAME.parquet is wanted"),
         ("[pseudo-label, --out]", "pseudo-label: --out: a value is wanted"),
