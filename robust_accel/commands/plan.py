@@ -22,6 +22,7 @@ from robust_accel.planning.estimate import (
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.reporting.tables import Table
 from robust_accel.settings import listed
+from robust_accel.training.accelerator import choose_precision
 from robust_accel.training.parts import read_data
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,19 @@ def run(options: argparse.Namespace) -> int:
     shape, num_classes = _images(recipe, options)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logger.info("measuring a few steps of one worker on %s", here)
-    cost = measure(recipe, shape, num_classes, images, here)
+    kind, is_named = recipe.train.precision, options.device != "this"
+    if is_named:  # what its tensors take; the other half precision is as long
+        precision = "no" if kind == "fp32" else "bf16"
+    else:
+        precision = recipe.checked("train", lambda: choose_precision(kind))
+    if recipe.train.compile:
+        logger.warning("train.compile: a step is measured as it is without")
+    cost = measure(recipe, shape, num_classes, images, here, precision)
     space: float | None = None
     timed_on: torch.device | None = here
     how = f"{here} here, {cost.images} images at a time"
-    if options.device != "this":
-        device, kind = DEVICES[options.device], recipe.train.precision
+    if is_named:
+        device = DEVICES[options.device]
         flops = device.flops["bf16" if kind == "auto" else kind] * options.efficiency
         cost, space, timed_on = at_speed(cost, flops), device.memory, None
         how = (

@@ -19,7 +19,6 @@ from robust_accel.models import create_classifier
 from robust_accel.optim import create_optimizer
 from robust_accel.recipe import Recipe
 from robust_accel.robust_model import RobustModel
-from robust_accel.training.accelerator import choose_precision
 
 _FEW = 2  # images that memory and work are counted on
 _SECONDS = 1.0  # beyond which a step is long enough to be timed
@@ -39,6 +38,7 @@ class Cost:
         forward, backward: Seconds an image: attack and outer loss; and the outer loss's backward.
         update: Seconds of the optimizer's step.
         images: That the seconds were measured on, at a time.
+        fixed: Bytes that are kept for any number of images: weights as autocast casts them.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -52,6 +52,7 @@ class Cost:
     backward: float
     update: float
     images: int
+    fixed: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -59,13 +60,19 @@ class Cost:
 
 
 def measure(
-    recipe: Recipe, shape: Sequence[int], num_classes: int, most: int, device: torch.device
+    recipe: Recipe,
+    shape: Sequence[int],
+    num_classes: int,
+    most: int,
+    device: torch.device,
+    precision: str = "no",
 ) -> Cost:
     """Make the recipe's model and take a few training steps on noise.
 
     Args:
         shape: Of an image: [C, H, W].
         most: Images that a worker has at a time.
+        precision: Accelerate's ``mixed_precision``.
 
     Raises:
         ValueError: The model does not take such images, or the attack or objective needs what only
@@ -91,9 +98,12 @@ def measure(
         weight_perturbation=settings.awp,
     ).train()
     optimizer = create_optimizer(classifier.model, recipe.optimizer)
-    step = _Step(model, optimizer, shape, num_classes, choose_precision(settings.precision), device)
+    step = _Step(model, optimizer, shape, num_classes, precision, device)
     with _saved(model) as saved, _Operations() as operations:
         step(_FEW)
+    with _saved(model) as saved_of_more:
+        step(2 * _FEW)
+    an_image = (saved_of_more.most - saved.most) / _FEW
     images = min(most, _FEW)
     while sum(step(images)) < _SECONDS and images < most:  # few at a time are slower
         images = min(most, 2 * images)
@@ -109,12 +119,13 @@ def measure(
         gradients=_bytes(trained),
         state=_bytes(t for t in state if isinstance(t, Tensor)),
         average=_bytes(tensors) if is_averaged else 0,
-        kept=saved.most / _FEW,
+        kept=an_image,
         flops=operations.flops / _FEW,
         forward=forward / images,
         backward=backward / images,
         update=update,
         images=images,
+        fixed=max(0.0, saved.most - an_image * _FEW),
     )
 
 

@@ -98,14 +98,15 @@ def memory(cost: Cost, workers: int, images: int) -> dict[str, float]:
     weights for the steps of an attack. What kernels, caches and the communication library take is
     not in it.
     """
-    rest = cost.average + cost.kept * images
+    passing = cost.fixed + cost.kept * images
+    rest = cost.average + passing
     state, gradients, weights = (n / workers for n in (cost.state, cost.gradients, cost.weights))
     return {
         "DDP": cost.weights + 2 * cost.gradients + cost.state + rest,
         "ZeRO 1": cost.weights + cost.gradients + state + weights + rest,
         "ZeRO 2": cost.weights + gradients + state + weights + rest,
         "FSDP2": cost.weights + weights + gradients + state + cost.average / workers
-        + cost.kept * images,
+        + passing,
     }  # fmt: skip
 
 

@@ -60,3 +60,9 @@ def test_parts_of_memory_are_the_models_and_the_optimizers() -> None:
 def test_what_only_a_training_can_feed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^attack: it keeps .*: plan for one without"):
         cost_of("attack={name: fgsm-pgi, eps: 0.2}")
+
+
+def test_in_half_precision_less_is_kept() -> None:
+    recipe = load_recipe("quickstart")
+    kept = [measure(recipe, (1, 8, 8), 10, 2, CPU, p).kept for p in ("no", "bf16")]
+    assert kept[1] < 0.8 * kept[0]
