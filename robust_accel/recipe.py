@@ -104,6 +104,9 @@ class TrainSettings(Settings):
             reading of the data; evaluations have no limit while all processes answer.
         log_every: Optimizer steps between lines of ``metrics.jsonl``.
         log_with: Accelerate's trackers, for example ``[tensorboard]``.
+        keep_gathered: Under FSDP2, gather the weights once a step and keep them for the whole
+            attack and the outer loss, not in each forward and backward of it: K + 1 times less
+            traffic, and a whole copy of the weights in memory.
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
     """
 
@@ -135,6 +138,7 @@ class TrainSettings(Settings):
     timeout: Annotated[Duration, Ge(5)] = 600.0
     log_every: Annotated[Whole, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
+    keep_gathered: Flag = False
     channels_last: Flag = False
     compile: Flag = False
 

@@ -48,13 +48,16 @@ class Processes(Protocol):
 class Launched:
     """Two processes of the command by `accelerate launch`."""
 
-    def __init__(self, *arguments: object, flags: tuple[str, ...] = DDP) -> None:
+    def __init__(
+        self, *arguments: object, flags: tuple[str, ...] = DDP, cpu: bool | None = None
+    ) -> None:
         command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
         command += ["--main_process_port", port(), "-m", "robust_accel"]
-        cpu = CPU if flags[: len(DDP)] == DDP else {}  # it disables DeepSpeed
+        if cpu is None:
+            cpu = flags[: len(DDP)] == DDP  # it disables DeepSpeed
         self.process = subprocess.Popen(
             [*command, *map(str, arguments)],
-            env=os.environ | cpu,
+            env=os.environ | (CPU if cpu else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -218,6 +218,34 @@ class ReduceScatter:
         return -(-rows // num_workers) * (parameter.numel() // max(rows, 1))
 
 
+class CountedGather:
+    """FSDP2's own all-gather of parameters, counted as a ring's.
+
+    Args:
+        modules: Each of those that `fully_shard` has got.
+    """
+
+    def __init__(self, modules: Sequence[FSDPModule]) -> None:
+        self.bytes_sent = 0
+        gather: Any = self
+        for module in modules:
+            module.set_custom_all_gather(gather)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> Any:
+        others = dist.get_world_size(group) - 1
+        self.bytes_sent += others * input_tensor.numel() * input_tensor.element_size()
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+
+
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """Those that FSDP2 exchanges together, in its order: children first, without shards inside."""
     found: dict[int, nn.Parameter] = {}

@@ -30,6 +30,11 @@ def over(param: Tensor) -> Over | None:
     return Over(param.device_mesh, dims) if dims else None
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process that holds a piece of it; all must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's piece of a tensor, cut as ``like`` is; it is no copy where it is cut so."""
     if not isinstance(tensor, DTensor):

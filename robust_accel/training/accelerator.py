@@ -36,15 +36,9 @@ def create_accelerator(
         project_dir: Where trackers write.
 
     Raises:
-        ValueError: The launcher asks for FSDP, or the engine cannot leave out a step, as
+        ValueError: The processes are not joined, or the engine cannot leave out a step, as
             ``train.on_nonfinite`` asks.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        # on CPUs Accelerate would pass it over, and train by DDP
-        raise ValueError(
-            "the launch configuration's distributed_type: FSDP is not possible with train: use "
-            "DDP or DeepSpeed (recipes/accelerate/zero2.yaml), or make_robust in a loop of your own"
-        )
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
     limit = settings.timeout + LATER
@@ -59,6 +53,12 @@ def create_accelerator(
         project_dir=str(project_dir),
         kwargs_handlers=[group],
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"the launcher has started {started} processes, and Accelerate joins "
+            f"{accelerator.num_processes}: without GPUs it does with ACCELERATE_USE_CPU=true"
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.deepspeed_plugin.deepspeed_config
         if settings.on_nonfinite == "skip" and not accelerator.deepspeed_plugin.zero_stage:
@@ -127,11 +127,9 @@ def deepspeed_without_gpu() -> list[Any]:
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
     """Make the first process's BatchNorm statistics everyone's before each step, as DDP does.
 
-    DeepSpeed leaves each process its own, though a checkpoint holds only the first one's, and the
+    DeepSpeed and FSDP2 leave each process its own, though a checkpoint holds only one's, and the
     attack normalises by them.
     """
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
     due = True
 
     def before_forward(module: nn.Module, _: object) -> None:

@@ -1,5 +1,7 @@
 """Averages of the weights, which are then what is measured and left: a moving one, or of epochs."""
 
+from typing import Any
+
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -14,8 +16,8 @@ class EpochMean(ModelEmaV3):
     Source: Izmailov et al. 2018 (arXiv 1803.05407), who compute the statistics anew.
     """
 
-    def __init__(self, model: nn.Module, start: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, start: int, foreach: bool = True) -> None:
+        super().__init__(model, foreach=foreach)
         self._start = start
 
     def get_decay(self, step: int | None = None) -> float:
@@ -29,10 +31,17 @@ class EpochMean(ModelEmaV3):
         return taken / (taken + 1)
 
 
-def make_average(settings: TrainSettings, classifier: nn.Module) -> ModelEmaV3 | None:
-    """What the recipe asks for: by ``ema_decay``, by ``swa_start``, or nothing."""
+def make_average(
+    settings: TrainSettings, classifier: nn.Module, *, sharded: bool = False
+) -> ModelEmaV3 | None:
+    """What the recipe asks for: by ``ema_decay``, by ``swa_start``, or nothing.
+
+    Args:
+        sharded: Both will be cut into pieces, of which torch updates one after another.
+    """
     if settings.ema_decay is not None:
-        return ModelEmaV3(classifier, decay=settings.ema_decay, use_warmup=True)
+        one_by_one: Any = {"foreach": False} if sharded else {}
+        return ModelEmaV3(classifier, decay=settings.ema_decay, use_warmup=True, **one_by_one)
     if settings.swa_start is not None:
-        return EpochMean(classifier, settings.swa_start)
+        return EpochMean(classifier, settings.swa_start, foreach=not sharded)
     return None

@@ -21,6 +21,7 @@ from robust_accel.run_folder import RunFolder
 from robust_accel.training.courier import Courier
 from robust_accel.training.manifest import digest_of_file, discard, publish
 from robust_accel.training.memory import Memory
+from robust_accel.training.shards import Shards
 
 
 @dataclass
@@ -66,8 +67,9 @@ class Checkpoint:
     Args:
         parts: State that is the same on all processes.
         own: State that each process has for itself.
-        averaged: The classifier with averaged weights.
+        averaged: The classifier with averaged weights, if it is whole.
         memory: A file a process, where there is something to keep.
+        shards: Under FSDP2 weights, averaged weights and optimizer are theirs.
         keep: How many checkpoints are kept, the newest ones; beside them that of ``good_step``.
         about: The run's settings, data, engine and versions, for the manifest.
     """
@@ -82,6 +84,7 @@ class Checkpoint:
         averaged: nn.Module | None,
         memory: Memory,
         check: Callable[[], None],
+        shards: Shards | None = None,
         *,
         keep: int,
         about: dict[str, Any],
@@ -89,7 +92,7 @@ class Checkpoint:
         self.check = check  # raises where something is not finite
         self.folder, self.accelerator, self.progress = folder, accelerator, progress
         self.parts, self.own, self.averaged = parts, own, averaged
-        self.memory = memory
+        self.memory, self.shards = memory, shards
         self.keep, self.about = keep, about
         self._courier = Courier(accelerator, folder.absent)
 
@@ -107,6 +110,8 @@ class Checkpoint:
                 new.mkdir(parents=True)
             own = gather_object([self.own.state_dict()])
             self.accelerator.save_state(str(place))
+            if self.shards is not None:
+                self.shards.save(place)
             self.memory.save(place)
             if main:
                 self._save_parts(new, own)
@@ -133,6 +138,8 @@ class Checkpoint:
             check_checkpoint(place)
             with weights_only_loads() if with_deepspeed else nullcontext():
                 self.accelerator.load_state(str(place))
+            if self.shards is not None:
+                self.shards.load(place)
             self._load_parts(place)
             self.memory.load(place)
         if self.accelerator.is_main_process:

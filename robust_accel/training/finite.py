@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, reduce
 from torch import Tensor, nn
 
 from robust_accel.evaluation.ledger import told_to_all
+from robust_accel.optim.sharded import local, whole
 from robust_accel.recipe import TrainSettings
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.checkpoint import Progress
@@ -75,7 +76,7 @@ class Watch:
             return True
         gradient = self._no
         if self._sees_gradients:
-            gradient = ~(self._gradient_norm() if norm is None else norm).isfinite()
+            gradient = ~(self._gradient_norm() if norm is None else whole(norm)).isfinite()
         noted, self._loss = torch.stack([self._loss, gradient]), self._no
         self._left_out = False
         if not self._skips:
@@ -163,10 +164,13 @@ class Watch:
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        return whole(torch.nn.utils.get_total_norm(gradients))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a checkpoint holds, by names for people."""
+        """All that a checkpoint holds of this process, by names for people."""
+        yield from ((name, local(tensor, tensor)) for name, tensor in self._held())
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
         names = {id(p): _short(name) for name, p in self._model.named_parameters()}
         yield from ((f"parameter {_short(n)}", p) for n, p in self._model.named_parameters())
         for name, tensor in self._model.named_buffers():

@@ -9,6 +9,7 @@ from robust_accel.comm import AllReduce, Collective, GradientCompression
 from robust_accel.evaluation.ledger import told_to_all
 from robust_accel.provenance import equal_parameters
 from robust_accel.robust_model import RobustModel
+from robust_accel.training.shards import Shards
 
 
 def check_first_step(
@@ -18,6 +19,8 @@ def check_first_step(
     compression: GradientCompression,
     ema_decay: float | None,
     check_finite: Callable[[], None] = lambda: None,
+    *,
+    shards: Shards | None = None,
 ) -> dict[str, Any] | None:
     """What the report says of it, under ``applied``; None where only the next step can tell.
 
@@ -27,13 +30,14 @@ def check_first_step(
     Args:
         ema_decay: With which the moving average was updated; None without one.
         check_finite: Raises, on all processes, where one of them has numbers that are not finite.
+        shards: Where each process has its own pieces of the parameters.
 
     Raises:
         RuntimeError: Nothing was attacked, the processes' parameters are not the same any more, or
             a protocol other than the plain all-reduce sent nothing.
     """
     attack, num_processes = robust_model.min_max.applied, accelerator.num_processes
-    equal = equal_parameters(robust_model.classifier, accelerator)
+    equal = shards is not None or equal_parameters(robust_model.classifier, accelerator)
     sent = compression.meter.bytes_sent
     faults = [] if robust_model.min_max.calls else ["no batch was attacked"]
     if not equal:
@@ -48,8 +52,12 @@ def check_first_step(
         return None
     found: dict[str, Any] = {"attack": vars(attack)}
     if num_processes > 1:
-        found["processes_with_equal_parameters"] = num_processes
         found["bytes_sent"] = sent
+        if shards is None:
+            found["processes_with_equal_parameters"] = num_processes
+        else:
+            found["processes_with_pieces"] = num_processes
+            found["bytes_of_weights_sent"] = shards.gathers.bytes_sent
     if ema_decay is not None:
         found["ema_decay"] = ema_decay
     return found
@@ -59,8 +67,14 @@ def in_words(found: dict[str, Any]) -> str:
     """The rest of it, as one line of the run's log."""
     parts = []  # the attack has said what it did
     if "bytes_sent" in found:
-        number = found["processes_with_equal_parameters"]
-        parts.append(f"{found['bytes_sent']} bytes sent, parameters equal on {number} processes")
+        parts.append(f"{found['bytes_sent']} bytes sent")
+    if "processes_with_equal_parameters" in found:
+        parts[-1] += f", parameters equal on {found['processes_with_equal_parameters']} processes"
+    if "processes_with_pieces" in found:
+        parts[-1] += (
+            f", and {found['bytes_of_weights_sent']} of weights, which are in pieces on "
+            f"{found['processes_with_pieces']} processes"
+        )
     if "ema_decay" in found:
         parts.append(f"averaged with decay {found['ema_decay']:.3g}")
     return "; ".join(parts)

@@ -25,6 +25,7 @@ from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics, share_right
+from robust_accel.training.shards import Shards
 from robust_accel.training.stopping import Stop
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Loop:
         attack: The recipe's, as it is after its warm-up.
         progress: Where the run stands; a resumed one begins there.
         averages: Of what the next line of ``metrics.jsonl`` tells.
+        shards: By which the model is cut, under FSDP2.
         applied: What the first step of this process did, once it is done.
     """
 
@@ -63,6 +65,7 @@ class Loop:
     stop: Stop
     agreement: Agreement
     heartbeat: Heartbeat
+    shards: Shards | None = None
     averages: Averages = field(default_factory=Averages)
     applied: dict[str, Any] | None = None
 
@@ -154,6 +157,7 @@ class Loop:
             self.compression,
             decay,
             self.watch.check,
+            shards=self.shards,
         )
         self.progress.applied = self.progress.applied or self.applied
         if self.applied is not None and (said := in_words(self.applied)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 
 from robust_accel.comm import compress_gradients
 from robust_accel.comm.agreement import Agreement
@@ -48,6 +48,7 @@ from robust_accel.training.metrics import Averages, Metrics
 from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.rollback import Collapse
+from robust_accel.training.shards import Sharding, Shards, check_recipe
 from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, is_launched, refuse_restart
 from robust_accel.training.takeover import take_over
@@ -101,12 +102,14 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
     precision = recipe.checked("train", lambda: choose_precision(settings.precision))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
+    sharding = Sharding.of_launcher()
+    check_recipe(recipe, sharding, precision)
     with joining(settings.timeout):
         accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
     with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
         decided(lambda: check_output(folder), accelerator)
         with owned(folder, accelerator):
-            engine = engine_of(accelerator)
+            engine = engine_of(accelerator, sharding is not None)
             # one that was started again goes on, with all that were not
             resume = any(gather_object([resume]))
             if resume:
@@ -117,7 +120,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
             classifier = recipe.checked("model", lambda: classifier_for(recipe, data))
             about |= {"settings": recipe.settings, "engine": engine}
             common = (recipe, data, about, classifier, folder, accelerator)
-            run = _Run(*common, stop, heartbeat)
+            run = _Run(*common, stop, heartbeat, sharding, precision)
             run.open(start)
             run.fit()
             return run.finish()
@@ -136,6 +139,8 @@ class _Run:
         accelerator: Accelerator,
         stop: Stop,
         heartbeat: Heartbeat,
+        sharding: Sharding | None,
+        precision: str,
     ) -> None:
         settings = recipe.train
         assert settings is not None and recipe.optimizer is not None
@@ -148,6 +153,13 @@ class _Run:
             self.classifier.to(memory_format=torch.channels_last)
         if settings.compile:
             self.classifier.model.compile()  # the inner module: the wrapper's modes change
+        sharded = sharding is not None
+        self.average = make_average(settings, self.classifier, sharded=sharded)
+        averaged = None if self.average is None else self.average.module
+        self.shards: Shards | None = None
+        if sharding is not None:
+            whole = (self.classifier, averaged)
+            self.shards = Shards(sharding, *whole, accelerator, precision, settings.keep_gathered)
         memory = Memory(recipe, data, self.batches, accelerator)
         robust_model = RobustModel(
             self.classifier,
@@ -157,8 +169,6 @@ class _Run:
             weight_perturbation=settings.awp,
         )
         optimizer = create_optimizer(self.classifier.model, recipe.optimizer)
-        self.average = make_average(settings, self.classifier)
-        averaged = None if self.average is None else self.average.module
         parts = (folder, classifier, optimizer, averaged, memory.num_bytes)
         tight = decided(lambda: check_room(*parts), accelerator)
         if tight is not None:
@@ -169,8 +179,9 @@ class _Run:
             epochs=settings.epochs,
             steps_per_epoch=self.batches.steps_per_epoch,
         )
-        model, optimizer = accelerator.prepare(robust_model, optimizer)
-        share_buffers(robust_model, accelerator)
+        model, optimizer = (self.shards or accelerator).prepare(robust_model, optimizer)
+        if sharded or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            share_buffers(robust_model, accelerator)
         compression = compress_gradients(model, recipe.communication)
         self.progress = Progress()
         averages = Averages()
@@ -183,9 +194,10 @@ class _Run:
             self.progress,
             {"schedule": schedule, "compression": compression},
             averages,
-            averaged,
+            None if sharded else averaged,
             memory,
             self.watch.check,
+            self.shards,
             keep=settings.keep,
             about=about | {"versions": versions()},
         )
@@ -217,6 +229,7 @@ class _Run:
             stop=stop,
             agreement=Agreement(settings.timeout + LATER),
             heartbeat=heartbeat,
+            shards=self.shards,
             averages=averages,
         )
         done = (self.progress, self.checkpoint, self.loop.save, schedule, optimizer)
@@ -380,7 +393,8 @@ class _Run:
 
     def _weights_to_measure(self) -> PixelClassifier:
         """The averaged weights if there are any, with one process's BatchNorm statistics."""
-        classifier = self.classifier if self.average is None else self.average.module
+        own = self.classifier if self.average is None else self.average.module
+        classifier = own if self.shards is None else self.shards.whole()
         # each process updates its own statistics; the first one's count, as in DDP's forward
         broadcast_all(list(classifier.buffers()))
         return classifier

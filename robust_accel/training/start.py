@@ -20,7 +20,7 @@ from robust_accel.training.peers import check_same_images, images_in_words
 _FREE = (
     "output", "evaluate", "certify", "data.num_workers", "train.keep", "train.checkpoint_every",
     "train.log_every", "train.log_with", "train.max_time", "train.timeout", "train.on_nonfinite",
-    "train.max_skipped_in_a_row",
+    "train.max_skipped_in_a_row", "train.keep_gathered",
 )  # fmt: skip
 # of the accuracy that chooses weights
 _CHOOSING = (
@@ -43,11 +43,12 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def engine_of(accelerator: Accelerator) -> dict[str, Any]:
-    """What writes a checkpoint's files."""
+def engine_of(accelerator: Accelerator, sharded: bool = False) -> dict[str, Any]:
+    """What writes a checkpoint's files; ``sharded``: by FSDP2."""
     with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    engine = "FSDP2" if sharded else "torch"  # alone or by DDP: the same files
     return {
-        "engine": "DeepSpeed" if with_deepspeed else "torch",  # alone or by DDP: the same files
+        "engine": "DeepSpeed" if with_deepspeed else engine,
         "zero_stage": accelerator.deepspeed_plugin.zero_stage if with_deepspeed else None,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,

@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from launching import Forked
 
-from robust_accel.__main__ import main
 
-
-def test_fsdp_is_refused_and_not_passed_over(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    # as recipes/accelerate/fsdp2.yaml sets it; Accelerate would train by DDP on CPUs
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert main(["train", "quickstart", f"output={tmp_path / 'run'}"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "distributed_type: FSDP is not possible with train: use DDP or DeepSpeed" in said
-    assert "\n" not in said
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they join there")
+def test_processes_that_are_not_joined_are_not_as_many_runs(tmp_path: Path) -> None:
+    code, output = Forked(
+        "train", "quickstart", f"output={tmp_path / 'run'}", environment={}
+    ).wait()
+    assert code != 0
+    assert "has started 2 processes, and Accelerate joins 1: without GPUs" in output
     assert not (tmp_path / "run").exists()

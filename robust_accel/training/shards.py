@@ -1,0 +1,329 @@
+"""FSDP2 in a training run: weights, gradients, optimizer and average cut over the processes.
+
+Accelerate has FSDP2 on GPUs alone, and only for models whose own forward is called; a robust model
+holds the network that is attacked. So the launch configuration's ``fsdp_config`` is read here, and
+the network cut by torch's ``fully_shard``, on GPUs and CPUs alike. For Accelerate the run is then
+one of plain processes, whose model it does not prepare.
+"""
+
+import copy
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from robust_accel.comm.fsdp2 import CountedGather
+from robust_accel.messages import close_to
+from robust_accel.models import PixelClassifier
+from robust_accel.optim.sharded import whole
+from robust_accel.recipe import Recipe
+from robust_accel.robust_model import RobustModel
+from robust_accel.training.accelerator import broadcast_all
+from robust_accel.training.shard_files import ShardReader, read_shards, write_shards
+
+_ASKED = "ACCELERATE_USE_FSDP"
+# their steps are each element's own, or, LAMB's, know of pieces
+_OPTIMIZERS = ("lamb", "sgd", "nesterov", "momentum", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What the launch configuration asks for.
+
+    Attributes:
+        layers: Classes of modules that are gathered one by one.
+        reshard_after_forward: Whether they are cut again between forward and backward.
+        activation_checkpointing: Whether timm's blocks compute their activations twice.
+    """
+
+    layers: tuple[str, ...]
+    reshard_after_forward: bool
+    activation_checkpointing: bool
+
+    @classmethod
+    def of_launcher(cls) -> "Sharding | None":
+        """What it asks for, taken from the environment: Accelerate is not to see it.
+
+        Raises:
+            ValueError: ``fsdp_config``'s key, what was found and what is allowed.
+        """
+        if os.environ.get(_ASKED, "false").lower() != "true":
+            return None
+        given = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")}
+        for key, (allowed, why) in _ALLOWED.items():
+            found = given.get(f"FSDP_{key}")
+            if found is not None and found.upper() not in allowed:
+                raise ValueError(
+                    f"launch configuration: fsdp_{key.lower()}: {found} is not possible with "
+                    f"train: {why}; allowed: {' or '.join(allowed)}"
+                )
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ValueError(
+                "launch configuration: distributed_type: FSDP cuts a model over processes, and "
+                "there is one: --num_processes 2 or more, or no launch configuration"
+            )
+        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+            raise ValueError(
+                "launch configuration: distributed_type: FSDP with train needs torch 2.9 or newer, "
+                f"found {torch.__version__}: update torch, or use DDP or DeepSpeed"
+            )
+        plugin = FullyShardedDataParallelPlugin()
+        del os.environ[_ASKED]
+        layers: Sequence[str] = plugin.transformer_cls_names_to_wrap or ()
+        resharded = bool(plugin.reshard_after_forward)
+        return cls(tuple(layers), resharded, plugin.activation_checkpointing)
+
+
+_ALLOWED: dict[str, tuple[tuple[str, ...], str]] = {
+    "VERSION": (("2",), "FSDP1 joins a module's tensors to one, without the layers LAMB needs"),
+    "AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP", "NO_WRAP"), "layers are cut by their class"),
+    "OFFLOAD_PARAMS": (("FALSE",), "an attack gathers the weights many times a step"),
+    "STATE_DICT_TYPE": (("SHARDED_STATE_DICT",), "checkpoints are written in pieces"),
+    "RESHARD_AFTER_FORWARD": (("TRUE", "FALSE"), "FSDP2 knows two ways"),
+    "FORWARD_PREFETCH": (("FALSE",), "it is not set here"),
+    "ACTIVATION_CHECKPOINTING_OFFLOAD": (("FALSE",), "it is not set here"),
+    "CPU_RAM_EFFICIENT_LOADING": (("FALSE",), "each process makes or loads the first weights"),
+}
+
+
+class Shards:
+    """One run's model in pieces.
+
+    Args:
+        classifier: The network that is to be trained, whole, on its device; cut in place.
+        average: Another with averaged weights, if there is one; cut as well.
+        precision: Accelerate's ``mixed_precision``.
+        keep_gathered: Gather the weights once a step, for all of an attack and the outer loss, not
+            in each forward and backward.
+
+    Raises:
+        ValueError: The network cannot be cut as the launch configuration, or trained as the recipe
+            says.
+
+    Attributes:
+        gathers: Counts what this process sends of its weights.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        classifier: PixelClassifier,
+        average: nn.Module | None,
+        accelerator: Accelerator,
+        precision: str,
+        keep_gathered: bool,
+    ) -> None:
+        self._accelerator, self._keep_gathered = accelerator, keep_gathered
+        self._outline = copy.deepcopy(classifier).to("meta")
+        self._modules: dict[str, nn.Module] = {"model": classifier}
+        if average is not None:
+            self._modules["average"] = average
+        if sharding.activation_checkpointing:
+            _checkpoint_activations(classifier.model)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for module in self._modules.values():
+            _cut(module.get_submodule("model"), sharding, precision, mesh)
+        self._parts: list[Any] = [m for m in classifier.modules() if isinstance(m, FSDPModule)]
+        self.gathers = CountedGather(self._parts)
+        own = sharding.reshard_after_forward
+        self._resharded = [own and part is not classifier.model for part in self._parts]
+        self._optimizer: Optimizer | None = None
+
+    def _reshard(self) -> None:
+        """Drop what a forward has left gathered: it is not what is trained."""
+        for part in self._parts:
+            part.reshard()
+
+    def prepare(self, robust_model: RobustModel, optimizer: Optimizer) -> tuple[RobustModel, Any]:
+        """In place of ``accelerator.prepare``: gradients are exchanged once a step."""
+        self._optimizer = optimizer
+        robust_model.register_forward_pre_hook(self._before)
+        robust_model.register_forward_hook(self._after)
+        return robust_model, AcceleratedOptimizer(optimizer)
+
+    def _before(self, module: nn.Module, _: object) -> None:
+        self._parts[0].set_requires_gradient_sync(self._accelerator.sync_gradients)
+        if self._keep_gathered and module.training:
+            for part in self._parts:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.set_reshard_after_backward(False, recurse=False)
+
+    def _after(self, *_: object) -> None:
+        """The backward that follows is the outer loss's: it leaves pieces."""
+        for part, resharded in zip(self._parts, self._resharded, strict=True):
+            part.set_reshard_after_forward(resharded, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
+
+    def whole(self) -> PixelClassifier:
+        """A copy that is not cut, of the averaged weights where there are any.
+
+        Every process must call it, and has one then: what is measured is measured on plain
+        weights, of which each process has its own images.
+        """
+        self._reshard()
+        twin = copy.deepcopy(self._outline).to_empty(device=self._accelerator.device)
+        source = list(self._modules.values())[-1]
+        pairs = zip(_tensors(twin), _tensors(source), strict=True)
+        with torch.no_grad():
+            for tensor, own in pairs:
+                tensor.copy_(whole(own))
+        return twin
+
+    def save(self, folder: Path) -> None:
+        """Write weights, averaged ones and the optimizer. Every process must call it."""
+        assert self._optimizer is not None
+        # each process has its own statistics, and any of them may write them
+        broadcast_all([b for module in self._modules.values() for b in module.buffers()])
+        state = self._optimizer.state_dict()
+        kept = {
+            f"{index}.{key}": value
+            for index, values in state["state"].items()
+            for key, value in values.items()
+        }
+        others = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+        tensors = {f"optimizer.{n}": v for n, v in kept.items() if isinstance(v, Tensor)}
+        write_shards(self._weights() | tensors, folder / "shards")
+        if self._accelerator.is_main_process:
+            groups = {"param_groups": state["param_groups"], "values": others}
+            torch.save(groups, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read them, which as many processes as ever have written. Every process must call it.
+
+        Raises:
+            ValueError: They are not this model's.
+        """
+        assert self._optimizer is not None
+        plain = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {index: {} for index in range(len(parameters))}
+        reader, tensors = ShardReader(folder / "shards"), self._weights()
+        for name, (size, dtype) in reader.kinds().items():
+            if not name.startswith("optimizer."):
+                continue
+            index, _, key = name.removeprefix("optimizer.").partition(".")
+            like = parameters[int(index)]
+            if size == like.shape:
+                empty = torch.empty_like(like, dtype=dtype)
+            elif size.numel() == 1:
+                empty = torch.empty(size, dtype=dtype)
+            else:
+                raise ValueError(f"{folder}: {name} is of shape {tuple(size)}: no optimizer's")
+            tensors[name] = state[int(index)][key] = empty
+        with torch.no_grad():
+            read_shards(tensors, reader)
+        for name, value in plain["values"].items():
+            index, _, key = name.partition(".")
+            state[int(index)][key] = value
+        filled = {index: kept for index, kept in state.items() if kept}
+        self._optimizer.load_state_dict({"state": filled, "param_groups": plain["param_groups"]})
+
+    def _weights(self) -> dict[str, Tensor]:
+        self._reshard()
+        return {
+            f"{name}.{key}": tensor.detach()
+            for name, module in self._modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+
+
+def check_recipe(recipe: Recipe, sharding: Sharding | None, precision: str) -> None:
+    """Refuse what cannot be done in pieces, or only in pieces.
+
+    Args:
+        precision: Accelerate's ``mixed_precision``.
+
+    Raises:
+        RecipeError: ``file: section.key: what was found, what is allowed``.
+    """
+    for section, found, said in _conflicts(recipe, sharding, precision):
+        if found:
+
+            def refuse(said: str = said) -> NoReturn:
+                raise ValueError(said)
+
+            recipe.checked(section, refuse)
+
+
+def _conflicts(
+    recipe: Recipe, sharding: Sharding | None, precision: str
+) -> list[tuple[str, bool, str]]:
+    """Sections, whether they have the conflict, and what is said of it."""
+    train, optimizer = recipe.train, recipe.optimizer
+    assert train is not None and optimizer is not None
+    if sharding is None:
+        said = (
+            "keep_gathered: weights are gathered under FSDP2 alone: launch with "
+            "recipes/accelerate/fsdp2.yaml, or leave it out"
+        )
+        return [("train", train.keep_gathered, said)]
+    aligns = getattr(recipe.objective, "grad_align", None) is not None
+    is_exact = optimizer.name in _OPTIMIZERS
+    return [
+        ("train", train.awp is not None, "awp: not possible with FSDP2, whose weights are pieces"),
+        ("train", train.compile, "compile: true is not possible with FSDP2"),
+        ("train", precision == "fp16", "precision: fp16 is not possible with FSDP2: try bf16"),
+        ("objective", aligns, "grad_align: not possible with FSDP2, it differentiates twice"),
+        (
+            "optimizer",
+            not is_exact,
+            f"name: {optimizer.name} is not known to be exact on FSDP2's pieces; allowed: "
+            f"{', '.join(_OPTIMIZERS)}",
+        ),
+    ]
+
+
+def _cut(network: nn.Module, sharding: Sharding, precision: str, mesh: DeviceMesh) -> None:
+    """Cut the layers, then what is left."""
+    norms = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
+    if precision == "bf16" and norms:
+        raise ValueError(
+            f"train.precision: bf16 under FSDP2 is that of the weights, and {norms[0]} is a "
+            "BatchNorm, which keeps fp32 statistics; allowed: fp32"
+        )
+    classes = {type(module).__name__ for module in network.modules()}
+    if unknown := sorted(set(sharding.layers) - classes):
+        raise ValueError(
+            f"launch configuration: fsdp_transformer_layer_cls_to_wrap: {', '.join(unknown)} is no "
+            f"module of {type(network).__name__}{close_to(unknown[0], sorted(classes), 3)}"
+        )
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
+    shard: Any = functools.partial(fully_shard, mesh=mesh)
+    for module in [m for m in network.modules() if type(m).__name__ in sharding.layers]:
+        shard(module, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+    policy = replace(policy, output_dtype=dtype and torch.float32)
+    shard(network, mp_policy=policy, reshard_after_forward=False)
+
+
+def _checkpoint_activations(network: Any) -> None:
+    """By timm's own switch."""
+    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise ValueError(
+            "launch configuration: fsdp_activation_checkpointing: BatchNorm would see each batch "
+            "twice; allowed: false"
+        )
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ValueError(
+            "launch configuration: fsdp_activation_checkpointing: "
+            f"{type(network).__name__} has none; allowed: false"
+        ) from None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,274 @@
+"""Training in pieces (FSDP2), by two real processes."""
+
+import json
+import pickle
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import CPU, SMALL, Forked, Launched, killed_and_resumed, weights
+from torch.distributed.checkpoint import metadata
+from torch.distributed.fsdp import FSDPModule
+
+from robust_accel import load_model
+from robust_accel.__main__ import main
+from robust_accel.recipe_file import RECIPES
+from robust_accel.run_folder import RunFolder
+from robust_accel.training.shard_files import ShardReader
+from robust_accel.training.shards import Sharding
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="refused before torch 2.9"
+)
+# What the launcher sets by recipes/accelerate/fsdp2.yaml.
+LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+    "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
+FSDP2 = CPU | LAUNCHER
+VIT = "model={name: vit_tiny_patch16_224, options: {img_size: 8, patch_size: 4, depth: 2, "
+VIT += "embed_dim: 24}}"
+RUN = ("train", "quickstart", *SMALL, VIT, "train.ema_decay=0.9", "train.max_grad_norm=1")
+RUN += ("train.gradient_accumulation=2", "train.precision=bf16", "data.train_size=464")
+PLAIN = ("train", "quickstart", *SMALL, VIT, "communication={name: allreduce}", "train.epochs=1")
+
+
+def trained(folder: Path, *arguments: str, environment: dict[str, str] = FSDP2) -> RunFolder:
+    code, output = Forked(*arguments, f"output={folder}", environment=environment).wait()
+    assert code == 0, output
+    return RunFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return trained(tmp_path_factory.mktemp("runs") / "run", *RUN)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return trained(tmp_path_factory.mktemp("runs") / "run", *PLAIN, "train.log_every=1")
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [line["loss"] for line in folder.read_metrics() if "loss" in line]
+
+
+def test_it_begins_as_by_ddp(plain: RunFolder, tmp_path: Path) -> None:
+    by_ddp = trained(tmp_path / "ddp", *PLAIN, "train.log_every=1", environment=CPU)
+    assert losses(plain)[:4] == pytest.approx(losses(by_ddp)[:4], rel=1e-5)
+    assert losses(plain)[-1] == pytest.approx(losses(by_ddp)[-1], rel=0.02)
+
+
+def test_what_is_left_is_a_whole_model_and_what_was_measured(finished: RunFolder) -> None:
+    report = finished.read_report()
+    assert report["num_processes"] == 2
+    assert report["precision"] == "bf16"
+    applied = report["applied"]
+    assert applied["processes_with_pieces"] == 2
+    assert "processes_with_equal_parameters" not in applied
+    assert 0 < applied["bytes_sent"] == pytest.approx(report["bytes_sent_per_step"])
+    model = load_model(finished.path)
+    tensors = weights(finished.path)
+    assert {name: w.shape for name, w in model.model.state_dict().items()} == {
+        name: w.shape for name, w in tensors.items()
+    }
+    assert all(w.dtype == torch.float32 for w in tensors.values())
+
+
+def test_one_that_is_killed_ends_as_it_would_have(finished: RunFolder, tmp_path: Path) -> None:
+    killed_and_resumed(finished.path, tmp_path / "run", partial(Forked, *RUN, environment=FSDP2))
+
+
+def test_another_number_of_processes_goes_on(plain: RunFolder, tmp_path: Path) -> None:
+    """A finished run that is resumed measures, and leaves, the weights of its checkpoint."""
+    before, folder = weights(plain.path), RunFolder(tmp_path / "run")
+    shutil.copytree(plain.path, folder.path)
+    folder.model.joinpath("model.safetensors").unlink()
+    start = (*PLAIN, "train.log_every=1", f"output={folder.path}", "--resume")
+    code, output = Forked(*start, environment=FSDP2, num_processes=4).wait()
+    assert code == 0, output
+    assert "the checkpoint is from 2 processes, not 4" in output
+    after = weights(folder.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
+def test_weights_that_stay_gathered_are_the_same_and_are_sent_once(
+    plain: RunFolder, tmp_path: Path
+) -> None:
+    more = ("train.log_every=1", "train.keep_gathered=true")
+    kept = trained(tmp_path / "run", *PLAIN, *more)
+    assert losses(kept) == losses(plain)
+    sent = [r.read_report()["applied"]["bytes_of_weights_sent"] for r in (kept, plain)]
+    size = 4 * sum(w.numel() for w in weights(plain.path).values())
+    assert size / 2 <= sent[0] < 0.6 * size  # of all weights half, each once
+    assert sent[1] > 4 * sent[0]  # two steps of the attack and the outer loss, there and back
+
+
+def test_activations_that_are_computed_twice_are_the_same(plain: RunFolder, tmp_path: Path) -> None:
+    again = FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    folder = trained(tmp_path / "run", *PLAIN, "train.log_every=1", environment=again)
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.launch
+def test_by_the_real_launcher(tmp_path: Path) -> None:
+    flags = ("--config_file", str(RECIPES / "accelerate/fsdp2.yaml"))
+    run = ("train", "quickstart", *SMALL, VIT, "train.max_steps=2", f"output={tmp_path / 'run'}")
+    code, output = Launched(*run, flags=flags, cpu=True).wait()
+    assert code == 0, output
+    assert "which are in pieces on 2 processes" in output
+
+
+ASKED = {
+    "FSDP_VERSION": ("1", "fsdp_version: 1 is not possible with train"),
+    "FSDP_OFFLOAD_PARAMS": ("true", "fsdp_offload_params: true"),
+    "FSDP_AUTO_WRAP_POLICY": ("SIZE_BASED_WRAP", "allowed: TRANSFORMER_BASED_WRAP or NO_WRAP"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "allowed: SHARDED_STATE_DICT"),
+    "FSDP_FORWARD_PREFETCH": ("true", "fsdp_forward_prefetch: true"),
+    "WORLD_SIZE": ("1", "there is one"),
+}
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_what_the_launcher_asks_for_is_done_or_refused(
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    value, said = ASKED[key]
+    monkeypatch.setenv(key, value)
+    assert main(["train", "quickstart", f"output={tmp_path / 'run'}"]) == 2
+    output = capsys.readouterr().err.strip()
+    assert said in output
+    assert "\n" not in output
+    assert not (tmp_path / "run").exists()
+
+
+NOT_IN_PIECES = {
+    "train.awp={gamma: 0.005}": "train.awp: not possible with FSDP2",
+    "train.compile=true": "train.compile: true is not possible",
+    "optimizer={name: lars, lr: 0.1}": "optimizer.name: lars is not known to be exact on FSDP2's",
+    "objective.grad_align={eps: 0.2}": "objective.grad_align: not possible with FSDP2",
+}
+
+
+@pytest.mark.parametrize("override", NOT_IN_PIECES)
+def test_what_pieces_cannot_is_refused(
+    override: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "quickstart", override, f"output={tmp_path / 'run'}"]) == 2
+    assert NOT_IN_PIECES[override] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.log_every=10", "Block is no module of WideResNet (did you mean PreActBlock?)"),
+        ("train.precision=bf16", "stages.0.0.norm1 is a BatchNorm"),
+    ],
+)
+def test_a_network_that_cannot_be_cut_so_is_refused(
+    override: str, said: str, tmp_path: Path
+) -> None:
+    run = ("train", "quickstart", override, f"output={tmp_path / 'run'}")
+    code, output = Forked(*run, environment=FSDP2).wait()
+    assert code == 2
+    assert said in output
+
+
+def test_weights_are_kept_gathered_in_pieces_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = ["train", "quickstart", "train.keep_gathered=true", f"output={tmp_path / 'run'}"]
+    assert main(run) == 2
+    assert "train.keep_gathered: weights are gathered under FSDP2 alone" in capsys.readouterr().err
+
+
+def test_the_launcher_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert Sharding.of_launcher() == Sharding(("Block",), True, False)
+    assert Sharding.of_launcher() is None  # and Accelerate sees plain processes
+
+
+# ------------------------------------------------------------------------ a stranger's pieces
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
+
+
+def described(**changes: Any) -> metadata.Metadata:
+    """Of one tensor, whose piece lies in ``a``."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    size = torch.Size([2])
+    chunk = metadata.ChunkStorageMetadata(torch.Size([0]), size)
+    properties = metadata.TensorProperties(dtype=torch.float32)
+    one = metadata.TensorStorageMetadata(properties, size, [chunk])
+    place = _StorageInfo(changes.get("file", "a"), 0, 1)
+    kinds = {"x": changes.get("kind", one)}
+    return metadata.Metadata(kinds, storage_data={metadata.MetadataIndex("x"): place})
+
+
+HOSTILE: dict[str, Any] = {
+    "a function": Runs(),
+    "within": described(kind=Runs()),
+    "bytes, which torch unpickles": described(kind=metadata.BytesStorageMetadata()),
+    "another folder": described(file="../b"),
+    "a mapping": {"x": 1},
+    "a text": "x",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_strangers_description_is_refused_and_executes_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a", "../b"):
+        (folder / name).write_bytes(b"")
+    (folder / ".metadata").write_bytes(pickle.dumps(described()))
+    assert ShardReader(folder).kinds() == {"x": (torch.Size([2]), torch.float32)}
+    (folder / ".metadata").write_bytes(pickle.dumps(HOSTILE[kind]))
+    with pytest.raises(ValueError, match=r"\.metadata: cannot be read: "):
+        ShardReader(folder).kinds()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"cos\nsystem\n(S'true'\ntR.", b"\xff" * 40])
+def test_a_description_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.metadata: cannot be read: "):
+        ShardReader(tmp_path).kinds()
+
+
+def test_a_real_description_names_nothing_else(plain: RunFolder) -> None:
+    (step, *_) = plain.steps()
+    kinds = ShardReader(step / "shards").kinds()
+    assert json.dumps(sorted(kinds)[:1]) == '["model.model.blocks.0.attn.proj.bias"]'
