@@ -25,7 +25,7 @@ from robust_accel.settings import Flag, Settings, Whole, parse_choice
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # torch 2.14 renamed it and warns about the name that older ones know
-_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _SERVER = -1  # the random stream of means: it does not depend on which rank serves a chunk
 _SLICE = 1 << 21  # elements exchanged at a time: one slice is computed while another is sent
@@ -315,7 +315,7 @@ def _all_gather(
     """message: [n], of one size on every rank -> rows: [M, n]."""
     meter.sent((len(rows) - 1) * message.nbytes, inside_machine=inside)
     flat = rows.view(-1).view(torch.uint8)
-    work = _all_gather_tensor(flat, message.view(torch.uint8), group=group, async_op=True)
+    work = all_gather_tensor(flat, message.view(torch.uint8), group=group, async_op=True)
     return _sent(work)
 
 

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from robust_accel.comm.agreement import same_bits
 from robust_accel.comm.base import GradientCompression, ShardingCollective, averaged
-from robust_accel.comm.collectives import AllReduce
+from robust_accel.comm.collectives import AllReduce, all_gather_tensor
 from robust_accel.comm.layout import Segment, segment
 from robust_accel.comm.meter import Meter
 from robust_accel.comm.workers import Workers, check_device
@@ -243,7 +243,7 @@ class CountedGather:
     ) -> Any:
         others = dist.get_world_size(group) - 1
         self.bytes_sent += others * input_tensor.numel() * input_tensor.element_size()
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        return all_gather_tensor(output_tensor, input_tensor, group, async_op)
 
 
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:

@@ -61,13 +61,12 @@ class Sharding:
         """
         if os.environ.get(_ASKED, "false").lower() != "true":
             return None
-        given = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")}
         for key, (allowed, why) in _ALLOWED.items():
-            found = given.get(f"FSDP_{key}")
-            if found is not None and found.upper() not in allowed:
+            found = os.environ.get(f"FSDP_{key}", "1" if key == "VERSION" else allowed[0])
+            if found.upper() not in allowed:
                 raise ValueError(
                     f"launch configuration: fsdp_{key.lower()}: {found} is not possible with "
-                    f"train: {why}; allowed: {' or '.join(allowed)}"
+                    f"train: {why}; allowed: {' or '.join(allowed) or 'none'}"
                 )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise ValueError(
@@ -92,6 +91,7 @@ _ALLOWED: dict[str, tuple[tuple[str, ...], str]] = {
     "OFFLOAD_PARAMS": (("FALSE",), "an attack gathers the weights many times a step"),
     "STATE_DICT_TYPE": (("SHARDED_STATE_DICT",), "checkpoints are written in pieces"),
     "RESHARD_AFTER_FORWARD": (("TRUE", "FALSE"), "FSDP2 knows two ways"),
+    "IGNORED_MODULES": (("",), "all of the network is trained"),
     "FORWARD_PREFETCH": (("FALSE",), "it is not set here"),
     "ACTIVATION_CHECKPOINTING_OFFLOAD": (("FALSE",), "it is not set here"),
     "CPU_RAM_EFFICIENT_LOADING": (("FALSE",), "each process makes or loads the first weights"),
@@ -126,7 +126,7 @@ class Shards:
         keep_gathered: bool,
     ) -> None:
         self._accelerator, self._keep_gathered = accelerator, keep_gathered
-        self._outline = copy.deepcopy(classifier).to("meta")
+        self._outline = _outline(classifier)
         self._modules: dict[str, nn.Module] = {"model": classifier}
         if average is not None:
             self._modules["average"] = average
@@ -322,6 +322,16 @@ def _checkpoint_activations(network: Any) -> None:
             "launch configuration: fsdp_activation_checkpointing: "
             f"{type(network).__name__} has none; allowed: false"
         ) from None
+
+
+def _outline(module: PixelClassifier) -> PixelClassifier:
+    """A copy whose tensors have shapes and nothing else."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(module):
+        empty = torch.empty_like(tensor, device="meta")
+        is_trained = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_trained else empty
+    return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

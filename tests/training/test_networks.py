@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -250,6 +250,45 @@ def test_a_lost_machine_is_replaced_and_the_run_goes_on_to_the_same_end(
     assert "continuing run at step" in output
     assert ("run is taken over" in output) == becomes_first
     before, after = weights(finished), weights(result.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
+@pytest.mark.parametrize("launcher", [STATIC, C10D])
+def test_machines_that_do_not_meet_at_first_meet_later_and_the_slower_one_is_waited_for(
+    tmp_path: Path, finished: Path, nodes: list[str], launcher: tuple[str, ...]
+) -> None:
+    machines = Machines(nodes, tmp_path, launcher, RUN, {})
+
+    def link(state: str) -> None:
+        subprocess.run(["ip", "-n", nodes[1], "link", "set", "eth0", state], check=True)
+
+    try:
+        link("down")
+        machines.start(1, 1)  # there is no way to the other, which has not come either
+        time.sleep(8)
+        machines.start(0, 0)
+        time.sleep(8)
+        assert not machines.done()
+        link("up")
+        wait_until(machines.done, machines.all[0])
+        slow = psutil.Process(machines.all[1].process.pid)
+        stops = 0
+        while machines.all[1].running():
+            with suppress(psutil.NoSuchProcess):  # at the end
+                for process in (running := slow.children(recursive=True)):
+                    process.suspend()
+                time.sleep(0.3)
+                for process in running:
+                    process.resume()
+            time.sleep(0.1)
+            stops += 1
+        ends = [machines.all[number].wait() for number in (0, 1)]
+    finally:
+        machines.kill()
+    for code, output in ends:
+        assert code == 0, output
+    assert stops > 3
+    before, after = weights(finished), weights(machines.result().path)
     assert all(before[key].equal(after[key]) for key in before | after)
 
 

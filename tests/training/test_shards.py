@@ -138,6 +138,7 @@ ASKED = {
     "FSDP_AUTO_WRAP_POLICY": ("SIZE_BASED_WRAP", "allowed: TRANSFORMER_BASED_WRAP or NO_WRAP"),
     "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "allowed: SHARDED_STATE_DICT"),
     "FSDP_FORWARD_PREFETCH": ("true", "fsdp_forward_prefetch: true"),
+    "FSDP_IGNORED_MODULES": ("head", "fsdp_ignored_modules: head"),
     "WORLD_SIZE": ("1", "there is one"),
 }
 
