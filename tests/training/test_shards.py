@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import CPU, SMALL, Forked, Launched, killed_and_resumed, weights
+from launching import CPU, SMALL, Forked, Launched, counts, kill_at, weights
 from torch.distributed.checkpoint import metadata
 from torch.distributed.fsdp import FSDPModule
 
@@ -87,8 +87,23 @@ def test_what_is_left_is_a_whole_model_and_what_was_measured(finished: RunFolder
     assert all(w.dtype == torch.float32 for w in tensors.values())
 
 
-def test_one_that_is_killed_ends_as_it_would_have(finished: RunFolder, tmp_path: Path) -> None:
-    killed_and_resumed(finished.path, tmp_path / "run", partial(Forked, *RUN, environment=FSDP2))
+def test_one_that_is_killed_ends_as_it_would_have_without_a_common_disk(
+    finished: RunFolder, tmp_path: Path
+) -> None:
+    disks = [tmp_path / "one", tmp_path / "two"]
+    for disk in disks:
+        disk.mkdir()
+    start = partial(Forked, *RUN, "output=run", environment=FSDP2, folders=disks)
+    folder = RunFolder(disks[0] / "run")
+    kill_at(start(), lambda: bool(folder.steps()))
+    assert not folder.report.exists()
+    code, output = start("--resume").wait()
+    assert code == 0, output
+    assert "continuing run at step" in output
+    before, after = weights(finished.path), weights(folder.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+    assert counts(folder) == counts(finished)
+    assert not list(disks[1].rglob("*.distcp"))
 
 
 def test_another_number_of_processes_goes_on(plain: RunFolder, tmp_path: Path) -> None:
