@@ -8,10 +8,18 @@ pytest.importorskip("sybil")  # an extra
 
 from blocks import ROOT, run_page
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+LONG = ("plan.md",)  # measures this machine
+PAGES = [
+    pytest.param(
+        page,
+        id=str(page.relative_to(ROOT)),
+        marks=[pytest.mark.long] if page.name in LONG else [],
+    )
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_true(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page, monkeypatch)

@@ -90,6 +90,7 @@ def test_the_notebook_renders_as_it_was_run_in_one_go() -> None:
     assert {*streams} == {"stdout"}  # no progress bars, nor warnings with a machine's paths
 
 
+@pytest.mark.long
 def test_theorem1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     curves = load("theorem1").main(["--quick"])

@@ -40,7 +40,9 @@ def test_on_cpus_only_what_fills_vectors_is_compiled(monkeypatch, bits):
     assert {256, 512, 2048} <= {*compiled}
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize(
+    "bits", [b if b == 8 else pytest.param(b, marks=pytest.mark.long) for b in ALL_BITS]
+)
 def test_compiled_bytes_equal_eager_bytes_without_recompiling(bits):
     eager, fused = Quantizer(bits, compile=False), Quantizer(bits, compile=True)
     if kernels.fused(bits, 256, CPU, torch.get_num_threads()) is None:

@@ -96,7 +96,8 @@ def test_a_later_attack_does_not_stand_under_an_earlier_ones_name(run: Path) -> 
     card = (run / "model" / "README.md").read_text()
     for row in found:
         percent = f"{100 * row['accuracy']:.2f}"
-        assert percent in text and percent in card
+        assert percent in text
+        assert percent in card or row["purpose"] == "train"
     assert len({row["key"] for row in found}) == len(found)
 
 

@@ -88,7 +88,9 @@ class RoundedInput(RoundedLogits):
         return self.model((8 * x).round() / 8)
 
 
-@pytest.mark.parametrize("mask", [RoundedLogits, RoundedInput])
+@pytest.mark.parametrize(
+    "mask", [RoundedLogits, pytest.param(RoundedInput, marks=pytest.mark.long)]
+)
 def test_a_model_that_masks_its_gradients_is_caught(
     honest: tuple[PixelClassifier, Any], mask: type[RoundedLogits]
 ) -> None:

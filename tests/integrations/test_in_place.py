@@ -166,6 +166,7 @@ def test_a_copy_attacks_with_its_own_weights():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.long
 def test_compiled_it_computes_the_same():
     model = make_robust(small().to(memory_format=torch.channels_last), ATTACK)
     x = images().contiguous(memory_format=torch.channels_last)
@@ -174,6 +175,7 @@ def test_compiled_it_computes_the_same():
     torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_what_is_compiled_already_is_attacked():
     model = small()
     compiled = torch.compile(model, backend="eager")

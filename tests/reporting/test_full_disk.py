@@ -12,7 +12,11 @@ from robust_accel.exit_codes import UNWRITABLE, USAGE
 
 
 @pytest.mark.parametrize(
-    ("left", "at"), [(0, "figures/autoattack_0.png"), (1_000_000, "report.html")]
+    ("left", "at"),
+    [
+        (0, "figures/autoattack_0.png"),
+        pytest.param(1_000_000, "report.html", marks=pytest.mark.long),
+    ],
 )
 def test_a_report_on_a_full_disk(
     disk: Callable[..., Path], capsys: pytest.CaptureFixture[str], left: int, at: str

@@ -66,6 +66,7 @@ def ended(number: signal.Signals, path: Path, output: Path) -> int:
     return process.returncode
 
 
+@pytest.mark.long
 def test_no_training_goes_on_without_its_study(
     study_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_one_that_fails_is_named_and_the_others_are_done(
     assert "Not finished: bad; b." in page
 
 
+@pytest.mark.long
 def test_two_studies_do_not_run_in_one_folder(
     study_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_run_trains_on_a_file_and_goes_on_only_with_the_same(tmp_path: Path) -
     assert train(load_recipe("quickstart", own), resume=True)["steps"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_two_processes_train_on_a_file_that_one_of_them_has_unpacked(tmp_path: Path) -> None:
     file = generated(tmp_path, compressed=True)

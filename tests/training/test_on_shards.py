@@ -45,6 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cache")
 def test_a_run_goes_on_only_with_the_shards_it_began_with(tmp_path: Path) -> None:
     data = shards(tmp_path / "data")

@@ -183,6 +183,7 @@ def test_an_evaluation_that_differs_from_training_is_said(
                 "objective.label_smoothing=0.1",
             ),
             id="mixed-labels-policy-cutout",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -300,6 +301,7 @@ def test_too_few_classes_for_autoattack_are_refused_before_training(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

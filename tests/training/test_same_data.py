@@ -72,6 +72,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(
     assert run(folder, data, resume=True)["steps"] == 2
 
 
+@pytest.mark.long
 def test_a_damaged_image_ends_training_with_its_name(data: Path, tmp_path: Path) -> None:
     file = data / "train" / "dark" / "3.png"
     file.write_bytes(file.read_bytes()[:40])

@@ -85,7 +85,8 @@ def test_one_process_stops_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)]
+    ("number", "code"),
+    [(signal.SIGTERM, STOPPED), pytest.param(signal.SIGINT, INTERRUPTED, marks=pytest.mark.long)],
 )
 def test_a_signal_to_one_process_stops_all_at_one_step(
     tmp_path: Path, finished: Path, number: signal.Signals, code: int

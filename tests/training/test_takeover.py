@@ -48,6 +48,7 @@ def test_a_run_is_taken_over_and_ends_as_if_nothing_had_been(disks: Path, tmp_pa
     assert not list(tmp_path.rglob("*incomplete*"))
 
 
+@pytest.mark.long
 def test_of_several_it_is_the_one_that_has_been_furthest(disks: Path, tmp_path: Path) -> None:
     """Of whole checkpoints: what a killed process had begun is none."""
     shutil.copytree(disks / "cut", tmp_path / "broken")

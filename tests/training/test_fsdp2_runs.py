@@ -131,6 +131,7 @@ def test_weights_that_stay_gathered_are_the_same_and_are_sent_once(
     assert sent[1] > 4 * sent[0]  # two steps of the attack and the outer loss, there and back
 
 
+@pytest.mark.long
 def test_activations_that_are_computed_twice_are_the_same(plain: RunFolder, tmp_path: Path) -> None:
     again = FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
     folder = trained(tmp_path / "run", *PLAIN, "train.log_every=1", environment=again)
