@@ -273,7 +273,7 @@ def test_machines_that_do_not_meet_at_first_meet_later_and_the_slower_one_is_wai
         wait_until(machines.done, machines.all[0])
         slow = psutil.Process(machines.all[1].process.pid)
         stops = 0
-        while machines.all[1].running():
+        while machines.all[1].running() and stops < 20:
             with suppress(psutil.NoSuchProcess):  # at the end
                 for process in (running := slow.children(recursive=True)):
                     process.suspend()
