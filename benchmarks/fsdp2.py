@@ -103,7 +103,9 @@ def most_added(profile: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--layer", default="Block", help="class of the modules that are cut")
     parser.add_argument("--size", type=int, default=64, help="of the images, pixels")
