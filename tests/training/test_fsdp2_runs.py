@@ -61,6 +61,23 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return trained(tmp_path_factory.mktemp("runs") / "run", *PLAIN, "train.log_every=1")
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process is one of two, as the launcher starts them."""
+    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    """The line that a run's refusal is; no folder is made."""
+    assert main(["train", "quickstart", *overrides, f"output={folder}"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert not folder.exists()
+    return said
+
+
 def losses(folder: RunFolder) -> list[float]:
     return [line["loss"] for line in folder.read_metrics() if "loss" in line]
 
@@ -162,19 +179,13 @@ ASKED = {
 @pytest.mark.parametrize("key", ASKED)
 def test_what_the_launcher_asks_for_is_done_or_refused(
     key: str,
-    monkeypatch: pytest.MonkeyPatch,
+    launched: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
     value, said = ASKED[key]
-    monkeypatch.setenv(key, value)
-    assert main(["train", "quickstart", f"output={tmp_path / 'run'}"]) == 2
-    output = capsys.readouterr().err.strip()
-    assert said in output
-    assert "\n" not in output
-    assert not (tmp_path / "run").exists()
+    launched.setenv(key, value)
+    assert said in refused(capsys, tmp_path / "run")
 
 
 NOT_IN_PIECES = {
@@ -185,18 +196,12 @@ NOT_IN_PIECES = {
 }
 
 
+@pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("override", NOT_IN_PIECES)
 def test_what_pieces_cannot_is_refused(
-    override: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
-    assert main(["train", "quickstart", override, f"output={tmp_path / 'run'}"]) == 2
-    assert NOT_IN_PIECES[override] in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert NOT_IN_PIECES[override] in refused(capsys, tmp_path / "run", override)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +223,12 @@ def test_a_network_that_cannot_be_cut_so_is_refused(
 def test_weights_are_kept_gathered_in_pieces_alone(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run = ["train", "quickstart", "train.keep_gathered=true", f"output={tmp_path / 'run'}"]
-    assert main(run) == 2
-    assert "train.keep_gathered: weights are gathered under FSDP2 alone" in capsys.readouterr().err
+    said = refused(capsys, tmp_path / "run", "train.keep_gathered=true")
+    assert "train.keep_gathered: weights are gathered under FSDP2 alone" in said
 
 
-def test_the_launcher_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.usefixtures("launched")
+def test_the_launcher_is_asked_once() -> None:
     assert Sharding.of_launcher() == Sharding(("Block",), True, False)
     assert Sharding.of_launcher() is None  # and Accelerate sees plain processes
 
