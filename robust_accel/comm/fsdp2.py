@@ -123,7 +123,14 @@ class FSDP2Compression(GradientCompression):
         )
 
 
-class ReduceScatter:
+class _OfTorch:
+    """What FSDP2 wants of a collective of ours, and is as torch's own does it."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class ReduceScatter(_OfTorch):
     """What FSDP2 calls for the gradients of one module's parameters, in its own stream."""
 
     def __init__(
@@ -138,9 +145,6 @@ class ReduceScatter:
         self._chunks: dict[int, list[list[Segment]]] = {}  # by their elements
         self.num_elements = sum(map(self._chunk_size, parameters)) * compression.workers.size
         self._step = 0
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -218,7 +222,7 @@ class ReduceScatter:
         return -(-rows // num_workers) * (parameter.numel() // max(rows, 1))
 
 
-class CountedGather:
+class CountedGather(_OfTorch):
     """FSDP2's own all-gather of parameters, counted as a ring's.
 
     Args:
@@ -230,9 +234,6 @@ class CountedGather:
         gather: Any = self
         for module in modules:
             module.set_custom_all_gather(gather)
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
