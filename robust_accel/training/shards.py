@@ -35,7 +35,7 @@ from robust_accel.training.shard_files import ShardReader, read_shards, write_sh
 
 _ASKED = "ACCELERATE_USE_FSDP"
 # their steps are each element's own, or, LAMB's, know of pieces
-_OPTIMIZERS = ("lamb", "sgd", "nesterov", "momentum", "adam", "adamw")
+OPTIMIZERS = ("lamb", "sgd", "nesterov", "momentum", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,8 @@ class Shards:
             if not name.startswith("optimizer."):
                 continue
             index, _, key = name.removeprefix("optimizer.").partition(".")
+            if not (index.isdecimal() and int(index) < len(parameters)):
+                raise ValueError(f"{folder}: {name[:100]} is of no parameter of this model")
             like = parameters[int(index)]
             if size == like.shape:
                 empty = torch.empty_like(like, dtype=dtype)
@@ -270,7 +272,7 @@ def _conflicts(
         )
         return [("train", train.keep_gathered, said)]
     aligns = getattr(recipe.objective, "grad_align", None) is not None
-    is_exact = optimizer.name in _OPTIMIZERS
+    is_exact = optimizer.name in OPTIMIZERS
     return [
         ("train", train.awp is not None, "awp: not possible with FSDP2, whose weights are pieces"),
         ("train", train.compile, "compile: true is not possible with FSDP2"),
@@ -280,7 +282,7 @@ def _conflicts(
             "optimizer",
             not is_exact,
             f"name: {optimizer.name} is not known to be exact on FSDP2's pieces; allowed: "
-            f"{', '.join(_OPTIMIZERS)}",
+            f"{', '.join(OPTIMIZERS)}",
         ),
     ]
 

@@ -18,7 +18,7 @@ from robust_accel.__main__ import main
 from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.shard_files import ShardReader
-from robust_accel.training.shards import Sharding
+from robust_accel.training.shards import OPTIMIZERS, Sharding
 
 pytestmark = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="refused before torch 2.9"
@@ -86,6 +86,19 @@ def test_it_begins_as_by_ddp(plain: RunFolder, tmp_path: Path) -> None:
     by_ddp = trained(tmp_path / "ddp", *PLAIN, "train.log_every=1", environment=CPU)
     assert losses(plain)[:4] == pytest.approx(losses(by_ddp)[:4], rel=1e-5)
     assert losses(plain)[-1] == pytest.approx(losses(by_ddp)[-1], rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lamb"])
+def test_each_optimizer_takes_the_steps_of_ddp(name: str, tmp_path: Path) -> None:
+    run = (*PLAIN, "train.log_every=1", "train.max_steps=4", "evaluate.pgd=null")
+    run += (f"optimizer={{name: {name}, lr: 0.01, weight_decay: 0.01}}",)
+    found = [
+        losses(trained(tmp_path / way, *run, environment=environment))
+        for way, environment in {"ddp": CPU, "pieces": FSDP2}.items()
+    ]
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_what_is_left_is_a_whole_model_and_what_was_measured(finished: RunFolder) -> None:
