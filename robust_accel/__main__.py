@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("model", help="a run folder, a timm model, or local-dir:FOLDER")
     label.add_argument("settings", nargs="*", help=settings_help)
     label.add_argument("--data", help="what to label; if not given, what the run left out")
-    label.add_argument("--out", required=True, help="the parquet file to write")
+    label.add_argument("--out", required=True, help="the .parquet or .npz file to write")
     label.set_defaults(command="robust_accel.commands.pseudo_label")
 
     report = command("report", "write reports, and compare runs side by side")

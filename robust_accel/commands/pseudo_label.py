@@ -10,9 +10,11 @@ import datasets
 import torch
 from accelerate import Accelerator
 from datasets.table import embed_table_storage
+from torch import Tensor
 
 from robust_accel.commands import say
-from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, identity_of, load_to_label
+from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, ImageSet, identity_of, load_to_label
+from robust_accel.data.array_files import write_npz
 from robust_accel.evaluation import predictions
 from robust_accel.files import check_path, written_whole
 from robust_accel.messages import shown
@@ -31,12 +33,14 @@ def run(options: argparse.Namespace) -> int:
 def pseudo_label(
     model: str, out: str | Path, data: str | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Label images by a model's clean predictions, and write them as parquet.
+    """Label images by a model's clean predictions, and write both.
 
     Args:
         model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
-        out: The parquet file: the images, ``pseudo_label`` and ``confidence`` (the probability of
-            that class, in [0, 1]). Written by one process, in one move; never over another.
+        out: A ``.parquet`` file: the images as they were, ``pseudo_label`` and ``confidence`` (the
+            probability of that class, in [0, 1]). Or a ``.npz`` file, which training maps and does
+            not hold in memory: ``image`` (uint8, [N, H, W, C], as the model saw them), ``label``
+            (int64, [N]) and ``confidence``. Written by one process in one move, never over another.
         data: What ``data.unlabeled.path`` takes, but no pickle. Not given: the images that the
             run's ``data.train_size`` left out of its training split.
         overrides: ``section.key=value``, such as ``data.unlabeled.split=test``.
@@ -51,8 +55,9 @@ def pseudo_label(
         out = Path(check_path(str(out)))
     except ValueError as error:
         raise ValueError(f"--out: {shown(str(out))} is not allowed: {error}") from None
-    if out.suffix != ".parquet" or os.path.lexists(out):
-        found = "is there already" if os.path.lexists(out) else "does not end in .parquet"
+    if out.suffix not in _WRITERS or os.path.lexists(out):
+        found = f"does not end in {' or '.join(_WRITERS)}"
+        found = "is there already" if os.path.lexists(out) else found
         raise ValueError(f"--out: {out} {found}: choose another name")
     check_writable(out.parent, "--out")
     if data is not None:
@@ -73,13 +78,13 @@ def pseudo_label(
     classifier.to(accelerator.device).eval()
     classes, confidence = predictions(classifier, images, recipe.evaluate.batch_size, accelerator)
     if accelerator.is_main_process:
-        _write(rows, classes, confidence, out)
+        _WRITERS[out.suffix](rows, images, classes, confidence, out)
     accelerator.wait_for_everyone()
     return {"n": len(rows), "mean_confidence": confidence.mean().item()}
 
 
-def _write(
-    rows: datasets.Dataset, classes: torch.Tensor, confidence: torch.Tensor, out: Path
+def _write_parquet(
+    rows: datasets.Dataset, _: ImageSet, classes: Tensor, confidence: Tensor, out: Path
 ) -> None:
     labeled = rows.add_column(PSEUDO_LABEL, classes.numpy()).add_column(
         CONFIDENCE, confidence.numpy()
@@ -88,3 +93,23 @@ def _write(
     whole = labeled.with_format("arrow").map(embed_table_storage, batched=True)
     with written_whole(out) as temporary:
         whole.with_format(None).to_parquet(str(temporary))
+
+
+def _write_npz(
+    _: datasets.Dataset, images: ImageSet, classes: Tensor, confidence: Tensor, out: Path
+) -> None:
+    batches = images.batches(torch.arange(len(images)).split(_AT_A_TIME), torch.device("cpu"))
+    pixels = (x.mul(255).round().byte().permute(0, 2, 3, 1).numpy() for x, _ in batches)
+    channels, height, width = images.shape
+    write_npz(
+        out,
+        {
+            "image": ((len(images), height, width, channels), pixels),
+            "label": (tuple(classes.shape), [classes.long().numpy()]),
+            "confidence": (tuple(confidence.shape), [confidence.numpy()]),
+        },
+    )
+
+
+_WRITERS = {".parquet": _write_parquet, ".npz": _write_npz}
+_AT_A_TIME = 1024  # images

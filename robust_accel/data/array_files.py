@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -195,6 +195,25 @@ def _start_of(member: zipfile.ZipInfo, file: BufferedReader) -> int:
     if magic != zipfile.stringFileHeader or min(there, member.compress_size) < member.file_size:  # type: ignore[attr-defined]
         raise ValueError(f"{member.filename!r} is cut off")
     return int(start)
+
+
+def write_npz(
+    path: Path, arrays: Mapping[str, tuple[tuple[int, ...], Iterable[np.ndarray]]]
+) -> None:
+    """Write a ``.npz``, in one move, that is read as it is: not compressed, and never held whole.
+
+    Args:
+        arrays: By their names: shape, and what follows one another along the first dimension.
+    """
+    with written_whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, (shape, parts) in arrays.items():
+            with archive.open(f"{name}{_NPY}", "w", force_zip64=True) as member:
+                header: dict[str, Any] = {"fortran_order": False, "shape": shape}
+                for number, part in enumerate(parts):
+                    if number == 0:
+                        header["descr"] = np.lib.format.dtype_to_descr(part.dtype)
+                        np.lib.format.write_array_header_1_0(member, header)
+                    member.write(np.ascontiguousarray(part).data)
 
 
 # ---- the copies of what is compressed ----------------------------------------------------------

@@ -65,6 +65,25 @@ def test_what_a_run_left_out_is_labeled_and_trained_on(teacher: Path, tmp_path: 
     assert student["clean_accuracy"]["accuracy"] > 0.5
 
 
+def test_the_same_as_arrays(teacher: Path, tmp_path: Path) -> None:
+    """A .npz that training maps, and numpy reads."""
+    parquet, arrays = tmp_path / "pseudo.parquet", tmp_path / "new" / "pseudo.npz"
+    assert pseudo_label(str(teacher), arrays) == pseudo_label(str(teacher), parquet)
+    expected, found = (
+        load_data(load_recipe("quickstart", [*SMALL, f"data.unlabeled.path={path}"]).data)
+        for path in (parquet, arrays)
+    )
+    images = expected.unlabeled.images
+    (read,) = found.unlabeled.batches([torch.arange(len(images))], torch.device("cpu"))
+    assert read[0].equal(images.float() / 255)
+    assert read[1].equal(expected.unlabeled.labels)
+    with np.load(arrays) as archive:
+        assert archive["image"].dtype == np.uint8
+        assert archive["image"].shape == (len(images), 8, 8, 1)
+        assert archive["label"].tolist() == expected.unlabeled.labels.tolist()
+        assert ((archive["confidence"] > 0.1) & (archive["confidence"] <= 1)).all()
+
+
 def test_any_images_are_labeled_by_any_timm_model(tmp_path: Path) -> None:
     """Files in a folder, of several sizes: the parquet holds their bytes, not their paths."""
     folder = tmp_path / "images" / "train"
@@ -90,7 +109,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     taken.write_text("precious")
     cases = [
         ([str(teacher), "--out", str(taken)], "--out: .*is there already"),
-        ([str(teacher), "--out", str(tmp_path / "a.csv")], r"does not end in \.parquet"),
+        ([str(teacher), "--out", str(tmp_path / "a.csv")], r"does not end in \.parquet or \.npz"),
         (["test_resnet", "--out", str(taken / "a.parquet")], "--out: .* is no folder"),
         (
             [str(teacher), "--out", str(tmp_path / "a.parquet"), "data.train_size=null"],
