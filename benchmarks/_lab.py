@@ -22,7 +22,7 @@ multiprocessing.set_forkserver_preload(
     ["robust_accel.training.run", "matplotlib.pyplot", "sklearn.datasets", "plotly.graph_objects"]
 )
 
-from launching import CPU, ZERO2, Forked, counts, weights  # noqa: E402
+from launching import CPU, FSDP2, ZERO2, Forked, counts, weights  # noqa: E402
 
 from robust_accel.evaluation.ledger import read_records  # noqa: E402
 from robust_accel.run_folder import RunFolder  # noqa: E402
@@ -41,6 +41,7 @@ ENGINES: dict[str, tuple[int, dict[str, str]]] = {
         f"ZeRO {stage}": (2, ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
         for stage in range(3)
     },
+    "FSDP2": (2, FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "PreActBlock"}),
 }
 
 

@@ -318,8 +318,11 @@ def rows(
         ("packets", ddp, lambda lab: packets_lost(lab, max(1, times // 4))),
         ("node", ddp, lambda lab: node_lost(lab, max(1, times // 6))),
         ("owners", one, lambda lab: two_owners(lab, max(1, times // 2))),
-        *(("flipped", engine, lambda lab: flipped(lab, times)) for engine in (one, ddp, "ZeRO 2")),
-        *(("nan", engine, lambda lab: nan(lab, times)) for engine in (one, ddp)),
+        *(
+            ("flipped", engine, lambda lab: flipped(lab, times))
+            for engine in (one, ddp, "ZeRO 2", "FSDP2")
+        ),
+        *(("nan", engine, lambda lab: nan(lab, times)) for engine in (one, ddp, "FSDP2")),
         ("disk", one, lambda lab: disk_full(lab, max(1, times // 4))),
     ]
     labs: dict[str, Lab] = {}

@@ -29,7 +29,8 @@ from robust_accel import PGD, RobustModel, compress_gradients
 from robust_accel.models import normalized
 from robust_accel.optim import LAMB
 from robust_accel.optim.sharded import local
-from robust_accel.training.shards import Sharding, Shards
+from robust_accel.training.launcher import Sharding
+from robust_accel.training.shards import Shards
 
 WAYS = ("copies (DDP)", "pieces", "pieces, gathered once")
 
@@ -73,7 +74,7 @@ def measure(rank: int, way: str, given: argparse.Namespace, store: str) -> None:
         return time.perf_counter() - start
 
     def sent() -> tuple[int, int]:
-        return compression.meter.bytes_sent, shards.gathers.bytes_sent if shards else 0
+        return compression.meter.bytes_sent, compression.gathered.bytes_sent
 
     step()
     seconds = statistics.median(step() for _ in range(given.steps))

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+import pytest
 from safetensors.torch import load_file
 
+from robust_accel.__main__ import main
 from robust_accel.run_folder import RunFolder
 
 DDP = ("--multi_gpu", "--num_processes", "2")
@@ -35,6 +37,22 @@ SMALL = (
 # What the launcher sets by --multi_gpu on CPUs, and by recipes/accelerate/zero2.yaml.
 CPU = {"ACCELERATE_USE_CPU": "true"}
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+# by recipes/accelerate/fsdp2.yaml
+LAUNCHER_OF_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+    "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
+FSDP2 = CPU | LAUNCHER_OF_FSDP2
 LIMIT_S = 240
 
 
@@ -144,8 +162,6 @@ def _rank(
     arguments: Sequence[str],
 ) -> None:
     """What the launcher and its agent do for a process."""
-    from robust_accel.__main__ import main
-
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -170,6 +186,15 @@ def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> 
     code, output = start("train", "quickstart", *SMALL, f"output={folder}").wait()
     assert code == 0, output
     return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    """The line that this process's run is refused by; no folder is made."""
+    assert main(["train", "quickstart", *overrides, f"output={folder}"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert not folder.exists()
+    return said
 
 
 def kill_at(process: Processes, is_time: Callable[[], bool]) -> None:

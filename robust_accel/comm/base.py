@@ -133,12 +133,13 @@ class GradientCompression:
 
     Attributes:
         meter: bytes and seconds so far, of this rank.
+        gathered: bytes so far that this rank sent of FSDP2's weights; elsewhere there are none.
         steps: synchronised backward passes so far; seeds the rounding, hence part of a checkpoint.
             (DeepSpeed: of the last exchange, from the engine's own step, which its checkpoint has.)
     """
 
     def __init__(self) -> None:
-        self.meter = Meter()
+        self.meter, self.gathered = Meter(), Meter()
         self.steps = 0
         self._closed = False
 

@@ -48,6 +48,12 @@ def compress_gradients(
     collective = AllReduce() if collective is None else collective
     model = getattr(model, "_orig_mod", model)  # torch.compile around DDP
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    in_pieces = any(isinstance(module, FSDPModule) for module in model.modules())
+    if getattr(collective, "weight_bits", None) is not None and not in_pieces:
+        raise ValueError(
+            "weight_bits: weights are gathered under FSDP2 alone: leave it out, or call "
+            "fully_shard before compress_gradients"
+        )
     if is_engine(model):
         tell_layers(model)
         if num_processes > 1:
@@ -66,7 +72,7 @@ def compress_gradients(
             "compress_gradients does not support FSDP1 (FullyShardedDataParallel): use FSDP2 "
             "(fully_shard; Accelerate: fsdp_version: 2)"
         )
-    elif num_processes > 1 and any(isinstance(module, FSDPModule) for module in model.modules()):
+    elif num_processes > 1 and in_pieces:
         scatters: Any = collective
         if not hasattr(collective, "scatter"):
             raise ValueError(

@@ -21,18 +21,21 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from robust_accel.comm.agreement import same_bits
 from robust_accel.comm.base import GradientCompression, ShardingCollective, averaged
 from robust_accel.comm.collectives import AllReduce, all_gather_tensor
-from robust_accel.comm.layout import Segment, segment
+from robust_accel.comm.draws import random_key
+from robust_accel.comm.fsdp2_pieces import Pieces
 from robust_accel.comm.meter import Meter
+from robust_accel.comm.quantizer import Quantizer
 from robust_accel.comm.workers import Workers, check_device
 
 logger = logging.getLogger(__name__)
+_WEIGHTS = -2  # the random stream of the first worker's; before it are gradients' and means'
 _COMPRESSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class FSDP2Compression(GradientCompression):
     """A protocol as the reduce-scatter of each module that `fully_shard` has got.
 
-    Its all-gathers of parameters stay as they are, and are not counted.
+    Its all-gathers of parameters stay as they are, counted in `gathered`, or are quantised.
 
     Args:
         model: FSDP2's, or one that holds such.
@@ -68,9 +71,12 @@ class FSDP2Compression(GradientCompression):
         self._before_step = register_optimizer_step_pre_hook(self._before_update)
         position = 0
         for number, module in enumerate(modules):
-            exchange: Any = ReduceScatter(self, number, parameters_of(module), position)
-            position += exchange.num_elements
+            pieces = Pieces(module, position, group)
+            position += pieces.num_elements
+            exchange: Any = ReduceScatter(self, number, pieces)
+            gather: Any = Gather(self, number, pieces, *_of_weights(collective))
             module.set_custom_reduce_scatter(exchange)
+            module.set_custom_all_gather(gather)
             if replicas is not None:
                 module.set_all_reduce_hook(exchange.over_replicas)
             _COMPRESSED.add(module)
@@ -133,17 +139,8 @@ class _OfTorch:
 class ReduceScatter(_OfTorch):
     """What FSDP2 calls for the gradients of one module's parameters, in its own stream."""
 
-    def __init__(
-        self,
-        compression: FSDP2Compression,
-        number: int,
-        parameters: Sequence[nn.Parameter],
-        position: int,
-    ) -> None:
-        self._compression, self._number = compression, number
-        self._parameters, self._position = parameters, position
-        self._chunks: dict[int, list[list[Segment]]] = {}  # by their elements
-        self.num_elements = sum(map(self._chunk_size, parameters)) * compression.workers.size
+    def __init__(self, compression: FSDP2Compression, number: int, pieces: Pieces) -> None:
+        self._compression, self._number, self._pieces = compression, number, pieces
         self._step = 0
 
     def __call__(
@@ -159,7 +156,10 @@ class ReduceScatter(_OfTorch):
         own = self._compression
         scale = _scale(op, own.workers.size)
         self._step = own.begin(self._number)
-        rows, chunks = input_tensor.view(own.workers.size, -1), self._segments(len(output_tensor))
+        rows, chunks = (
+            input_tensor.view(own.workers.size, -1),
+            self._pieces.rows(len(output_tensor), trained=True),
+        )
         workers = replace(own.workers, group=group)  # FSDP2 may have made one for this
         with torch.no_grad(), self._timed(input_tensor.device):
             if self._inside_machine():
@@ -177,14 +177,15 @@ class ReduceScatter(_OfTorch):
         """Average [n] over the processes that hold the same shards."""
         own = self._compression
         assert own.replicas is not None
-        segments = self._segments(len(reduce_output))[dist.get_rank(own.workers.group)]
+        rows = self._pieces.rows(len(reduce_output), trained=True)
+        segments = rows[dist.get_rank(own.workers.group)]
         step = 2 * self._step + 1
         with torch.no_grad(), self._timed(reduce_output.device):
             averaged(own.collective, reduce_output, segments, step, own.replicas, own.meter)
 
     def _timed(self, device: torch.device) -> Any:
         # on CPUs FSDP2's backward waits for each; the first parameters' is the last one
-        exposed = device.type == "cpu" or self._position == 0
+        exposed = device.type == "cpu" or self._pieces.position == 0
         return self._compression.meter.timed_on(device, exposed=exposed)
 
     def _inside_machine(self) -> bool:
@@ -192,48 +193,24 @@ class ReduceScatter(_OfTorch):
         far = own.replicas is not None and own.replicas.num_machines > 1
         return far and own.workers.num_machines == 1
 
-    def _segments(self, size: int) -> list[list[Segment]]:
-        """The tensors in each row of `size` elements.
 
-        Which parameters had no gradient, and which modules share an exchange
-        (`fully_shard([a, b])`), FSDP2 does not tell: blocks then lie anywhere in a row.
-        """
-        if size not in self._chunks:
-            trained = [p for p in self._parameters if p.requires_grad]
-            sizes = [self._chunk_size(p) for p in trained]
-            pieces = [(n, segment(p.shape, 0).raw) for n, p in zip(sizes, trained, strict=True)]
-            if sum(sizes) != size:
-                pieces = [(size, False)]
-            self._chunks[size] = [[] for _ in range(self._compression.workers.size)]
-            position = self._position
-            for length, raw in pieces:
-                for chunk in self._chunks[size]:
-                    chunk.append(Segment(length, position, raw))
-                    position += length
-        return self._chunks[size]
+class Gather(_OfTorch):
+    """What FSDP2 calls to gather one module's weights: as it does, counted, or quantised.
 
-    def _chunk_size(self, parameter: nn.Parameter) -> int:
-        """Elements of one worker's chunk, with what fills it up."""
-        num_workers = self._compression.workers.size
-        assert isinstance(parameter, DTensor)
-        (placement,) = parameter.placements
-        assert isinstance(placement, Shard)
-        rows = parameter.shape[placement.dim]
-        return -(-rows // num_workers) * (parameter.numel() // max(rows, 1))
-
-
-class CountedGather(_OfTorch):
-    """FSDP2's own all-gather of parameters, counted as a ring's.
-
-    Args:
-        modules: Each of those that `fully_shard` has got.
+    The rounding of a weight changes when its gradient has been exchanged, and not before: all
+    passes of a step, an attack's as well, are by the same weights, and so is the resumed step.
     """
 
-    def __init__(self, modules: Sequence[FSDPModule]) -> None:
-        self.bytes_sent = 0
-        gather: Any = self
-        for module in modules:
-            module.set_custom_all_gather(gather)
+    def __init__(
+        self,
+        compression: "FSDP2Compression",
+        number: int,
+        pieces: Pieces,
+        quantizer: Quantizer | None,
+        seed: int,
+    ) -> None:
+        self._compression, self._number, self._pieces = compression, number, pieces
+        self._quantizer, self._seed = quantizer, seed
 
     def __call__(
         self,
@@ -242,25 +219,34 @@ class CountedGather(_OfTorch):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> Any:
+        sent = self._compression.gathered.sent
         others = dist.get_world_size(group) - 1
-        self.bytes_sent += others * input_tensor.numel() * input_tensor.element_size()
-        return all_gather_tensor(output_tensor, input_tensor, group, async_op)
+        if self._quantizer is None or not input_tensor.is_floating_point():  # bytes, of many types
+            sent(others * input_tensor.nbytes)
+            return all_gather_tensor(output_tensor, input_tensor, group, async_op)
+        rank = dist.get_rank(group)
+        segments = self._pieces.rows(len(input_tensor), trained=False)[0]
+        step, stream = self._compression.calls[self._number], _WEIGHTS - rank
+        key = random_key(self._seed, stream, step, input_tensor.device)
+        # what is gathered lies around what is sent: it is read first
+        message = self._quantizer.encode(input_tensor.float(), segments, key)
+        messages = message.new_empty(others + 1, len(message))
+        sent(others * message.nbytes)
+        all_gather_tensor(messages.view(-1), message, group=group)
+        for row, received in zip(output_tensor.view(others + 1, -1), messages, strict=True):
+            row.copy_(self._quantizer.decode(received, segments))
+        return None
 
 
-def parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """Those that FSDP2 exchanges together, in its order: children first, without shards inside."""
-    found: dict[int, nn.Parameter] = {}
-    seen = set()
+def _of_weights(collective: Any) -> tuple[Quantizer | None, int]:
+    """By what a protocol has weights gathered, and the seed of its rounding."""
+    quantizer = getattr(collective, "weight_quantizer", None)
+    return quantizer, 0 if quantizer is None else collective.seed
 
-    def collect(part: nn.Module) -> None:
-        seen.add(part)
-        for child in part.children():
-            if child not in seen and not isinstance(child, FSDPModule):
-                collect(child)
-        found.update({id(p): p for p in part.parameters(recurse=False)})
 
-    collect(module)
-    return list(found.values())
+def has_hooks() -> bool:
+    """Whether this torch's FSDP2 takes collectives (2.9 or newer)."""
+    return hasattr(FSDPModule, "set_custom_reduce_scatter")
 
 
 def _scale(op: Any, num_workers: int) -> float:
@@ -280,7 +266,7 @@ def _mesh(model: nn.Module, modules: Sequence[nn.Module]) -> DeviceMesh:
     Raises:
         ValueError: A version of torch, or a way of sharding, that is not supported.
     """
-    if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+    if not has_hooks():
         raise ValueError(
             f"compress_gradients on FSDP2 needs torch 2.9 or newer, found {torch.__version__}: "
             "update torch, leave it out, or train by DDP or DeepSpeed"

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from robust_accel.comm.deepspeed import skip_inference_kernel
 from robust_accel.comm.restarts import join_restartable
 from robust_accel.recipe import TrainSettings
+from robust_accel.training.launcher import check_deepspeed
 
 LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
 
 
-def create_accelerator(
-    settings: TrainSettings, precision: str, micro_batch_size: int, project_dir: Path
-) -> Accelerator:
+def create_accelerator(settings: TrainSettings, precision: str, project_dir: Path) -> Accelerator:
     """Join the other processes, as the launcher says: DDP, DeepSpeed or alone.
 
     Under DeepSpeed (``accelerate launch --config_file recipes/accelerate/zero2.yaml``) the launch
@@ -32,14 +31,17 @@ def create_accelerator(
     Args:
         settings: The recipe's ``train`` section.
         precision: Accelerate's ``mixed_precision``.
-        micro_batch_size: Images a process and backward pass.
         project_dir: Where trackers write.
 
     Raises:
-        ValueError: The processes are not joined, or the engine cannot leave out a step, as
-            ``train.on_nonfinite`` asks.
+        ValueError: The processes are not joined, DeepSpeed is asked for what the recipe says
+            otherwise, or the engine cannot leave out a step, as ``train.on_nonfinite`` asks.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * started)
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if with_deepspeed:
+        check_deepspeed(settings, micro_batch_size)
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
     limit = settings.timeout + LATER
     group.timeout = timedelta(seconds=limit)
@@ -53,7 +55,6 @@ def create_accelerator(
         project_dir=str(project_dir),
         kwargs_handlers=[group],
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ValueError(
             f"the launcher has started {started} processes, and Accelerate joins "

@@ -57,7 +57,8 @@ def check_first_step(
             found["processes_with_equal_parameters"] = num_processes
         else:
             found["processes_with_pieces"] = num_processes
-            found["bytes_of_weights_sent"] = shards.gathers.bytes_sent
+            found["copies_of_pieces"] = shards.copies
+            found["bytes_of_weights_sent"] = compression.gathered.bytes_sent
     if ema_decay is not None:
         found["ema_decay"] = ema_decay
     return found
@@ -75,6 +76,8 @@ def in_words(found: dict[str, Any]) -> str:
             f", and {found['bytes_of_weights_sent']} of weights, which are in pieces on "
             f"{found['processes_with_pieces']} processes"
         )
+        if found["copies_of_pieces"] > 1:
+            parts[-1] += f", {found['copies_of_pieces']} copies"
     if "ema_decay" in found:
         parts.append(f"averaged with decay {found['ema_decay']:.3g}")
     return "; ".join(parts)

@@ -1,7 +1,6 @@
 """A training run: what is prepared once, validation, and what it leaves. The step: ``loop.py``."""
 
 import logging
-import os
 import shlex
 import signal
 from typing import Any
@@ -42,13 +41,14 @@ from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_output, check_room, told_when_full
 from robust_accel.training.facts import facts_of_training, held_out_attack
 from robust_accel.training.finite import Watch
+from robust_accel.training.launcher import Sharding, as_launched, read_launcher
 from robust_accel.training.loop import Loop
 from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics
 from robust_accel.training.parts import batches, checked_data, classifier_for
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.rollback import Collapse
-from robust_accel.training.shards import Sharding, Shards, check_recipe
+from robust_accel.training.shards import Shards, check_recipe
 from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, is_launched, refuse_restart
 from robust_accel.training.takeover import take_over
@@ -99,17 +99,15 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
     settings = recipe.train
     assert settings is not None
     folder = RunFolder(recipe.output)
-    precision = recipe.checked("train", lambda: choose_precision(settings.precision))
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * num_processes)
-    sharding = Sharding.of_launcher()
+    sharding = read_launcher()
+    precision = recipe.checked("train", lambda: choose_precision(as_launched(settings.precision)))
     check_recipe(recipe, sharding, precision)
     with joining(settings.timeout):
-        accelerator = create_accelerator(settings, precision, micro_batch_size, folder.path)
+        accelerator = create_accelerator(settings, precision, folder.path)
     with watched(settings.timeout, stop) as heartbeat, told_when_full(folder):
         decided(lambda: check_output(folder), accelerator)
         with owned(folder, accelerator):
-            engine = engine_of(accelerator, sharding is not None)
+            engine = engine_of(accelerator, sharding)
             # one that was started again goes on, with all that were not
             resume = any(gather_object([resume]))
             if resume:
@@ -182,7 +180,8 @@ class _Run:
         model, optimizer = (self.shards or accelerator).prepare(robust_model, optimizer)
         if sharded or accelerator.distributed_type == DistributedType.DEEPSPEED:
             share_buffers(robust_model, accelerator)
-        compression = compress_gradients(model, recipe.communication)
+        replicas = getattr(self.shards, "replicas", None)
+        compression = compress_gradients(model, recipe.communication, group=replicas)
         self.progress = Progress()
         averages = Averages()
         self.watch = Watch(

@@ -1,101 +1,39 @@
 """FSDP2 in a training run: weights, gradients, optimizer and average cut over the processes.
 
 Accelerate has FSDP2 on GPUs alone, and only for models whose own forward is called; a robust model
-holds the network that is attacked. So the launch configuration's ``fsdp_config`` is read here, and
-the network cut by torch's ``fully_shard``, on GPUs and CPUs alike. For Accelerate the run is then
+holds the network that is attacked. So the network is cut here, by torch's ``fully_shard``, as the
+launch configuration says (``launcher.py``), on GPUs and CPUs alike. For Accelerate the run is then
 one of plain processes, whose model it does not prepare.
 """
 
 import copy
 import functools
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from robust_accel.comm.fsdp2 import CountedGather
 from robust_accel.messages import close_to
 from robust_accel.models import PixelClassifier
 from robust_accel.optim.sharded import whole
 from robust_accel.recipe import Recipe
 from robust_accel.robust_model import RobustModel
 from robust_accel.training.accelerator import broadcast_all
+from robust_accel.training.launcher import Sharding
 from robust_accel.training.shard_files import ShardReader, read_shards, write_shards
 
-_ASKED = "ACCELERATE_USE_FSDP"
 # their steps are each element's own, or, LAMB's, know of pieces
 OPTIMIZERS = ("lamb", "sgd", "nesterov", "momentum", "adam", "adamw")
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """What the launch configuration asks for.
-
-    Attributes:
-        layers: Classes of modules that are gathered one by one.
-        reshard_after_forward: Whether they are cut again between forward and backward.
-        activation_checkpointing: Whether timm's blocks compute their activations twice.
-    """
-
-    layers: tuple[str, ...]
-    reshard_after_forward: bool
-    activation_checkpointing: bool
-
-    @classmethod
-    def of_launcher(cls) -> "Sharding | None":
-        """What it asks for, taken from the environment: Accelerate is not to see it.
-
-        Raises:
-            ValueError: ``fsdp_config``'s key, what was found and what is allowed.
-        """
-        if os.environ.get(_ASKED, "false").lower() != "true":
-            return None
-        for key, (allowed, why) in _ALLOWED.items():
-            found = os.environ.get(f"FSDP_{key}", "1" if key == "VERSION" else allowed[0])
-            if found.upper() not in allowed:
-                raise ValueError(
-                    f"launch configuration: fsdp_{key.lower()}: {found} is not possible with "
-                    f"train: {why}; allowed: {' or '.join(allowed) or 'none'}"
-                )
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            raise ValueError(
-                "launch configuration: distributed_type: FSDP cuts a model over processes, and "
-                "there is one: --num_processes 2 or more, or no launch configuration"
-            )
-        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
-            raise ValueError(
-                "launch configuration: distributed_type: FSDP with train needs torch 2.9 or newer, "
-                f"found {torch.__version__}: update torch, or use DDP or DeepSpeed"
-            )
-        plugin = FullyShardedDataParallelPlugin()
-        del os.environ[_ASKED]
-        layers: Sequence[str] = plugin.transformer_cls_names_to_wrap or ()
-        resharded = bool(plugin.reshard_after_forward)
-        return cls(tuple(layers), resharded, plugin.activation_checkpointing)
-
-
-_ALLOWED: dict[str, tuple[tuple[str, ...], str]] = {
-    "VERSION": (("2",), "FSDP1 joins a module's tensors to one, without the layers LAMB needs"),
-    "AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP", "NO_WRAP"), "layers are cut by their class"),
-    "OFFLOAD_PARAMS": (("FALSE",), "an attack gathers the weights many times a step"),
-    "STATE_DICT_TYPE": (("SHARDED_STATE_DICT",), "checkpoints are written in pieces"),
-    "RESHARD_AFTER_FORWARD": (("TRUE", "FALSE"), "FSDP2 knows two ways"),
-    "IGNORED_MODULES": (("",), "all of the network is trained"),
-    "FORWARD_PREFETCH": (("FALSE",), "it is not set here"),
-    "ACTIVATION_CHECKPOINTING_OFFLOAD": (("FALSE",), "it is not set here"),
-    "CPU_RAM_EFFICIENT_LOADING": (("FALSE",), "each process makes or loads the first weights"),
-}
 
 
 class Shards:
@@ -113,7 +51,8 @@ class Shards:
             says.
 
     Attributes:
-        gathers: Counts what this process sends of its weights.
+        copies: So many the processes hold, each by as many processes (HSDP).
+        replicas: The processes that hold the same pieces as this one, where there are such.
     """
 
     def __init__(
@@ -132,11 +71,11 @@ class Shards:
             self._modules["average"] = average
         if sharding.activation_checkpointing:
             _checkpoint_activations(classifier.model)
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self.copies = sharding.replicas
+        mesh, self.replicas = _mesh(accelerator, self.copies)
         for module in self._modules.values():
             _cut(module.get_submodule("model"), sharding, precision, mesh)
         self._parts: list[Any] = [m for m in classifier.modules() if isinstance(m, FSDPModule)]
-        self.gathers = CountedGather(self._parts)
         own = sharding.reshard_after_forward
         self._resharded = [own and part is not classifier.model for part in self._parts]
         self._optimizer: Optimizer | None = None
@@ -266,11 +205,12 @@ def _conflicts(
     train, optimizer = recipe.train, recipe.optimizer
     assert train is not None and optimizer is not None
     if sharding is None:
-        said = (
-            "keep_gathered: weights are gathered under FSDP2 alone: launch with "
-            "recipes/accelerate/fsdp2.yaml, or leave it out"
-        )
-        return [("train", train.keep_gathered, said)]
+        alone = "under FSDP2 alone: launch with recipes/accelerate/fsdp2.yaml, or leave it out"
+        bits = getattr(recipe.communication, "weight_bits", None)
+        return [
+            ("train", train.keep_gathered, f"keep_gathered: weights are gathered {alone}"),
+            ("communication", bits is not None, f"weight_bits: weights are gathered {alone}"),
+        ]
     aligns = getattr(recipe.objective, "grad_align", None) is not None
     is_exact = optimizer.name in OPTIMIZERS
     return [
@@ -285,6 +225,16 @@ def _conflicts(
             f"{', '.join(OPTIMIZERS)}",
         ),
     ]
+
+
+def _mesh(accelerator: Accelerator, replicas: int) -> tuple[DeviceMesh, ProcessGroup | None]:
+    """The processes that hold one copy together: neighbours, which are on one machine."""
+    kind, num_processes = accelerator.device.type, accelerator.num_processes
+    if replicas == 1:
+        return init_device_mesh(kind, (num_processes,)), None
+    sizes, names = (replicas, num_processes // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+    return mesh["shard"], mesh["replicate"].get_group()
 
 
 def _cut(network: nn.Module, sharding: Sharding, precision: str, mesh: DeviceMesh) -> None:

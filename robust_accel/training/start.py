@@ -12,6 +12,7 @@ from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
 from robust_accel.run_folder import RunFolder, differences, with_new_defaults
+from robust_accel.training.launcher import Sharding
 from robust_accel.training.manifest import Manifest, read_whole, restore_replaced
 from robust_accel.training.peers import check_same_images, images_in_words
 
@@ -43,14 +44,15 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def engine_of(accelerator: Accelerator, sharded: bool = False) -> dict[str, Any]:
-    """What writes a checkpoint's files; ``sharded``: by FSDP2."""
+def engine_of(accelerator: Accelerator, sharding: Sharding | None = None) -> dict[str, Any]:
+    """What writes a checkpoint's files; ``sharding``: by FSDP2."""
     with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    engine = "FSDP2" if sharded else "torch"  # alone or by DDP: the same files
+    engine = "torch" if sharding is None else "FSDP2"  # alone or by DDP: the same files
     return {
         "engine": "DeepSpeed" if with_deepspeed else engine,
         "zero_stage": accelerator.deepspeed_plugin.zero_stage if with_deepspeed else None,
         "num_processes": accelerator.num_processes,
+        "replicas": 1 if sharding is None else sharding.replicas,
         "device": accelerator.device.type,
     }
 
@@ -97,7 +99,8 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
             f"the checkpoint is from {ran['num_processes']} processes, not "
             f"{engine['num_processes']}: the run goes on, but not bit for bit"
         )
-    others = {"device": (ran["device"], engine["device"]), **_both(about["versions"], versions())}
+    kept = {key: (ran.get(key, 1), engine[key]) for key in ("device", "replicas")}
+    others = {**kept, **_both(about["versions"], versions())}
     moved = [f"{name} {old}, now {new}" for name, (old, new) in others.items() if old != new]
     if moved:
         notes.append(f"the run goes on, perhaps not bit for bit: {'; '.join(moved)}")

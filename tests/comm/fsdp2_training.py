@@ -7,13 +7,12 @@ from timm.models.resnet import BasicBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from robust_accel.comm import Meter
 
-HOOKS = hasattr(FSDPModule, "set_custom_reduce_scatter")  # torch 2.9
 CLASSES = 7  # in no number of processes here
 
 __all__ = ["get"]

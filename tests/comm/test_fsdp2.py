@@ -6,7 +6,6 @@ import processes
 import pytest
 import torch
 from fsdp2_training import (
-    HOOKS,
     MODELS,
     Recorder,
     backward,
@@ -26,8 +25,11 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.comm import QSGD, AllReduce, compress_gradients
+from robust_accel.comm.fsdp2 import has_hooks
 
-pytestmark = pytest.mark.skipif(not HOOKS, reason="this torch's FSDP2 takes no reduce-scatter")
+pytestmark = pytest.mark.skipif(
+    not has_hooks(), reason="this torch's FSDP2 takes no reduce-scatter"
+)
 BITS = [16, 8, 4, 2]
 PROTOCOLS = {f"{b}bit": QSGD(bits=b) for b in BITS} | {
     "paper": QSGD(norm="l2", block_size=None),

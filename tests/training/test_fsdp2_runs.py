@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,39 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from launching import CPU, SMALL, Forked, Launched, counts, kill_at, weights
+from launching import (
+    CPU,
+    FSDP2,
+    LAUNCHER_OF_FSDP2,
+    SMALL,
+    Forked,
+    Launched,
+    counts,
+    kill_at,
+    refused,
+    weights,
+)
 from torch.distributed.checkpoint import metadata
-from torch.distributed.fsdp import FSDPModule
 
 from robust_accel import load_model
-from robust_accel.__main__ import main
+from robust_accel.comm.fsdp2 import has_hooks
 from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.shard_files import ShardReader
-from robust_accel.training.shards import OPTIMIZERS, Sharding
+from robust_accel.training.shards import OPTIMIZERS
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="refused before torch 2.9"
-)
-# What the launcher sets by recipes/accelerate/fsdp2.yaml.
-LAUNCHER = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_OFFLOAD_PARAMS": "false",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
-    "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_FORWARD_PREFETCH": "false",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "false",
-}
-FSDP2 = CPU | LAUNCHER
+pytestmark = pytest.mark.skipif(not has_hooks(), reason="refused before torch 2.9")
 VIT = "model={name: vit_tiny_patch16_224, options: {img_size: 8, patch_size: 4, depth: 2, "
 VIT += "embed_dim: 24}}"
 RUN = ("train", "quickstart", *SMALL, VIT, "train.ema_decay=0.9", "train.max_grad_norm=1")
 RUN += ("train.gradient_accumulation=2", "train.precision=bf16", "data.train_size=464")
+RUN += ("communication.weight_bits=8",)
 PLAIN = ("train", "quickstart", *SMALL, VIT, "communication={name: allreduce}", "train.epochs=1")
 
 
@@ -64,18 +59,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """This process is one of two, as the launcher starts them."""
-    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+    for name, value in (LAUNCHER_OF_FSDP2 | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     return monkeypatch
-
-
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
-    """The line that a run's refusal is; no folder is made."""
-    assert main(["train", "quickstart", *overrides, f"output={folder}"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    assert not folder.exists()
-    return said
 
 
 def losses(folder: RunFolder) -> list[float]:
@@ -161,6 +147,42 @@ def test_weights_that_stay_gathered_are_the_same_and_are_sent_once(
     assert sent[1] > 4 * sent[0]  # two steps of the attack and the outer loss, there and back
 
 
+TWO_COPIES = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+
+
+def test_copies_in_pieces_train_as_by_ddp_and_go_on(tmp_path: Path) -> None:
+    """On four processes: two hold a copy together, and two copies are averaged."""
+    run = (*PLAIN, "train.log_every=1", "evaluate.pgd=null")
+    found = []
+    for way, environment in {"ddp": CPU, "copies": TWO_COPIES}.items():
+        short = (*run, "train.max_steps=4", f"output={tmp_path / way}")
+        code, output = Forked(*short, environment=environment, num_processes=4).wait()
+        assert code == 0, output
+        found.append(losses(RunFolder(tmp_path / way)))
+    assert "in pieces on 4 processes, 2 copies" in output
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    folder = RunFolder(tmp_path / "copies")
+    assert folder.read_report()["applied"]["copies_of_pieces"] == 2
+    # one copy is written
+    (step,) = folder.steps()
+    described = ShardReader(step / "shards").read_metadata().storage_data
+    written = sum(path.stat().st_size for path in (step / "shards").glob("*.distcp"))
+    assert written == sum(piece.length for piece in described.values())
+    before = weights(folder.path)
+    folder.model.joinpath("model.safetensors").unlink()
+    resumed = (*run, "train.max_steps=4", f"output={folder.path}", "--resume")
+    code, output = Forked(*resumed, environment=FSDP2, num_processes=4).wait()
+    assert code == 0, output
+    assert "perhaps not bit for bit: replicas 2, now 1" in output
+    assert weights(folder.path).keys() == before.keys()
+    assert all(weights(folder.path)[key].equal(before[key]) for key in before)
+
+
 @pytest.mark.long
 def test_activations_that_are_computed_twice_are_the_same(plain: RunFolder, tmp_path: Path) -> None:
     again = FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
@@ -176,29 +198,6 @@ def test_by_the_real_launcher(tmp_path: Path) -> None:
     code, output = Launched(*run, flags=flags, cpu=True).wait()
     assert code == 0, output
     assert "which are in pieces on 2 processes" in output
-
-
-ASKED = {
-    "FSDP_VERSION": ("1", "fsdp_version: 1 is not possible with train"),
-    "FSDP_OFFLOAD_PARAMS": ("true", "fsdp_offload_params: true"),
-    "FSDP_AUTO_WRAP_POLICY": ("SIZE_BASED_WRAP", "allowed: TRANSFORMER_BASED_WRAP or NO_WRAP"),
-    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "allowed: SHARDED_STATE_DICT"),
-    "FSDP_FORWARD_PREFETCH": ("true", "fsdp_forward_prefetch: true"),
-    "FSDP_IGNORED_MODULES": ("head", "fsdp_ignored_modules: head"),
-    "WORLD_SIZE": ("1", "there is one"),
-}
-
-
-@pytest.mark.parametrize("key", ASKED)
-def test_what_the_launcher_asks_for_is_done_or_refused(
-    key: str,
-    launched: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    value, said = ASKED[key]
-    launched.setenv(key, value)
-    assert said in refused(capsys, tmp_path / "run")
 
 
 NOT_IN_PIECES = {
@@ -233,17 +232,14 @@ def test_a_network_that_cannot_be_cut_so_is_refused(
     assert said in output
 
 
-def test_weights_are_kept_gathered_in_pieces_alone(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    "override", ["train.keep_gathered=true", "communication={name: qsgd, weight_bits: 8}"]
+)
+def test_weights_are_gathered_in_pieces_alone(
+    override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    said = refused(capsys, tmp_path / "run", "train.keep_gathered=true")
-    assert "train.keep_gathered: weights are gathered under FSDP2 alone" in said
-
-
-@pytest.mark.usefixtures("launched")
-def test_the_launcher_is_asked_once() -> None:
-    assert Sharding.of_launcher() == Sharding(("Block",), True, False)
-    assert Sharding.of_launcher() is None  # and Accelerate sees plain processes
+    said = refused(capsys, tmp_path / "run", override)
+    assert re.search("(keep_gathered|weight_bits): weights are gathered under FSDP2 alone", said)
 
 
 # ------------------------------------------------------------------------ a stranger's pieces
