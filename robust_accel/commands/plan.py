@@ -14,10 +14,12 @@ from robust_accel.planning.estimate import (
     DEVICES,
     PAYS,
     PROTOCOLS,
+    Engine,
     Estimate,
     at_speed,
+    engines,
     estimates,
-    memory,
+    gathered_bytes,
 )
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.reporting.tables import Table
@@ -68,8 +70,10 @@ def run(options: argparse.Namespace) -> int:
     )
     say(_heading(options.recipe, recipe, cost, machines, images))
     say(_steps(found, recipe.train.batch_size).markdown())
-    say(_engines(cost, machines, images, space).markdown())
-    for line in _advice(found, cost, machines, images, space):
+    gathered = gathered_bytes(cost, recipe.communication, half=precision != "no")
+    held = engines(cost, machines, images, accumulation, gathered)
+    say(_engines(held, cost.kept * images, images, options.link, space).markdown())
+    for line in _advice(found, held, machines, space):
         say(line)
     say(f"Assumed: {how}; every machine's link at {options.link * 8 / 1e9:g} Gbit/s both ways, and")
     hides = "a CPU hides nothing" if timed_on == torch.device("cpu") else "the backward hides it"
@@ -137,21 +141,27 @@ def _steps(found: list[Estimate], batch: int) -> Table:
     return Table(head, rows)
 
 
-def _engines(cost: Cost, machines: Machines, images: int, space: float | None) -> Table:
-    needed = memory(cost, machines.workers, images)
-    fits = {
-        name: "" if space is None else "yes" if n < space else "no" for name, n in needed.items()
-    }
+def _engines(
+    held: list[Engine], of_images: float, images: int, rate: float, space: float | None
+) -> Table:
     head = ["engine", "memory of a worker (GiB), at least", f"of it for {images} images", "fits"]
+    head += ["weights a machine sends (MB)", "link (s)"]
     rows = [
-        [name, f"{n / _GIB:.2f}", f"{cost.kept * images / _GIB:.2f}", fits[name]]
-        for name, n in needed.items()
+        [
+            one.name,
+            f"{one.memory / _GIB:.2f}",
+            f"{of_images / _GIB:.2f}",
+            "" if space is None else "yes" if one.memory < space else "no",
+            f"{one.leaving / _MB:.2f}",
+            f"{one.leaving / rate:.3g}",
+        ]
+        for one in held
     ]
     return Table(head, rows)
 
 
 def _advice(
-    found: list[Estimate], cost: Cost, machines: Machines, images: int, space: float | None
+    found: list[Estimate], held: list[Engine], machines: Machines, space: float | None
 ) -> list[str]:
     """What to choose, in words."""
     by_name = {one.protocol: one for one in found}
@@ -164,8 +174,7 @@ def _advice(
         )
         lines = [f"Compressing gradients does not pay here: {why}, or the step is longer by far."]
     if space is not None:
-        needed = memory(cost, machines.workers, images)
-        fitting = [name for name, n in needed.items() if n < space]
+        fitting = [one.name for one in held if one.memory < space]
         said = f"{fitting[0]} fits into {space / _GIB:.0f} GiB" if fitting else "no engine fits"
         more = "" if fitting else ": fewer images a micro-batch (train.gradient_accumulation)"
         lines.append(f"{said}{more}.")

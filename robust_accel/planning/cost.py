@@ -39,6 +39,7 @@ class Cost:
         update: Seconds of the optimizer's step.
         images: That the seconds were measured on, at a time.
         fixed: Bytes that are kept for any number of images: weights as autocast casts them.
+        gathers: Passes of a step, each forward and each backward one, that need the weights.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -53,6 +54,7 @@ class Cost:
     update: float
     images: int
     fixed: float = 0.0
+    gathers: int = 2
 
     @property
     def parameters(self) -> int:
@@ -99,7 +101,7 @@ def measure(
     ).train()
     optimizer = create_optimizer(classifier.model, recipe.optimizer)
     step = _Step(model, optimizer, shape, num_classes, precision, device)
-    with _saved(model) as saved, _Operations() as operations:
+    with _saved(model) as saved, _Operations() as operations, _passes(classifier) as passes:
         step(_FEW)
     with _saved(model) as saved_of_more:
         step(2 * _FEW)
@@ -126,6 +128,7 @@ def measure(
         update=update,
         images=images,
         fixed=max(0.0, saved.most - an_image * _FEW),
+        gathers=len(passes),
     )
 
 
@@ -222,6 +225,19 @@ def _saved(model: nn.Module) -> Iterator[_Saved]:
     saved = _Saved({p.untyped_storage().data_ptr() for p in model.parameters()})
     with saved_tensors_hooks(saved.hold, lambda held: held.tensor):
         yield saved
+
+
+@contextmanager
+def _passes(module: nn.Module) -> Iterator[list[str]]:
+    """Each forward, and each backward that is to come."""
+    found: list[str] = []
+
+    def count(_: nn.Module, __: object, out: Tensor) -> None:
+        found.extend(["forward", "backward"] if out.requires_grad else ["forward"])
+
+    handle = module.register_forward_hook(count)
+    yield found
+    handle.remove()
 
 
 def _bytes(tensors: Any) -> int:

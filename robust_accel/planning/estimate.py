@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from robust_accel.comm import QSGD, AllReduce, Collective
+from robust_accel.comm.layout import segment
 from robust_accel.comm.traffic import Machines, Traffic, traffic
 from robust_accel.planning.cost import Cost
 
@@ -90,24 +91,66 @@ def estimates(
     return found
 
 
-def memory(cost: Cost, workers: int, images: int) -> dict[str, float]:
-    """Bytes of a device by engine: weights, gradients, state, and what the backward needs.
+@dataclass(frozen=True)
+class Engine:
+    """What holds weights, gradients and state.
+
+    Attributes:
+        memory: Bytes of a worker.
+        leaving: Bytes of weights that leave a machine in a step; none where each worker has all.
+    """
+
+    name: str
+    memory: float
+    leaving: float = 0.0
+
+
+def engines(
+    cost: Cost, machines: Machines, images: int, micro_batches: int, gathered: float
+) -> list[Engine]:
+    """Weights, gradients, state, and what the backward needs.
 
     DDP has its gradients twice (its buckets). ZeRO 1 shares out the state, and has a copy of its
     share of the weights; ZeRO 2 the gradients as well. FSDP2 shares out all, and gathers the
-    weights for the steps of an attack. What kernels, caches and the communication library take is
+    weights for each pass, or once a step (``train.keep_gathered``), round a ring of all workers; as
+    HSDP it does so within each machine. What kernels, caches and the communication library take is
     not in it.
+
+    Args:
+        gathered: Bytes of all weights as they are gathered, see ``gathered_bytes``.
     """
     passing = cost.fixed + cost.kept * images
     rest = cost.average + passing
-    state, gradients, weights = (n / workers for n in (cost.state, cost.gradients, cost.weights))
-    return {
-        "DDP": cost.weights + 2 * cost.gradients + cost.state + rest,
-        "ZeRO 1": cost.weights + cost.gradients + state + weights + rest,
-        "ZeRO 2": cost.weights + gradients + state + weights + rest,
-        "FSDP2": cost.weights + weights + gradients + state + cost.average / workers
-        + passing,
-    }  # fmt: skip
+    kept = cost.state + cost.gradients + cost.weights
+
+    def in_pieces(name: str, workers: int, gathers: int) -> Engine:
+        pieces = cost.weights + (kept + cost.average) / workers + passing
+        share = (workers - 1) / workers if workers > machines.per_node else 0.0
+        return Engine(name, pieces, micro_batches * gathers * share * gathered)
+
+    state, gradients, weights = (
+        n / machines.workers for n in (cost.state, cost.gradients, cost.weights)
+    )
+    found = [
+        Engine("DDP", cost.weights + 2 * cost.gradients + cost.state + rest),
+        Engine("ZeRO 1", cost.weights + cost.gradients + state + weights + rest),
+        Engine("ZeRO 2", cost.weights + gradients + state + weights + rest),
+    ]
+    if machines.nodes > 1 and machines.per_node > 1:
+        found.append(in_pieces("HSDP", machines.per_node, cost.gathers))
+    return [
+        *found,
+        in_pieces("FSDP2, keep_gathered", machines.workers, 1),
+        in_pieces("FSDP2", machines.workers, cost.gathers),
+    ]
+
+
+def gathered_bytes(cost: Cost, collective: Collective, *, half: bool) -> float:
+    """Of all weights as FSDP2 gathers them: in fp32 or half precision, or quantised."""
+    quantizer = getattr(collective, "weight_quantizer", None)
+    if quantizer is not None:
+        return float(quantizer.num_bytes([segment(shape, 0) for shape in cost.shapes]))
+    return cost.parameters * (2.0 if half else 4.0)
 
 
 def at_speed(cost: Cost, flops: float) -> Cost:

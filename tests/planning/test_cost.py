@@ -45,6 +45,17 @@ def test_work_grows_with_the_attacks_steps() -> None:
     assert of_steps[0] == pytest.approx((2 + 3) * of_forward, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        (["attack.num_steps=3", "attack.step_size=0.2"], 3 * 2 + 2),
+        (["attack.num_steps=3", "attack.step_size=0.2", "objective.name=trades"], 1 + 3 * 2 + 4),
+    ],
+)
+def test_each_pass_needs_the_weights(settings: list[str], passes: int) -> None:
+    assert cost_of(*settings).gathers == passes
+
+
 def test_parts_of_memory_are_the_models_and_the_optimizers() -> None:
     found = cost_of("optimizer.name=lamb", "train.ema_decay=0.9")
     recipe = load_recipe("quickstart")

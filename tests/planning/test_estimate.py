@@ -1,12 +1,21 @@
 """From one worker's step to many machines': sums that can be done by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from robust_accel import AllReduce
+from robust_accel import QSGD, AllReduce
 from robust_accel.comm.traffic import Machines
 from robust_accel.planning.cost import Cost
-from robust_accel.planning.estimate import PROTOCOLS, at_speed, estimates, memory
+from robust_accel.planning.estimate import (
+    PROTOCOLS,
+    Engine,
+    at_speed,
+    engines,
+    estimates,
+    gathered_bytes,
+)
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -35,14 +44,35 @@ def test_a_cpu_worker_hides_nothing() -> None:
     assert one.exposed == one.wire + one.traffic.seconds
 
 
+def by_name(machines: Machines, micro_batches: int = 1, cost: Cost = COST) -> dict[str, Engine]:
+    gathered = gathered_bytes(cost, AllReduce(), half=False)
+    return {one.name: one for one in engines(cost, machines, 10, micro_batches, gathered)}
+
+
 def test_memory_is_shared_out_by_engine() -> None:
-    found = memory(COST, 4, 10)
+    found = {name: one.memory for name, one in by_name(Machines(2, 2)).items()}
     assert found["DDP"] == 5 * MIB + 10_000
     assert found["ZeRO 1"] == MIB * (1 + 1 + 0.5 + 0.25) + 10_000
     assert found["ZeRO 2"] == MIB * (1 + 0.25 + 0.5 + 0.25) + 10_000
-    assert found["FSDP2"] == MIB * (1 + 0.25 + 0.25 + 0.5) + 10_000
-    alone = memory(COST, 1, 10)
-    assert alone["ZeRO 2"] == alone["FSDP2"] == alone["DDP"]
+    assert found["FSDP2"] == found["FSDP2, keep_gathered"] == MIB * (1 + 4 / 4) + 10_000
+    assert found["HSDP"] == MIB * (1 + 4 / 2) + 10_000
+    alone = by_name(Machines(1, 1))
+    assert "HSDP" not in alone
+    assert alone["ZeRO 2"].memory == alone["FSDP2"].memory == alone["DDP"].memory
+
+
+def test_weights_leave_a_machine_where_they_are_gathered_across() -> None:
+    cost = replace(COST, gathers=22)
+    found = {name: one.leaving for name, one in by_name(Machines(2, 2), 3, cost).items()}
+    assert found["FSDP2"] == 3 * 22 * MIB * 3 / 4
+    assert found["FSDP2, keep_gathered"] == 3 * MIB * 3 / 4
+    assert found["HSDP"] == found["DDP"] == 0
+    assert not any(one.leaving for one in by_name(Machines(1, 4), 3, cost).values())
+
+
+def test_weights_are_gathered_in_the_bits_that_are_asked_for() -> None:
+    assert gathered_bytes(COST, AllReduce(), half=True) == MIB / 2
+    assert gathered_bytes(COST, QSGD(weight_bits=8), half=False) == MIB / 4 * (1 + 4 / 256)
 
 
 def test_another_device_does_the_same_work_in_its_own_time() -> None:
