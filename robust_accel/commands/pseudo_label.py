@@ -13,7 +13,14 @@ from datasets.table import embed_table_storage
 from torch import Tensor
 
 from robust_accel.commands import say
-from robust_accel.data import CONFIDENCE, PSEUDO_LABEL, ImageSet, identity_of, load_to_label
+from robust_accel.data import (
+    CONFIDENCE,
+    LABELED_FILES,
+    PSEUDO_LABEL,
+    ImageSet,
+    identity_of,
+    load_to_label,
+)
 from robust_accel.data.array_files import write_npz
 from robust_accel.evaluation import predictions
 from robust_accel.files import check_path, written_whole
@@ -111,5 +118,5 @@ def _write_npz(
     )
 
 
-_WRITERS = {".parquet": _write_parquet, ".npz": _write_npz}
+_WRITERS = dict(zip(LABELED_FILES, (_write_parquet, _write_npz), strict=True))
 _AT_A_TIME = 1024  # images

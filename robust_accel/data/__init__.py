@@ -28,11 +28,12 @@ from robust_accel.data.loading import (
     load_to_label,
 )
 from robust_accel.data.settings import DataSettings, MixSettings, UnlabeledSettings
-from robust_accel.data.unlabeled import CONFIDENCE, PSEUDO_LABEL
+from robust_accel.data.unlabeled import CONFIDENCE, LABELED_FILES, PSEUDO_LABEL
 
 __all__ = [
     "CONFIDENCE",
     "IMAGENET5000",
+    "LABELED_FILES",
     "NO_LABEL",
     "PSEUDO_LABEL",
     "Batch",

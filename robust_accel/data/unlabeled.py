@@ -19,6 +19,7 @@ from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.sources import load_splits, rows_of
 
 PSEUDO_LABEL, CONFIDENCE = "pseudo_label", "confidence"  # columns that `pseudo-label` writes
+LABELED_FILES = (".parquet", ".npz")  # and the files
 NONE_LEFT_OUT = "path: not given, and data.train_size leaves no image out"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from robust_accel.data import LABELED_FILES
 from robust_accel.messages import cut, is_setting
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import recipe_of_use
@@ -19,7 +20,6 @@ _READS = {
 """Command -> sections that must be there."""
 _FLAGS = {"pseudo-label": ("--data", "--out")}
 _TRUST = "--trust"  # of the others
-_SUFFIX = ".parquet"
 
 
 def check_after(trial: Trial, where: str) -> None:
@@ -52,9 +52,10 @@ def _faults(trial: Trial, command: Command) -> Iterator[str]:
             yield f"{cut(word)} is not allowed; allowed: {allowed}"
     yield from (f"{flag}: a value is wanted" for flag, value in given.items() if value is None)
     out = given.get("--out") or ""
-    if name == "pseudo-label" and not (out.startswith(f"{RUN}/") and out.endswith(_SUFFIX)):
+    if name == "pseudo-label" and not (out.startswith(f"{RUN}/") and out.endswith(LABELED_FILES)):
         # seeds and cells must not write one file
-        yield f"--out: {cut(out) or 'missing'}: {RUN}/NAME{_SUFFIX} is wanted"
+        wanted = " or ".join(f"{RUN}/NAME{suffix}" for suffix in LABELED_FILES)
+        yield f"--out: {cut(out) or 'missing'}: {wanted} is wanted"
     try:
         optional = ("evaluate",) if name == "pseudo-label" else ()
         recipe_of_use(trial.recipe.settings, settings, "run", required=_READS[name],

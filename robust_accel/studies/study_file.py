@@ -69,7 +69,7 @@ class RunSettings(Settings):
             nothing.
         grid: The axes that multiply this run; all when not given.
         then: Commands after the training, each ``[certify, SETTING, ...]``, ``[evaluate, ...]`` or
-            ``[pseudo-label, --out, "{run}/NAME.parquet", ...]``; ``{run}`` is the run's folder.
+            ``[pseudo-label, --out, "{run}/NAME.npz", ...]``; ``{run}`` is the run's folder.
         about: Further columns of text, in front of the measured ones.
         published: Column -> the figure that a paper has there.
         processes: Started by Accelerate's launcher where they are several.

@@ -213,10 +213,10 @@ def test_what_a_command_has_left_in_its_run_is_known(plan_of: Callable[..., Plan
         ("[evaluate, evaluate.eps=8/255, evaluate.norm=l3]", "evaluate: evaluate.norm: 'l3' is"),
         ("[pseudo-label, --out, '{run}/a.parquet', --trust]", "--trust is not allowed"),
         ("[evaluate, --out, x.parquet]", "evaluate: --out is not allowed"),
-        ("[pseudo-label]", "pseudo-label: --out: missing: {run}/NAME.parquet is wanted"),
+        ("[pseudo-label]", "pseudo-label: --out: missing: {run}/NAME.parquet or {run}/NAME.npz is"),
         ("[pseudo-label, --out]", "pseudo-label: --out: a value is wanted"),
-        ("[pseudo-label, --out, all.parquet]", "--out: all.parquet: {run}/NAME.parquet is wanted"),
-        ("[pseudo-label, --out, '{run}/a.csv']", "--out: {run}/a.csv: {run}/NAME.parquet is"),
+        ("[pseudo-label, --out, all.parquet]", "--out: all.parquet: {run}/NAME.parquet or {run}"),
+        ("[pseudo-label, --out, '{run}/a.csv']", "--out: {run}/a.csv: {run}/NAME.parquet or"),
     ],
 )
 def test_what_cannot_be_done_after_a_training_is_said_before_it(
