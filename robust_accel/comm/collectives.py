@@ -113,7 +113,7 @@ class QSGD(Settings):
     block_size: Literal["auto", "whole"] | Annotated[Whole, Ge(1)] | None = "auto"
     seed: Annotated[Whole, Ge(0)] = 0
     compile: Flag | Literal["auto"] = "auto"
-    weight_bits: Annotated[Literal[16, 8, 4], BeforeValidator(parse_choice)] | None = None
+    weight_bits: Annotated[Literal[16, 8], BeforeValidator(parse_choice)] | None = None
 
     def model_copy(self, **options: Any) -> "QSGD":
         """With other settings it makes another quantiser."""
@@ -127,17 +127,15 @@ class QSGD(Settings):
         """It keeps the layouts of the gradients that it has met."""
         block_size = self.block_size
         if block_size == "auto":
-            block_size = _block_size(self.bits)
+            block_size = 256 if self.bits >= 8 else 128
         elif block_size == "whole":
             block_size = None  # of one segment
         return Quantizer(self.bits, self.norm, block_size, self.compile)
 
     @cached_property
     def weight_quantizer(self) -> Quantizer | None:
-        """Of gathered weights, in blocks of the default size; `norm` is of gradients."""
-        if self.weight_bits is None:
-            return None
-        return Quantizer(self.weight_bits, block_size=_block_size(self.weight_bits))
+        """Of gathered weights; `norm` and `block_size` are of gradients."""
+        return None if self.weight_bits is None else Quantizer(self.weight_bits)
 
     def exchanges(
         self, flat: Tensor, segments: Sequence[Segment], step: int, workers: Workers, meter: Meter
@@ -304,10 +302,6 @@ def _slices(segments: Sequence[Segment], block_size: int | None) -> list[list[Se
         return [list(segments)]
     parts = -(-sum(s.size for s in segments) // _SLICE)
     return [part for part in split(segments, parts, block_size) if part]
-
-
-def _block_size(bits: int) -> int:
-    return 256 if bits >= 8 else 128
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

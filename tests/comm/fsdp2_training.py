@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from robust_accel.comm import Meter
+from robust_accel.comm import Meter, compress_gradients
 
 CLASSES = 7  # in no number of processes here
 
@@ -79,6 +79,22 @@ def train(model, optimizer, steps, rank):
         backward(model, rank, step)
         optimizer.step()
     return params(model)
+
+
+def in_parts(rank, protocol, *parts):
+    """Training whose steps are in so many parts, each a new model that goes on from the last."""
+    state, weights = {"steps": 0}, vit().state_dict()
+    for steps in parts:
+        model = vit()
+        model.load_state_dict(weights)
+        model = sharded(model)
+        compression = compress_gradients(model, protocol)
+        compression.load_state_dict(state)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps, rank)
+        compression.close()
+        state = compression.state_dict()
+        weights = {k: full(v).view(v.shape) for k, v in model.state_dict().items()}
+    return params(model), state
 
 
 def mean_gradient(make, world_size, step):

@@ -12,6 +12,7 @@ from fsdp2_training import (
     full,
     get,
     grads,
+    in_parts,
     mean_gradient,
     mesh_of,
     params,
@@ -183,21 +184,7 @@ def accumulated(rank, world_size):
 
 def resumed(rank, world_size):
     """Three steps with 4 bits; two, and one more in what goes on from there."""
-    results = []
-    for parts in ((range(3),), (range(2), range(2, 3))):
-        state, weights = {"steps": 0}, vit().state_dict()
-        for steps in parts:
-            model = vit()
-            model.load_state_dict(weights)
-            model = sharded(model)
-            compression = compress_gradients(model, QSGD(bits=4))
-            compression.load_state_dict(state)
-            train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps, rank)
-            compression.close()
-            state = compression.state_dict()
-            weights = {k: full(v).view(v.shape) for k, v in model.state_dict().items()}
-        results.append((params(model), state))
-    return results
+    return [in_parts(rank, QSGD(bits=4), *parts) for parts in ([range(3)], [range(2), range(2, 3)])]
 
 
 def spoilt(rank, world_size):
