@@ -151,16 +151,20 @@ def check_deepspeed(settings: TrainSettings, micro_batch_size: int) -> None:
     Raises:
         ValueError: The key, what was found and what is allowed.
     """
-    source, given = (
-        "launch configuration",
-        {
-            key: os.environ.get(f"ACCELERATE_{key.upper()}")
-            for key in ("gradient_accumulation_steps", "gradient_clipping")
-        },
-    )
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if name != "none":
+    given: dict[str, Any]
+    if name == "none":
+        source, stage = "launch configuration", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        keys = ("gradient_accumulation_steps", "gradient_clipping")
+        given = {key: os.environ.get(f"ACCELERATE_{key.upper()}") for key in keys}
+    else:
         source, given = name, _deepspeed_file(Path(name))
+        stage = given["zero_optimization"].get("stage")
+    if str(stage) == "3":
+        raise ValueError(
+            f"{source}: ZeRO 3 is not possible with train, whose exchange of gradients and LAMB "
+            "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipes/accelerate/fsdp2.yaml)"
+        )
     recipe = {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -170,10 +174,7 @@ def check_deepspeed(settings: TrainSettings, micro_batch_size: int) -> None:
     for key, found in given.items():
         if found in (None, "auto", "none") or key in _DEEPSPEED_FREE:
             continue
-        if isinstance(found, Mapping) and str(found.get("enabled", True)).lower() in (
-            "false",
-            "auto",
-        ):
+        if isinstance(found, dict) and found.get("enabled") in (False, "auto"):
             continue
         if key not in recipe:
             raise ValueError(
@@ -202,6 +203,8 @@ def _deepspeed_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read as DeepSpeed's configuration: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: DeepSpeed's configuration is a mapping, found {content!r:.100}")
+    if not isinstance(content.get("zero_optimization"), dict):
+        raise ValueError(f"{path}: zero_optimization: missing, or no mapping")
     return content
 
 

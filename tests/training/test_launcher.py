@@ -28,6 +28,10 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         TWO | ZERO2 | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
         "gradient_clipping: 0.5, and by the recipe it is 0.0",
     ),
+    "ZeRO 3": (
+        TWO | ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        "ZeRO 3 is not possible with train",
+    ),
     "tensors in parallel": (
         PARALLEL | {"PARALLELISM_CONFIG_TP_SIZE": "2"},
         "parallelism_config_tp_size: 2",
@@ -80,6 +84,8 @@ IN_ITS_FILE = {
     "an optimizer": ({"optimizer": {"type": "Adam"}}, 'optimizer: {"type": "Adam"}'),
     "its collectives": ({"communication_data_type": "fp16"}, 'communication_data_type: "fp16"'),
     "no mapping": ([1], "is a mapping, found [1]"),
+    "ZeRO 3": ({"zero_optimization": {"stage": 3}}, "ZeRO 3 is not possible with train"),
+    "no ZeRO": ({"zero_optimization": "auto"}, "zero_optimization: missing, or no mapping"),
 }
 
 
