@@ -52,9 +52,8 @@ def engine_of(accelerator: Accelerator, sharding: Sharding | None = None) -> dic
         "engine": "DeepSpeed" if with_deepspeed else engine,
         "zero_stage": accelerator.deepspeed_plugin.zero_stage if with_deepspeed else None,
         "num_processes": accelerator.num_processes,
-        "replicas": 1 if sharding is None else sharding.replicas,
         "device": accelerator.device.type,
-    }
+    } | ({} if sharding is None else {"replicas": sharding.replicas})
 
 
 def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, resume: bool) -> Start:
