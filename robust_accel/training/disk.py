@@ -101,12 +101,14 @@ def told_when_full(folder: RunFolder) -> Iterator[None]:
     except Unwritable:
         raise
     except Exception as error:
+        named = str(getattr(error, "filename", None) or "")
+        inside = bool(named) and Path(named).is_relative_to(folder.path)
         if not folder.recipe.exists():
+            if isinstance(error, FileNotFoundError) and inside:  # since the last look at it
+                check_there(folder)
             raise
         # torch and safetensors have errors of their own, without the system's number
         free = shutil.disk_usage(folder.path).free
-        named = str(getattr(error, "filename", None) or "")
-        inside = bool(named) and Path(named).is_relative_to(folder.path)
         if not (getattr(error, "errno", None) in OF_THE_DISK or inside or free < 2**20):
             raise
         reason = getattr(error, "strerror", None) or "no space left on the disk"

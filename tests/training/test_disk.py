@@ -1,5 +1,6 @@
 """Room on the disk: asked for before training; when it is used up, nothing is lost."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +10,9 @@ import pytest
 from disks import fill
 
 from robust_accel.__main__ import main
-from robust_accel.exit_codes import UNWRITABLE, USAGE
+from robust_accel.exit_codes import UNWRITABLE, USAGE, Unwritable
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.disk import told_when_full
 
 RUN = (
     "quickstart",
@@ -81,6 +83,16 @@ def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(
     assert train(folder.path) == UNWRITABLE
     assert f"robust-accel: {folder.path} is gone" in capsys.readouterr().err
     assert not folder.checkpoints.exists()
+
+
+def test_one_that_vanishes_while_it_is_written_is_gone_as_well(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    gone = f"^{re.escape(str(folder.path))} is gone"
+    with pytest.raises(Unwritable, match=gone), told_when_full(folder):
+        (folder.checkpoints / "step-1").open()
+    # what is not the run's is itself
+    with pytest.raises(FileNotFoundError, match="elsewhere"), told_when_full(folder):
+        (tmp_path / "elsewhere").open()
 
 
 @pytest.mark.parametrize("case", ["dangling", "below a dangling link", "below a file", "read-only"])
