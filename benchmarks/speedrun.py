@@ -19,31 +19,25 @@ from robust_accel import load_run
 from robust_accel.statistics import t_interval
 
 BUDGET = 600.0  # seconds
-RECIPES = {
+RECIPE = """
+base: cifar10/_cifar10
+data: {augment: crop_flip}
+objective: {name: adversarial}
+optimizer: {name: sgd, lr: 0.2, momentum: 0.9, weight_decay: 5e-4}
+schedule: {name: onecycle}
+evaluate: {autoattack: standard, autoattack_images: 1000, train_images: null, batch_size: 250}
+"""
+DEVICES = {
     "cpu": """
-        base: cifar10/_cifar10
-        model:
-          {name: preact_resnet18, options: {depth: 10, width: 16, stem_stride: 2, act_layer: silu}}
-        data: {augment: crop_flip}
-        attack: {name: n-fgsm, eps: 8/255, noise_scale: 1.0}
-        objective: {name: adversarial}
-        optimizer: {name: sgd, lr: 0.2, momentum: 0.9, weight_decay: 5e-4}
-        schedule: {name: onecycle}
-        train: {epochs: 16, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
-        evaluate:
-          {autoattack: standard, autoattack_images: 1000, train_images: null, batch_size: 250}
-    """,
+model: {name: preact_resnet18, options: {depth: 10, width: 16, stem_stride: 2, act_layer: silu}}
+attack: {name: n-fgsm, eps: 8/255, noise_scale: 1.0}
+train: {epochs: 16, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
+""",
     "cuda": """
-        base: cifar10/_cifar10
-        model: {name: preact_resnet18, options: {act_layer: silu}}
-        data: {augment: crop_flip}
-        attack: {name: n-fgsm, eps: 8/255, noise_scale: 2.0}
-        objective: {name: adversarial}
-        optimizer: {name: sgd, lr: 0.2, momentum: 0.9, weight_decay: 5e-4}
-        schedule: {name: onecycle}
-        train: {epochs: 20, batch_size: 128, channels_last: true, precision: bf16, ema_decay: 0.999}
-        evaluate: {autoattack: standard, autoattack_images: 1000, train_images: null}
-    """,
+model: {name: preact_resnet18, options: {act_layer: silu}}
+attack: {name: n-fgsm, eps: 8/255, noise_scale: 2.0}
+train: {epochs: 20, batch_size: 128, channels_last: true, precision: bf16, ema_decay: 0.999}
+""",
 }
 LAUNCH = {
     "cpu": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"],
@@ -64,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", help="over the recipe's, as section.key=value")
-    parser.add_argument("--device", choices=list(RECIPES), default="cpu")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="of the runs; none are kept when not given")
     given = parser.parse_args()
@@ -72,7 +66,7 @@ def main() -> None:
     reached, seconds = [], []
     with tempfile.TemporaryDirectory() as place:
         recipe = Path(place, "speedrun.yaml")
-        recipe.write_text(RECIPES[given.device])
+        recipe.write_text(RECIPE + DEVICES[given.device])
         for seed in range(given.seeds):
             folder = (given.output or Path(place)) / f"speedrun-seed{seed}"
             train(recipe, given.device, seed, given.settings, folder)
