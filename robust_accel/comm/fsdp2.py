@@ -74,7 +74,7 @@ class FSDP2Compression(GradientCompression):
             pieces = Pieces(module, position, group)
             position += pieces.num_elements
             exchange: Any = ReduceScatter(self, number, pieces)
-            gather: Any = Gather(self, number, pieces, *_of_weights(collective))
+            gather: Any = Gather(self, number, pieces)
             module.set_custom_reduce_scatter(exchange)
             module.set_custom_all_gather(gather)
             if replicas is not None:
@@ -129,19 +129,20 @@ class FSDP2Compression(GradientCompression):
         )
 
 
-class _OfTorch:
-    """What FSDP2 wants of a collective of ours, and is as torch's own does it."""
+class _OfModule:
+    """What FSDP2 calls for one module, numbered; memory is as its own collectives take it."""
+
+    def __init__(self, compression: FSDP2Compression, number: int, pieces: Pieces) -> None:
+        self._compression, self._number, self._pieces = compression, number, pieces
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class ReduceScatter(_OfTorch):
+class ReduceScatter(_OfModule):
     """What FSDP2 calls for the gradients of one module's parameters, in its own stream."""
 
-    def __init__(self, compression: FSDP2Compression, number: int, pieces: Pieces) -> None:
-        self._compression, self._number, self._pieces = compression, number, pieces
-        self._step = 0
+    _step = 0
 
     def __call__(
         self,
@@ -156,10 +157,8 @@ class ReduceScatter(_OfTorch):
         own = self._compression
         scale = _scale(op, own.workers.size)
         self._step = own.begin(self._number)
-        rows, chunks = (
-            input_tensor.view(own.workers.size, -1),
-            self._pieces.rows(len(output_tensor), trained=True),
-        )
+        rows = input_tensor.view(own.workers.size, -1)
+        chunks = self._pieces.rows(len(output_tensor), trained=True)
         workers = replace(own.workers, group=group)  # FSDP2 may have made one for this
         with torch.no_grad(), self._timed(input_tensor.device):
             if self._inside_machine():
@@ -194,23 +193,12 @@ class ReduceScatter(_OfTorch):
         return far and own.workers.num_machines == 1
 
 
-class Gather(_OfTorch):
+class Gather(_OfModule):
     """What FSDP2 calls to gather one module's weights: as it does, counted, or quantised.
 
     The rounding of a weight changes when its gradient has been exchanged, and not before: all
     passes of a step, an attack's as well, are by the same weights, and so is the resumed step.
     """
-
-    def __init__(
-        self,
-        compression: "FSDP2Compression",
-        number: int,
-        pieces: Pieces,
-        quantizer: Quantizer | None,
-        seed: int,
-    ) -> None:
-        self._compression, self._number, self._pieces = compression, number, pieces
-        self._quantizer, self._seed = quantizer, seed
 
     def __call__(
         self,
@@ -219,29 +207,25 @@ class Gather(_OfTorch):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> Any:
+        collective: Any = self._compression.collective
+        quantizer: Quantizer | None = getattr(collective, "weight_quantizer", None)
         sent = self._compression.gathered.sent
         others = dist.get_world_size(group) - 1
-        if self._quantizer is None or not input_tensor.is_floating_point():  # bytes, of many types
+        if quantizer is None or not input_tensor.is_floating_point():  # bytes, of many types
             sent(others * input_tensor.nbytes)
             return all_gather_tensor(output_tensor, input_tensor, group, async_op)
         rank = dist.get_rank(group)
         segments = self._pieces.rows(len(input_tensor), trained=False)[0]
         step, stream = self._compression.calls[self._number], _WEIGHTS - rank
-        key = random_key(self._seed, stream, step, input_tensor.device)
+        key = random_key(collective.seed, stream, step, input_tensor.device)
         # what is gathered lies around what is sent: it is read first
-        message = self._quantizer.encode(input_tensor.float(), segments, key)
+        message = quantizer.encode(input_tensor.float(), segments, key)
         messages = message.new_empty(others + 1, len(message))
         sent(others * message.nbytes)
         all_gather_tensor(messages.view(-1), message, group=group)
         for row, received in zip(output_tensor.view(others + 1, -1), messages, strict=True):
-            row.copy_(self._quantizer.decode(received, segments))
+            row.copy_(quantizer.decode(received, segments))
         return None
-
-
-def _of_weights(collective: Any) -> tuple[Quantizer | None, int]:
-    """By what a protocol has weights gathered, and the seed of its rounding."""
-    quantizer = getattr(collective, "weight_quantizer", None)
-    return quantizer, 0 if quantizer is None else collective.seed
 
 
 def has_hooks() -> bool:

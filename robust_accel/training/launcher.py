@@ -34,10 +34,9 @@ _ALWAYS = {
         "mixed_precision", ("NO", "BF16", "FP16"), "an attack's gradients need more"
     ),
 }
-_EACH_ITS_IMAGES = "each process trains on images of its own"
 _PARALLELISM = {
     f"PARALLELISM_CONFIG_{name}_SIZE": _Key(
-        f"parallelism_config_{name.lower()}_size", ("1",), _EACH_ITS_IMAGES
+        f"parallelism_config_{name.lower()}_size", ("1",), "each process has images of its own"
     )
     for name in ("TP", "CP", "SP")
 }
@@ -179,7 +178,7 @@ def check_deepspeed(settings: TrainSettings, micro_batch_size: int) -> None:
         if key not in recipe:
             raise ValueError(
                 f"{source}: {key}: {json.dumps(found)[:100]} is not possible with train: the "
-                f"recipe says how a network is trained; allowed: auto, and freely "
+                "recipe says how a network is trained; allowed: auto, and freely "
                 f"{', '.join(_DEEPSPEED_FREE)}"
             )
         if not _same(found, recipe[key]):

@@ -98,8 +98,11 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
             f"the checkpoint is from {ran['num_processes']} processes, not "
             f"{engine['num_processes']}: the run goes on, but not bit for bit"
         )
-    kept = {key: (ran.get(key, 1), engine.get(key, 1)) for key in ("device", "replicas")}
-    others = {**kept, **_both(about["versions"], versions())}
+    others = {
+        "device": (ran["device"], engine["device"]),
+        "replicas": (ran.get("replicas", 1), engine.get("replicas", 1)),
+        **_both(about["versions"], versions()),
+    }
     moved = [f"{name} {old}, now {new}" for name, (old, new) in others.items() if old != new]
     if moved:
         notes.append(f"the run goes on, perhaps not bit for bit: {'; '.join(moved)}")
