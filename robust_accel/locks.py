@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -93,7 +94,7 @@ def _open_locked(folder: Path) -> int:
                     f"{folder}: its file system has no locks: see that no second run writes there"
                 )
                 return file
-            holder = os.read(file, 1000).decode(errors="replace").split("\n")[0]
+            holder = _holder(file)
             os.close(file)
             if error.errno not in _HELD:
                 raise
@@ -101,10 +102,21 @@ def _open_locked(folder: Path) -> int:
                 f"output: {folder} is in use by {holder or 'another process'}: wait for its end, "
                 "or choose another folder by output=FOLDER"
             ) from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file)):
+                return file
         os.close(file)  # an owner has removed it since it was opened
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _holder(file: int) -> str:
+    """What an owner says of itself, which it does a moment after it has the lock."""
+    for _ in range(20):
+        holder = os.pread(file, 1000, 0).decode(errors="replace").split("\n")[0]
+        if holder:
+            break
+        time.sleep(0.01)
+    return holder
 
 
 def _locked_itself(folder: Path) -> int | None:

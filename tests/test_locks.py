@@ -101,6 +101,30 @@ def test_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
         assert won.value == 1
 
 
+def own_often(folder: Path, said: Any) -> None:
+    for _ in range(500):
+        try:
+            with locked(folder):
+                pass
+        except ValueError as error:
+            said.send(str(error))
+    said.send("")
+
+
+def test_who_loses_at_any_moment_is_told_who_won(tmp_path: Path) -> None:
+    ends = [CONTEXT.Pipe(duplex=False) for _ in range(3)]
+    processes = [
+        CONTEXT.Process(target=own_often, args=(tmp_path / "run", there)) for _, there in ends
+    ]
+    for process in processes:
+        process.start()
+    said = [line for here, _ in ends for line in iter(here.recv, "")]
+    for process in processes:
+        process.join()
+    assert said
+    assert [line for line in said if " is in use by process " not in line] == []
+
+
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         pass

@@ -61,7 +61,7 @@ def test_of_runs_that_start_at_once_one_wins(tmp_path: Path) -> None:
     assert sorted(code for code, _ in ends) == [0, 2, 2], ends
     for code, output in ends:
         refused = "is in use by process " in output or "already holds a run" in output
-        assert refused == (code == 2)
+        assert refused == (code == 2), output
     steps = [line["step"] for line in folder.read_metrics() if "loss" in line]
     assert steps == [4]
     assert len(read_records(folder.path)) == 1
