@@ -158,11 +158,14 @@ def _how(results: Results) -> str:
             found = run.report.get("versions", {}).items()
             versions |= {f"{name} {version}": None for name, version in found}
     seconds = sum(results.done.seconds(results.plan.known(results.chosen)).values())
-    return (
-        f"{len(results.plan.known(results.chosen))} trainings, {seconds / 3600:.1f} hours of "
-        f"processes in all, on {'; '.join(hardware) or 'unknown hardware'}; "
-        f"{', '.join(versions)}; {date.today().isoformat()}."
+    trainings = len(results.plan.known(results.chosen))
+    said = (
+        f"{trainings} trainings, {seconds / 3600:.1f} hours of processes in all"
+        + (f", on {'; '.join(hardware)}" if hardware else ""),
+        ", ".join(versions),
+        date.today().isoformat(),
     )
+    return f"{'; '.join(filter(None, said))}."
 
 
 def _figure(results: Results, figure: FigureSettings) -> Lines:
