@@ -28,6 +28,9 @@ from robust_accel.statistics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
+FIRST = "first {} of each severity"
+"""So a record's ``images.kind`` begins, unless they are all."""
+
 _OF_ALL = ("function", "seed", "draws", "batch_size", "device", "hardware", "num_processes")
 """What the mean's record has of its parts'."""
 
@@ -84,7 +87,7 @@ class CorruptionEvaluation:
         finally:
             if self.number is not None:
                 of = "" if self.kind == "all" else f" of {self.kind}"
-                self.kind = f"first {self.number} of each severity{of}"
+                self.kind = f"{FIRST.format(self.number)}{of}"
 
     def run(self, bench_of: Callable[..., Bench]) -> dict[str, Record | dict[str, Record]]:
         """The records: ``corruption``, by name, and ``corruptions``, their mean.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from robust_accel.evaluation.accuracy import attacker_of
+from robust_accel.evaluation.corruptions import FIRST
 from robust_accel.evaluation.unions import attack_of_union
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
@@ -35,6 +36,37 @@ def _autoattack(run: Run, recipe: Recipe) -> float | None:
     settings = recipe.evaluate
     attack = {"name": "autoattack", "version": settings.autoattack, "search": settings.search}
     return _percent(run, recipe, attack, settings.autoattack_images or settings.images)
+
+
+def _corruptions(key: str) -> Measured:
+    """Of the mean over the corruptions, severities and images that the recipe names."""
+
+    def measured(run: Run, recipe: Recipe) -> float | None:
+        settings, own = recipe.evaluate, recipe.evaluate.corruption_settings
+        if not settings.corruptions:
+            return None
+        asked = as_json({"corruptions": own.names, "severities": own.severities})
+        asked["reference"] = own.reference and {name: own.reference[name] for name in own.names}
+        source = as_json({"path": own.path} if own.path else recipe.data.source())
+        row = pick(
+            row
+            for row in run.of("corruptions")
+            if {**row["attack"], **asked} == row["attack"]
+            and row["seed"] == settings.seed
+            and row["images"].get("source") == source
+            and _of_each(row, own.images or settings.images)
+        )
+        return None if row is None or row.get(key) is None else 100 * row[key]
+
+    return measured
+
+
+def _of_each(row: Row, number: int | None) -> bool:
+    """Whether a row is of the first so many images of each severity, or of all."""
+    kind = str(row["images"].get("kind"))
+    if number is not None:
+        return kind.startswith(FIRST.format(number))
+    return not kind.startswith("first ")
 
 
 def _percent(run: Run, recipe: Recipe, attack: Row, images: int | None) -> float | None:
@@ -99,6 +131,8 @@ MEASURES: dict[str, Measured] = {
     "pgd": _pgd,
     "autoattack": _autoattack,
     "held_out": held_out,
+    "corruption_error": _corruptions("mean_error"),
+    "mce": _corruptions("mce"),
     "seconds": _from_report("train_seconds_per_epoch"),
     "communication": _from_report("comm_seconds_per_epoch"),
     "exposed_communication": _from_report("comm_exposed_seconds_per_epoch"),
@@ -106,9 +140,10 @@ MEASURES: dict[str, Measured] = {
     "memory": _from_report("peak_memory_bytes", 2.0**-20),
     "steps": _from_report("steps"),
 }
-"""By name: accuracies in percent; seconds an epoch; MB (10^6 bytes) that a process sends a step;
-MiB. With a point: ``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of
-several balls ``pgd`` and ``autoattack`` are the union's; ``pgd l1`` is in one of them."""
+"""By name: accuracies and corruptions' errors in percent (``mce``: of the reference's); seconds an
+epoch; MB (10^6 bytes) that a process sends a step; MiB. With a point: ``certified 0.25`` (radius),
+``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of several balls ``pgd`` and ``autoattack`` are
+the union's; ``pgd l1`` is in one of them."""
 
 _POINT = re.compile(r"(certified|pgd eps|pgd num_steps) (\S+)")
 _IN_ONE = re.compile(r"(pgd|autoattack) (linf|l2|l1)")

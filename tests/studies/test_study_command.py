@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from robust_accel.__main__ import main
 from robust_accel.exit_codes import STOPPED
+from robust_accel.recipe import load_recipe
+from robust_accel.reporting.views import read_runs
+from robust_accel.studies.measures import measure
 
 STUDY = """
 runs:
@@ -107,12 +111,19 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     columns = {
         "pgd": "pgd", "aa": "autoattack", "clean": "clean", "held out": "held_out",
         "at eps": "pgd eps 0.1", "at steps": "pgd num_steps 2", "s": "seconds",
-        "steps": "steps", "certified": "certified 0.1",
+        "steps": "steps", "certified": "certified 0.1", "corrupted": "corruption_error",
+        "mce": "mce",
     }  # fmt: skip
+    (tmp_path / "published").mkdir()
+    snow = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), np.uint8)
+    np.save(tmp_path / "published" / "snow.npy", snow)
+    np.save(tmp_path / "published" / "labels.npy", np.arange(50) % 10)
     path = study_of(
         "runs: {a: {recipe: quickstart, then: [[certify]], settings: {evaluate: {autoattack: quick,"
         " autoattack_images: 8, pgd: {attack: apgd, loss: cw, restarts: 2},"
-        " sweep: {eps: [0.1], num_steps: [2]}},"
+        " sweep: {eps: [0.1], num_steps: [2]},"
+        f" corruptions: {{path: {tmp_path / 'published'}, names: [snow], images: 8,"
+        " reference: {snow: 0.5}}},"
         " certify: {sigma: 0.1, n: 100, images: 8, radii: [0.1]}}}}\n"
         f"columns: {json.dumps(columns)}"
     )
@@ -120,6 +131,12 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     found = json.loads((tmp_path / "out/tiny" / f"{path.parent.name}.json").read_text())
     (row,) = found["rows"]
     assert {name for name, by_seed in row["values"].items() if "0" in by_seed} == set(columns)
+    assert row["values"]["mce"]["0"] == 2 * row["values"]["corrupted"]["0"]
+    (recipe,) = (tmp_path / "out/tiny").glob("*/recipe.yaml")
+    (run,) = read_runs([recipe.parent])
+    for other in ("corruptions.images=9", "corruptions.reference.snow=0.25", "seed=1"):
+        asked = load_recipe(recipe, [f"evaluate.{other}"])
+        assert measure("corruption_error", run, asked) is None
     assert row["values"]["at eps"]["0"] >= row["values"]["pgd"]["0"]
 
 
