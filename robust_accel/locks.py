@@ -77,11 +77,13 @@ def locked(folder: Path) -> Iterator[str]:
 def _open_locked(folder: Path) -> int:
     path = folder / OWNER
     for _ in range(100):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # an owner has just removed the folder that it had made
-            continue
+        except (FileExistsError, FileNotFoundError):
+            if folder.exists() and not folder.is_dir():
+                raise
+            continue  # an owner has just removed the folder that it had made
         if os.fstat(file).st_nlink > 1:  # it is also another file: leave that one alone
             os.close(file)
             path.unlink(missing_ok=True)
