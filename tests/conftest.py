@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from pictures import drawn
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in every process that a test starts
@@ -42,6 +43,13 @@ def _accelerate_forgets() -> Iterator[None]:
     """Accelerate keeps one state a process, precision included: each test starts without."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[None]:
+    """Reports have their pictures."""
+    with drawn():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import pictures  # noqa: F401  # none in forked processes
 import psutil
 import pytest
 from safetensors.torch import load_file

@@ -166,7 +166,7 @@ def test_imagenet(name: str, large_images: Path, tmp_path: Path) -> None:
     assert report["pgd_accuracy"]["attack"]["num_steps"] == 10
 
 
-@pytest.mark.parametrize("name", names("finetune"))
+@pytest.mark.parametrize("name", most_long(names("finetune"), "cifar10"))
 def test_finetune(name: str, small_images: Path, tmp_path: Path) -> None:
     settings = [
         *LESS,

@@ -50,7 +50,9 @@ def without_time(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("method", ["cohen", "sequential"])
-def test_the_fields_log_a_table_and_a_plot(run: Path, tmp_path: Path, method: str) -> None:
+def test_the_fields_log_a_table_and_a_plot(
+    run: Path, tmp_path: Path, method: str, pictures: None
+) -> None:
     output = f"output={tmp_path / 'certified'}"
     folder = certify_model(str(run), [*SETTINGS, output, f"certify.method={method}"])
     found = rows(folder.path)

@@ -147,7 +147,7 @@ def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, A
 
 
 @pytest.mark.long
-def test_the_command_sweeps_checks_and_draws(run: Path) -> None:
+def test_the_command_sweeps_checks_and_draws(run: Path, pictures: None) -> None:
     settings = [
         "evaluate.images=40",
         "evaluate.sweep.eps=[0.2, 0.05, 0.1]",

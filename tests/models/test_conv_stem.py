@@ -44,7 +44,10 @@ def is_plains(model: nn.Module, plain: nn.Module) -> bool:
     return all(value.equal(plain.state_dict()[key]) for key, value in below(model).items())
 
 
-@pytest.mark.parametrize("name", conv_stem.default_cfgs)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in SMALL else pytest.param(n, marks=pytest.mark.long) for n in conv_stem.default_cfgs],
+)
 def test_all_but_the_stem_is_timms_network(name: str) -> None:
     with torch.device("meta"):
         model, plain = timm.create_model(name), timm.create_model(PLAIN[name])

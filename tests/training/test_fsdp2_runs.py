@@ -154,6 +154,7 @@ TWO_COPIES = FSDP2 | {
 }
 
 
+@pytest.mark.long
 def test_copies_in_pieces_train_as_by_ddp_and_go_on(tmp_path: Path) -> None:
     """On four processes: two hold a copy together, and two copies are averaged."""
     run = (*PLAIN, "train.log_every=1", "evaluate.pgd=null")

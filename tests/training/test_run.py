@@ -25,7 +25,7 @@ from robust_accel.training.run import train
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def finished(tmp_path_factory: pytest.TempPathFactory, pictures: None) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("runs") / "small"
     return folder, run(folder)
 

@@ -43,7 +43,7 @@ def run(folder: Path, *, resume: bool = False) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, pictures: None) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     leftover = folder / "figures" / f"{INCOMPLETE}01234567-loss.png"
     leftover.parent.mkdir(parents=True)
