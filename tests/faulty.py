@@ -5,6 +5,8 @@ from typing import Any, Literal
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from robust_accel.objectives import Adversarial
 
@@ -31,7 +33,12 @@ class Faulty(Adversarial):
         out = super().loss(classifier, x, x_adv, labels)
         self._calls += 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        if self._calls not in self.at or self.rank not in (None, rank):
+        if self._calls not in self.at:
+            return out
+        for module in classifier.modules():
+            if isinstance(module, FSDPModule):  # what is gathered is not what is kept; on all ranks
+                module.reshard()
+        if self.rank not in (None, rank):
             return out
         number = float(self.number)
         if self.where == "loss":
@@ -47,5 +54,6 @@ class Faulty(Adversarial):
             next(variances).data.fill_(number)
         else:
             *_, bias = classifier.parameters()
-            bias.data.fill_(3e19 if self.where == "huge" else number)
+            kept = bias.to_local() if isinstance(bias, DTensor) else bias
+            kept.data.fill_(3e19 if self.where == "huge" else number)
         return out
