@@ -95,7 +95,8 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
         known = before.get("trainings", [])
         for changed in stale(plan.known(results.chosen), known):
             logger.warning(
-                f"{changed}: its recipe has changed since the last table: it is trained anew"
+                f"{changed}: its recipe or launcher has changed since the last table: "
+                "it is trained anew"
             )
     runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher)
     try:
@@ -123,4 +124,5 @@ def _command(options: argparse.Namespace) -> str:
     words = ["robust-accel", "study", str(options.study)]
     words += ["--scale", options.scale] if options.scale else []
     words += ["--seeds", str(options.seeds)] if options.seeds else []
+    words += ["--launcher", options.launcher] if options.launcher else []
     return shlex.join([*words, *options.settings])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -138,6 +139,15 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
         asked = load_recipe(recipe, [f"evaluate.{other}"])
         assert measure("corruption_error", run, asked) is None
     assert row["values"]["at eps"]["0"] >= row["values"]["pgd"]["0"]
+
+
+def test_the_page_says_the_whole_command(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, launcher = study_of("runs: {a: {recipe: quickstart}}"), "env A=1 python"
+    more = ("--scale", "tiny", "--seeds", "1", "--launcher", launcher)
+    words = ["study", str(path), *more, "train.epochs=2"]
+    assert main([*words, "--table", "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/tiny" / f"{path.parent.name}.json").read_text())
+    assert shlex.split(found["command"]) == ["robust-accel", *words]
 
 
 @pytest.mark.long
