@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,8 +82,9 @@ def _open_locked(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except (FileExistsError, FileNotFoundError):
-            if folder.exists() and not folder.is_dir():
-                raise
+            with suppress(FileNotFoundError):  # one look: it may come and go
+                if not stat.S_ISDIR(folder.lstat().st_mode):
+                    raise
             continue  # an owner has just removed the folder that it had made
         if os.fstat(file).st_nlink > 1:  # it is also another file: leave that one alone
             os.close(file)

@@ -140,6 +140,9 @@ def test_a_folder_that_cannot_be_owned_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ValueError, match=r"^output: .*file is no folder"):
         locked(tmp_path / "file").__enter__()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"^output: .*link is no folder"):
+        locked(tmp_path / "link").__enter__()
     (tmp_path / OWNER).symlink_to(tmp_path / "file")
     with pytest.raises(ValueError, match=r"^output: .* cannot be written to"):
         locked(tmp_path).__enter__()
