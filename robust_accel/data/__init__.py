@@ -26,6 +26,7 @@ from robust_accel.data.loading import (
     load_data,
     load_test,
     load_to_label,
+    selection_of,
 )
 from robust_accel.data.settings import DataSettings, MixSettings, UnlabeledSettings
 from robust_accel.data.unlabeled import CONFIDENCE, LABELED_FILES, PSEUDO_LABEL
@@ -60,4 +61,5 @@ __all__ = [
     "match_classes",
     "renumbered",
     "seeded_generator",
+    "selection_of",
 ]

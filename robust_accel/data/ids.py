@@ -29,10 +29,23 @@ class IdsError(ValueError):
     section = "evaluate"
 
 
+def list_text(ids: str | Sequence[int]) -> str:
+    """In words which list it is, by the digest (SHA-256) of what it lists.
+
+    Raises:
+        IdsError: As ``find_rows``, where the list is not to be had.
+    """
+    if ids == IMAGENET5000:
+        return f"ids of {ids}"
+    lines = _lines(Path(ids)) if isinstance(ids, str) else [str(i) for i in ids]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return f"{f'ids of {ids}' if isinstance(ids, str) else f'{len(ids)} listed ids'} ({digest})"
+
+
 def find_rows(
     ids: str | Sequence[int], num_rows: int, paths: Callable[[], list[str | None]], where: str
-) -> tuple[Tensor, str]:
-    """Row numbers of listed images, in the list's order, and in words which list it was.
+) -> Tensor:
+    """Row numbers of listed images, in the list's order.
 
     Args:
         ids: Row numbers; a text file of one image a line, a row number or a file name (with as
@@ -45,13 +58,13 @@ def find_rows(
         IdsError: ``ids: ...``: no such list, or images unknown or listed twice.
     """
     if not isinstance(ids, str):
-        return _checked(list(ids), num_rows, [str(i) for i in ids], where), f"{len(ids)} listed ids"
+        return _checked(list(ids), num_rows, [str(i) for i in ids], where)
     lines = _imagenet5000() if ids == IMAGENET5000 else _lines(Path(ids))
     are_numbers = [re.fullmatch(r"0|[1-9]\d*", line) is not None for line in lines]
     names = [line for line, is_number in zip(lines, are_numbers, strict=True) if not is_number]
     found = _FileNames(paths()).rows(names, where) if names else {}
     rows = [int(line) if n else found[line] for line, n in zip(lines, are_numbers, strict=True)]
-    return _checked(rows, num_rows, lines, where), f"ids of {ids}"
+    return _checked(rows, num_rows, lines, where)
 
 
 def _checked(rows: list[int], num_rows: int, listed: list[str], where: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from robust_accel.data.classes import check_classes
 from robust_accel.data.columns import LabeledRows, classes_of_train, labeled_rows
 from robust_accel.data.decoding import Pictures, Source
-from robust_accel.data.ids import Ids, IdsError, find_rows
+from robust_accel.data.ids import Ids, IdsError, find_rows, list_text
 from robust_accel.data.images import NO_LABEL, FileImages, ImageSet, MemoryImages
 from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.reading import (
@@ -85,8 +85,8 @@ class EvaluationImages:
         images: Labelled by the classes of the training split, where the data set has one.
         num_classes: Of the data set.
         class_names: By label; None where the label column is of plain integers.
-        selection: Which images of the test split these are: ``all``, ``ids of NAME``,
-            ``5 listed ids`` or ``5 drawn by a fixed seed``.
+        selection: Which images of the test split these are: ``all``, ``ids of NAME (DIGEST)``,
+            ``5 listed ids (DIGEST)`` or ``5 drawn by a fixed seed``; ``, 1 bad left out``.
     """
 
     images: ImageSet
@@ -197,30 +197,37 @@ def load_test(
 
 
 def _test(rows: LabeledRows, settings: DataSettings, ids: Ids, seed: int) -> EvaluationImages:
-    selection = "all"
     if ids is not None:
-        rows, selection = _listed(rows, settings, ids)
+        rows = _listed(rows, settings, ids)
     rows = rows.of_classes(settings.classes)
-    size = settings.test_size
     images, _, left_out = read_drawn(
-        rows.pictures, rows.labels, settings, seed, rows.bad, size=size, key="test_size"
-    )
-    if size is not None:
-        selection = f"{size} drawn by a fixed seed"
+        rows.pictures, rows.labels, settings, seed, rows.bad,
+        size=settings.test_size, key="test_size",
+    )  # fmt: skip
+    selection = selection_of(settings, ids)
     if left_out is not None:
         selection += f", {left_out.images} bad left out"
     return EvaluationImages(images, rows.classes.number, rows.classes.names, selection, left_out)
 
 
-def _listed(
-    rows: LabeledRows, settings: DataSettings, ids: str | Sequence[int]
-) -> tuple[LabeledRows, str]:
+def selection_of(settings: DataSettings, ids: Ids) -> str:
+    """Which images of the test split are asked for, in words, see ``EvaluationImages``.
+
+    Raises:
+        IdsError: The list is not to be had.
+    """
+    if ids is not None:
+        return list_text(ids)
+    size = settings.test_size
+    return "all" if size is None else f"{size} drawn by a fixed seed"
+
+
+def _listed(rows: LabeledRows, settings: DataSettings, ids: str | Sequence[int]) -> LabeledRows:
     if settings.test_size is not None:
         raise IdsError(
             f"ids: these and data.test_size {settings.test_size} both choose test images: give one"
         )
-    found, selection = find_rows(ids, len(rows.source), rows.source.paths, rows.classes.where)
-    rows = rows.listed(found)
+    rows = rows.listed(find_rows(ids, len(rows.source), rows.source.paths, rows.classes.where))
     if settings.classes is not None:
         other = ~torch.isin(rows.labels, torch.tensor(settings.classes))
         if other.any():
@@ -228,7 +235,7 @@ def _listed(
                 f"ids: row {int(rows.numbers[other][0])} is of class {int(rows.labels[other][0])}, "
                 f"which data.classes {list(settings.classes)} leaves out"
             )
-    return rows, selection
+    return rows
 
 
 def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:

@@ -71,7 +71,7 @@ class Bench:
         ledger: Where outcomes are kept; nowhere when not given.
         class_names: Of the classifier's outputs.
         source: Where the images are from, plain values: said in records, no part of identities.
-        kind: Which of that source's images they are: ``all``, ``ids of NAME``.
+        kind: Which of that source's images they are: ``all``, ``ids of NAME (DIGEST)``.
 
     Attributes:
         seconds_known: That the units took which were found done.

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from robust_accel.data import Ids, selection_of
 from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.corruptions import FIRST
 from robust_accel.evaluation.unions import attack_of_union
@@ -48,25 +49,20 @@ def _corruptions(key: str) -> Measured:
         asked = as_json({"corruptions": own.names, "severities": own.severities})
         asked["reference"] = own.reference and {name: own.reference[name] for name in own.names}
         source = as_json({"path": own.path} if own.path else recipe.data.source())
+        kind = "all" if own.path else selection_of(recipe.data, settings.ids)
+        if (number := own.images or settings.images) is not None:
+            kind = FIRST.format(number) + ("" if kind == "all" else f" of {kind}")
         row = pick(
             row
             for row in run.of("corruptions")
             if {**row["attack"], **asked} == row["attack"]
             and row["seed"] == settings.seed
             and row["images"].get("source") == source
-            and _of_each(row, own.images or settings.images)
+            and _is_kind(row, kind)
         )
         return None if row is None or row.get(key) is None else 100 * row[key]
 
     return measured
-
-
-def _of_each(row: Row, number: int | None) -> bool:
-    """Whether a row is of the first so many images of each severity, or of all."""
-    kind = str(row["images"].get("kind"))
-    if number is not None:
-        return kind.startswith(FIRST.format(number))
-    return not kind.startswith("first ")
 
 
 def _percent(run: Run, recipe: Recipe, attack: Row, images: int | None) -> float | None:
@@ -93,8 +89,20 @@ def _is_of(row: Row, recipe: Recipe, attack: Row, images: int | None) -> bool:
     follows = ("attacks", "num_targets", "apgd_restarts")
     by = {k: v for k, v in row["attack"].items() if k not in follows}
     by_attack = asked == by
-    same_source = row["images"].get("source") == as_json(recipe.data.source())
-    return by_attack and same_source and row["seed"] == recipe.evaluate.seed and _on(row, images)
+    is_of = by_attack and row["seed"] == recipe.evaluate.seed
+    return is_of and _from(row, recipe, recipe.evaluate.ids) and _on(row, images)
+
+
+def _from(row: Row, recipe: Recipe, ids: Ids) -> bool:
+    """Whether a row is of the test images, or of those of them that are listed."""
+    is_from = row["images"].get("source") == as_json(recipe.data.source())
+    return is_from and _is_kind(row, selection_of(recipe.data, ids))
+
+
+def _is_kind(row: Row, kind: str) -> bool:
+    """Whether a row is of these images, but for bad ones."""
+    found = str(row["images"].get("kind", "all"))
+    return found == kind or re.fullmatch(re.escape(kind) + r", \d+ bad left out", found) is not None
 
 
 def _on(row: Row, images: int | None) -> bool:
@@ -202,7 +210,7 @@ def _curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
             row
             for row in run.of("certificate")
             if row["attack"] == asked_for
-            and row["images"].get("source") == as_json(recipe.data.source())
+            and _from(row, recipe, recipe.certify.ids)
             and _certified(row, recipe.certify.skip, number)
         )
         points = [] if row is None else row["radii"]

@@ -261,6 +261,7 @@ class Plan:
                     trial = self.trial(cell, tried, self.seeds[0], lambda c: self.tries(c)[0])
                     assert trial is not None
                     check_after(trial, f"{self.path}: runs.{cell.run}")
+                    trial.check_lists()
                 except RecipeError as error:
                     faults |= dict.fromkeys(str(error).splitlines())
                     continue

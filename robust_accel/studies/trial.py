@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_accel.attacks import NoAttack
+from robust_accel.data import selection_of
 from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.files import as_json
 from robust_accel.plain_yaml import RecipeError, read_plain
@@ -67,7 +68,7 @@ class Trial:
     @property
     def commands(self) -> list[Command]:
         """What is to be done, in its order, each with all that its result depends on."""
-        return self._commands(self.recipe.chosen)
+        return [(*c, *self._list_of(c[0])) for c in self._commands(self.recipe.chosen)]
 
     def arguments(self, command: Command) -> Command:
         """What one of them is started with: defaults as well, for the run may have had others."""
@@ -78,6 +79,22 @@ class Trial:
         evaluate = {key: value for key, value in settings["evaluate"].items() if key in MEASURED}
         then = [(c[0], *certify, *c[1:]) if c[0] == "certify" else c for c in self.then]
         return [("train",), ("evaluate", *_words("evaluate", evaluate)), *then]
+
+    def check_lists(self) -> None:
+        """That files which list images can be read.
+
+        Raises:
+            RecipeError: One cannot.
+        """
+        for command in self._commands(self.recipe.chosen):
+            self._list_of(command[0])
+
+    def _list_of(self, name: str) -> Command:
+        """What a file of images lists now that a command measures, by its digest."""
+        ids = getattr(self.recipe, name).ids if name in ("evaluate", "certify") else None
+        if not isinstance(ids, str):
+            return ()
+        return (self.recipe.checked(name, lambda: selection_of(self.recipe.data, ids)),)
 
     def check(self) -> None:
         """That what lies in its folder was trained so.

@@ -132,7 +132,7 @@ def test_listed_images_are_said_to_be_listed(run: Path, tmp_path: Path) -> None:
     measured = evaluate_model(str(run), ["evaluate.ids=[3, 20, 40]", out])
     clean = rows(measured)[0]
     assert clean["images"]["n"] == 3
-    assert clean["images"]["selection"] == "3 listed ids"
+    assert clean["images"]["selection"] == "3 listed ids (504dce4d2611)"
     assert [row["class"] for row in clean["per_class"]] == [0, 1, 2]
 
 

@@ -247,7 +247,10 @@ def test_rows_without_a_class_are_named_or_left_out(tmp_path: Path, name: str) -
         assert test.selection == "all, 1 bad left out"
         assert test.left_out is not None and "row 1" in test.left_out.first[0]
     listed = load_test(settings(path, test_split="train", on_bad="skip"), ids=(3, 1, 0))
-    assert (numbers(listed.images), listed.selection) == ([3, 0], "3 listed ids, 1 bad left out")
+    assert (numbers(listed.images), listed.selection) == (
+        [3, 0],
+        "3 listed ids (102e3018f319), 1 bad left out",
+    )
 
 
 def test_many_such_rows_are_counted_and_none_left_is_refused(tmp_path: Path) -> None:

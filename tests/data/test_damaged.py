@@ -71,7 +71,10 @@ def test_what_is_measured_says_how_many_are_left_out(broken: Path) -> None:
     of_train = settings(broken, on_bad="skip", test_split="train")
     assert load_test(of_train).selection == "all, 2 bad left out"
     listed = load_test(of_train, ids=(3, 2))
-    assert (numbers(listed.images), listed.selection) == ([3], "2 listed ids, 1 bad left out")
+    assert (numbers(listed.images), listed.selection) == (
+        [3],
+        "2 listed ids (5bbe4d141309), 1 bad left out",
+    )
 
 
 def test_a_missing_image_is_skipped_like_a_damaged_one(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ def listed(tmp_path: Path, *lines: str) -> str:
 
 def test_row_numbers_choose_images_in_their_order(tmp_path: Path) -> None:
     path = pair(tmp_path)
-    for ids, selection in (
+    digest = "(5226d3e24253)"
+    for ids, words in (
         ((4, 0, 5), "3 listed ids"),
         ([4, 0, 5], "3 listed ids"),
         (listed(tmp_path, "4", "", "0  # the first", "5"), f"ids of {tmp_path / 'list.txt'}"),
     ):
-        test = load_test(settings(path), ids=ids)
+        test, selection = load_test(settings(path), ids=ids), f"{words} {digest}"
         assert (numbers(test.images), test.selection) == ([104, 100, 105], selection)
         assert test.images.labels.tolist() == [1, 0, 2]
         data = load_data(settings(path), ids=ids)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from robust_accel.data import selection_of
 from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.ledger import Record
 from robust_accel.studies.execution import Done
@@ -62,7 +63,7 @@ def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 
         {"attack": {"name": "none"}, "threat_model": None, "accuracy": clean},
         {"attack": pgd_about, "threat_model": threat, "accuracy": pgd},
     ]
-    drawn = f"{trial.recipe.data.test_size} drawn"
+    drawn = selection_of(trial.recipe.data, evaluate.ids)
     images = {"n": evaluate.images, "selection": f"first {evaluate.images}", "kind": drawn}
     if evaluate.images is None:
         images |= {"n": trial.recipe.data.test_size, "selection": drawn}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from studies.conftest import filled, leave
 
+from robust_accel.plain_yaml import RecipeError
 from robust_accel.studies.execution import Done, stale
 from robust_accel.studies.page import table, write_page
 from robust_accel.studies.plan import Plan
@@ -108,6 +109,7 @@ def test_only_the_measurement_asked_for_counts(plan_of: Callable[..., Plan]) -> 
     assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}
     for override in (
         "evaluate.images=39",
+        "evaluate.ids=[0, 1]",
         "evaluate.pgd.num_steps=2",
         "evaluate.pgd.restarts=2",
         "evaluate.pgd.step_size=0.25",
@@ -118,6 +120,27 @@ def test_only_the_measurement_asked_for_counts(plan_of: Callable[..., Plan]) -> 
         results.done.add(trial, trial.commands[1], "done", 1.0)
         found = Results(other.plan, results.done)
         assert 0 not in found.values(found.plan.cells[0], "PGD (%)")
+
+
+def test_a_list_of_images_that_changed_is_measured_anew(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    runs, path = "runs: {b: {recipe: quickstart}}", tmp_path / "list.txt"
+    override = f"evaluate.ids={path}"
+    with pytest.raises(RecipeError, match=r"evaluate.ids: .*list.txt.* is neither a readable"):
+        plan_of(runs, overrides=[override])
+    path.write_text("".join(f"{i}\n" for i in range(50)))
+    results = filled(plan_of(runs, overrides=[override]), lambda t: (0.5, 0.4))
+    assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}
+    path.write_text("".join(f"{i}\n" for i in range(1, 51)))
+    other = Results(plan_of(runs, overrides=[override]), results.done)
+    trial = other.plan.known(other.chosen)[0]
+    assert [command[0] for command in other.done.left(trial)] == ["evaluate"]
+    words = trial.arguments(other.done.left(trial)[0])
+    assert f'evaluate.ids="{path}"' in words and not any("(" in word for word in words)
+    other.done.add(trial, trial.commands[1], "done", 1.0)
+    found = Results(other.plan, results.done)
+    assert 0 not in found.values(found.plan.cells[0], "PGD (%)")
 
 
 def test_a_changed_recipe_is_told_by_name(plan_of: Callable[..., Plan], tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     for other in ("corruptions.images=9", "corruptions.reference.snow=0.25", "seed=1"):
         asked = load_recipe(recipe, [f"evaluate.{other}"])
         assert measure("corruption_error", run, asked) is None
+    ids, of_images = "[3, 1]", ("clean", "pgd", "autoattack", "pgd eps 0.1", "pgd num_steps 2")
+    others = [f"evaluate.ids={ids}", f"certify.ids={ids}", "evaluate.corruptions=false"]
+    asked = load_recipe(recipe, others)
+    assert {name: measure(name, run, asked) for name in (*of_images, "certified 0.1")} == (
+        dict.fromkeys((*of_images, "certified 0.1"))
+    )
     assert row["values"]["at eps"]["0"] >= row["values"]["pgd"]["0"]
 
 
