@@ -47,7 +47,8 @@ def hardware(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    number = torch.get_num_threads()
+    return f"{name}, {number} thread{'s' * (number > 1)}"
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 from launching import CPU, DDP, Launched, wait_until, weights
 
 from robust_accel.exit_codes import UNAVAILABLE
+from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 
 pytestmark = [pytest.mark.launch, pytest.mark.long]
@@ -42,6 +43,8 @@ C10D += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29517", "--max-
 STATIC = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "2")
 STATIC += ("--num_processes", "2", "--main_process_ip", "10.77.0.1")
 STATIC += ("--main_process_port", "29517", "--max_restarts", "3", "--machine_rank")
+HSDP = ("accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "hsdp.yaml")
+HSDP += ("--main_process_ip", NAMES[0], "--machine_rank")
 EACH_ITS_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -139,6 +142,44 @@ def test_a_cut_link_ends_both_sides_in_time_and_each_names_the_other(
         assert other in line.partition(" has waited ")[2], line
         assert "does not answer" in line
     assert folder.steps()
+
+
+def _sent(node: str) -> int:
+    """Bytes that have left a node."""
+    counter = ("cat", "/sys/class/net/eth0/statistics/tx_bytes")
+    found = subprocess.run(["ip", "netns", "exec", node, *counter], capture_output=True, check=True)
+    return int(found.stdout)
+
+
+def test_copies_of_pieces_on_two_machines_send_gradients_alone(
+    tmp_path: Path, nodes: list[str]
+) -> None:
+    width, steps = 192, 4
+    options = f"{{img_size: 8, patch_size: 4, depth: 4, embed_dim: {width}}}"
+    model = f"model={{name: vit_tiny_patch16_224, options: {options}}}"
+    run = ("train", "quickstart", model, f"train.max_steps={steps}", "train.validation_steps=1")
+    run += ("evaluate.autoattack=null", "evaluate.pgd=null", "evaluate.train_images=null")
+    numbers = 4 * 12 * width**2  # of the blocks, nearly all
+    bits = {32: "communication={name: allreduce}", 8: "communication={name: qsgd, bits: 8}"}
+    for number, communication in bits.items():
+        folder, before = RunFolder(tmp_path / f"run{number}"), [_sent(node) for node in nodes[:2]]
+        machines = []
+        for rank, node in enumerate(nodes[:2]):
+            command = (*HSDP, str(rank), "-m", "robust_accel", *run, communication)
+            log = tmp_path / f"{number}-{rank}"
+            output = f"output={folder.path}"
+            machines.append(Inside(node, *command, output, log=log, name=NAMES[rank]))
+        try:
+            ends = [machine.wait() for machine in machines]
+        finally:
+            for machine in machines:
+                machine.kill()
+        for code, output in ends:
+            assert code == 0, output
+        assert all(tensor.isfinite().all() for tensor in weights(folder.path).values())
+        for node, at_first in zip(nodes, before, strict=False):
+            expected = steps * numbers * number / 8  # an all-reduce of two: each sends it once
+            assert expected < _sent(node) - at_first < 1.4 * expected
 
 
 @pytest.fixture(scope="module")
