@@ -23,6 +23,9 @@ multiprocessing.set_forkserver_preload(
         "deepspeed.runtime.zero.muon.original_muon",
         "matplotlib.pyplot",
         "sklearn.datasets",
+        "sklearn.model_selection",
+        "torch.distributed.tensor.experimental",
+        "transformers",
     ]
 )
 

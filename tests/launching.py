@@ -24,6 +24,7 @@ DDP = ("--multi_gpu", "--num_processes", "2")
 SMALL = (
     "communication.name=qsgd",
     "communication.bits=8",
+    "communication.compile=false",  # the same bytes; compiling takes longer than such a run
     "train.epochs=2",
     "train.validate_every=2",
     "train.checkpoint_every=4",
@@ -182,9 +183,11 @@ def port() -> str:
     return str(20000 + os.getpid() % 20000)
 
 
-def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> Path:
+def quickstart_run(
+    folder: Path, *settings: str, start: Callable[..., Processes] = Launched
+) -> Path:
     """A small run by two processes, with quantised gradients."""
-    code, output = start("train", "quickstart", *SMALL, f"output={folder}").wait()
+    code, output = start("train", "quickstart", *SMALL, *settings, f"output={folder}").wait()
     assert code == 0, output
     return folder
 

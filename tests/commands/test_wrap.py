@@ -83,7 +83,7 @@ def test_two_processes(kind: str, plain: float, tmp_path: Path) -> None:
         pytest.skip("this torch has FSDP2 on GPUs alone")
     recipe, *settings = RECIPE
     if kind == "outside" or hasattr(FSDPModule, "set_custom_reduce_scatter"):
-        settings += ["communication.name=qsgd"]
+        settings += ["communication={name: qsgd, compile: false}"]
     command = ("wrap", "--recipe", recipe, *NORMALISED, *settings)
     code, output = Forked(*command, SCRIPT, kind, tmp_path).wait()
     assert code == 0, output

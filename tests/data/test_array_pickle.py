@@ -180,12 +180,12 @@ PAYLOADS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_a_hostile_pickle_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
     content, message = PAYLOADS[name]
-    path, start = write(tmp_path, content), time.monotonic()
+    path, start = write(tmp_path, content), time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         load_arrays(path)
     assert str(caught.value).startswith(f"path: {path} ")
     assert len(str(caught.value).splitlines()) == 1
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_many_names_of_one_list_are_one_array(tmp_path: Path) -> None:

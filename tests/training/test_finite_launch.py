@@ -14,7 +14,8 @@ pytestmark = pytest.mark.launch
 ENGINES = {"ddp": CPU} | {
     f"zero{stage}": ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in range(3)
 }
-OF_ONE = ("objective.rank=1", "communication.name=qsgd", "train.epochs=2", "evaluate.pgd=null")
+OF_ONE = ("objective.rank=1", "communication={name: qsgd, compile: false}")
+OF_ONE += ("train.epochs=2", "evaluate.pgd=null")
 
 
 def train(folder: Path, engine: str, *settings: str) -> tuple[int, str]:

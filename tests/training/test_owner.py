@@ -20,7 +20,7 @@ pytestmark = pytest.mark.launch
 TINY = tuple(setting for setting in SMALL if not setting.startswith("communication."))
 TINY += ("train.epochs=1", "train.max_steps=4", "evaluate.pgd=null", "evaluate.images=20")
 TINY += ("evaluate.train_images=null",)
-TRAIN = ("train", "quickstart", *SMALL, "communication.compile=false", "train.validate_every=1")
+TRAIN = ("train", "quickstart", *SMALL, "train.validate_every=1")
 TRAIN += ("train.select=best",)
 RELATIVE = "output=run"
 
