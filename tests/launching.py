@@ -183,11 +183,9 @@ def port() -> str:
     return str(20000 + os.getpid() % 20000)
 
 
-def quickstart_run(
-    folder: Path, *settings: str, start: Callable[..., Processes] = Launched
-) -> Path:
+def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> Path:
     """A small run by two processes, with quantised gradients."""
-    code, output = start("train", "quickstart", *SMALL, *settings, f"output={folder}").wait()
+    code, output = start("train", "quickstart", *SMALL, f"output={folder}").wait()
     assert code == 0, output
     return folder
 

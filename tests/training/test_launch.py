@@ -17,7 +17,7 @@ ZERO = [("--config_file", str(RECIPES / f"accelerate/zero{stage}.yaml")) for sta
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quickstart_run(tmp_path_factory.mktemp("runs") / "two", "communication.compile=auto")
+    return quickstart_run(tmp_path_factory.mktemp("runs") / "two")
 
 
 def test_two_processes_train_with_equal_parameters_and_count_their_bytes(finished: Path) -> None:
@@ -44,7 +44,7 @@ def test_deepspeed_trains_by_the_same_recipe(
     finished: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    run = ("train", "quickstart", *SMALL, "communication.compile=auto")
+    run = ("train", "quickstart", *SMALL, "communication.compile=auto")  # the default
     code, output = Launched(*run, f"output={folder.path}", flags=flags).wait()
     assert code == 0, output
     report, by_ddp = folder.read_report(), RunFolder(finished).read_report()

@@ -34,7 +34,7 @@ REGIME = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quickstart_run(tmp_path_factory.mktemp("runs") / "two", start=Forked)
+    return quickstart_run(tmp_path_factory.mktemp("runs") / "two", Forked)
 
 
 @pytest.fixture(scope="module")

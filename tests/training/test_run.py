@@ -159,7 +159,7 @@ def test_an_evaluation_that_differs_from_training_is_said(
     [
         # 7 steps an epoch and 1 validation: both die in the 11th step, after the checkpoint of
         # the 9th, in the middle of the second epoch
-        pytest.param(12, (), id="plain"),
+        pytest.param(12, (), id="plain", marks=pytest.mark.long),
         pytest.param(
             23,
             (
