@@ -204,7 +204,7 @@ def test_rounding_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(RESUMED)
     recipe, *settings = RECIPE
-    settings += ["communication.name=qsgd", "communication.bits=4"]
+    settings += ["communication={name: qsgd, bits: 4, compile: true}"]
     for first, last in ((0, 4), (2, 4)):
         command = ("wrap", "--recipe", recipe, *NORMALISED, *settings, script, tmp_path)
         code, output = Forked(*command, first, last).wait()
