@@ -9,6 +9,7 @@ from typing import Any
 
 from robust_accel.attacks import NoAttack
 from robust_accel.data import selection_of
+from robust_accel.data.ids import IdsError
 from robust_accel.evaluation.identity import digest_of_json
 from robust_accel.files import as_json
 from robust_accel.plain_yaml import RecipeError, read_plain
@@ -94,7 +95,15 @@ class Trial:
         ids = getattr(self.recipe, name).ids if name in ("evaluate", "certify") else None
         if not isinstance(ids, str):
             return ()
-        return (self.recipe.checked(name, lambda: selection_of(self.recipe.data, ids)),)
+
+        def listed() -> str:
+            try:
+                return selection_of(self.recipe.data, ids)
+            except IdsError as error:
+                error.section = name
+                raise
+
+        return (self.recipe.checked(name, listed),)
 
     def check(self) -> None:
         """That what lies in its folder was trained so.
