@@ -28,11 +28,16 @@ from robust_accel.statistics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-FIRST = "first {} of each severity"
-"""So a record's ``images.kind`` begins, unless they are all."""
 
 _OF_ALL = ("function", "seed", "draws", "batch_size", "device", "hardware", "num_processes")
 """What the mean's record has of its parts'."""
+
+
+def first_of_each(number: int | None, kind: str) -> str:
+    """A record's ``images.kind``: so many of each severity, of images of a kind; None: of all."""
+    if number is None:
+        return kind
+    return f"first {number} of each severity" + ("" if kind == "all" else f" of {kind}")
 
 
 class CorruptionEvaluation:
@@ -85,9 +90,7 @@ class CorruptionEvaluation:
         except ValueError as error:
             raise ValueError(f"evaluate.corruptions.{error}") from error
         finally:
-            if self.number is not None:
-                of = "" if self.kind == "all" else f" of {self.kind}"
-                self.kind = f"{FIRST.format(self.number)}{of}"
+            self.kind = first_of_each(self.number, self.kind)
 
     def run(self, bench_of: Callable[..., Bench]) -> dict[str, Record | dict[str, Record]]:
         """The records: ``corruption``, by name, and ``corruptions``, their mean.

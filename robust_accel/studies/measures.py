@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from robust_accel.data import Ids, selection_of
 from robust_accel.evaluation.accuracy import attacker_of
-from robust_accel.evaluation.corruptions import FIRST
+from robust_accel.evaluation.corruptions import first_of_each
 from robust_accel.evaluation.unions import attack_of_union
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
@@ -50,8 +50,7 @@ def _corruptions(key: str) -> Measured:
         asked["reference"] = own.reference and {name: own.reference[name] for name in own.names}
         source = as_json({"path": own.path} if own.path else recipe.data.source())
         kind = "all" if own.path else selection_of(recipe.data, settings.ids)
-        if (number := own.images or settings.images) is not None:
-            kind = FIRST.format(number) + ("" if kind == "all" else f" of {kind}")
+        kind = first_of_each(own.images or settings.images, kind)
         row = pick(
             row
             for row in run.of("corruptions")
