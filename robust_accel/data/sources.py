@@ -6,6 +6,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from glob import has_magic
 from pathlib import Path
 
 import datasets
@@ -47,7 +48,7 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
             f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)}, "
             f"{SUFFIX} (WebDataset), and folders"
         )
-    if loader is None and not os.path.exists(path) and not _may_be_elsewhere(path):
+    if not (_is_here(path) or _may_be_elsewhere(path)):
         raise ValueError(f"path: {path!r} cannot be loaded: there is no such folder or file")
     if Path(path, datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         raise ValueError(f"path: {path!r} was written by save_to_disk: write it by to_parquet")
@@ -55,7 +56,7 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
     def builder() -> datasets.DatasetBuilder:
         if loader is None:
             return datasets.load_dataset_builder(path, config)
-        return datasets.load_dataset_builder(loader, data_files=path)
+        return _of_files(loader, path)
 
     with _explained(path):
         if os.path.isdir(path):
@@ -115,9 +116,30 @@ def _no_files(path: str) -> list[str]:
     return sorted(found)
 
 
+def _is_here(path: str) -> bool:
+    """Whether it is a local file or folder, or a pattern of files' names."""
+    is_pattern = Path(path).suffix in _FILES and has_magic(path) and "://" not in path
+    return is_pattern or os.path.exists(path)
+
+
 def _may_be_elsewhere(path: str) -> bool:
     """Whether it may be an address, or the name of a data set on the hub: ``OWNER/NAME``."""
-    return "://" in path or not (os.path.isabs(path) or path[0] == "." or path.count("/") > 1)
+    is_local = os.path.isabs(path) or path[0] == "." or path.count("/") > 1
+    return "://" in path or not (is_local or Path(path).suffix in _FILES)
+
+
+def _of_files(kind: str, files: str | dict[str, list[str]]) -> datasets.DatasetBuilder:
+    """A reader of files, without the request by which ``datasets`` counts what reads a kind.
+
+    It is about no data set of anybody's, and where names are not resolved it waits for seconds.
+    """
+    config, key = datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS"
+    before = getattr(config, key)
+    setattr(config, key, False)
+    try:
+        return datasets.load_dataset_builder(kind, data_files=files)
+    finally:
+        setattr(config, key, before)
 
 
 @contextmanager
@@ -134,7 +156,7 @@ def _explained(path: str) -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(keep)
     try:
-        with nullcontext() if os.path.exists(path) else asked_in_vain_once():
+        with nullcontext() if _is_here(path) else asked_in_vain_once():
             yield
     except AddressError:
         raise
@@ -144,7 +166,7 @@ def _explained(path: str) -> Iterator[None]:
             inner := cause.__cause__ or cause.__context__
         ):
             cause = inner
-        local = "" if Path(path).exists() else " (no such local path, so the hub was asked)"
+        local = "" if _is_here(path) else " (no such local path, so the hub was asked)"
         where = next((f"{name}: " for name in _files_at_hand(cause)), "")
         text = told[-1] if told else f"{where}{type(cause).__name__}: {cause}"
         text = " ".join(text.split())
@@ -221,8 +243,7 @@ def _with_own_names(
 
     def alone(split: str) -> datasets.Dataset:
         own = {split: files[split]}
-        builder = lambda: datasets.load_dataset_builder("parquet", data_files=own)  # noqa: E731
-        return _loaded(builder, files[split])[split]
+        return _loaded(lambda: _of_files("parquet", own), files[split])[split]
 
     with _explained(path):
         return datasets.DatasetDict(splits | {split: alone(split) for split in of_split})

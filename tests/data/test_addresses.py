@@ -65,3 +65,23 @@ def test_a_users_own_link_is_followed(folder: Path) -> None:
     (folder / "a.parquet").unlink()
     (folder / "train.parquet").symlink_to(folder.parent / "outside" / "a.parquet")
     assert len(load_splits(str(folder), None)["train"]) == 5
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/a.parquet", "folder/*.parquet", "a.arrow"])
+def test_nothing_is_asked_for_what_lies_here(folder: Path, name: str) -> None:
+    datasets.Dataset.from_dict({"label": [0] * 2}).save_to_disk(folder.parent / "saved")
+    (arrow,) = (folder.parent / "saved").glob("*.arrow")
+    arrow.rename(folder.parent / "a.arrow")
+    assert len(load_splits(str(folder.parent / name), None)["train"]) == 2
+    with pytest.raises(ValueError, match=r"^path: .* there is no such folder or file$"):
+        load_splits(str(folder.parent / f"no_{name}".replace("*", "b")), None)
+
+
+def test_nor_where_splits_name_their_classes_differently(folder: Path) -> None:
+    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
+        features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=features)
+        rows.to_parquet(folder / f"{split}.parquet")
+    (folder / "a.parquet").unlink()
+    splits = load_splits(str(folder), None)
+    assert splits["test"].features["label"].names == ["b", "a"]
