@@ -15,7 +15,7 @@ from robust_accel.data.images import (
     FileImages,
     ImageSet,
     MemoryImages,
-    crop_flip,
+    augmented,
     seeded_generator,
 )
 from robust_accel.data.loading import (
@@ -52,8 +52,8 @@ __all__ = [
     "Sampler",
     "TrainingBatches",
     "UnlabeledSettings",
+    "augmented",
     "compared_by_number",
-    "crop_flip",
     "identity_of",
     "load_data",
     "load_test",

@@ -10,7 +10,7 @@ from robust_accel.data.array_files import Mapped, array_names, stored_array
 from robust_accel.data.array_pickle import load_arrays
 from robust_accel.data.augmentation import image_transform
 from robust_accel.data.classes import shown
-from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages
+from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, batch_augment
 from robust_accel.data.labels import checked_labels
 from robust_accel.data.mapped import MappedImages
 from robust_accel.data.reading import LeftOut, left_out_of
@@ -58,7 +58,7 @@ def images_of_arrays(
             )
         labels = targets.mapped()
         _check_labels(labels, number, f"path: {label!r}", path)
-    augment = settings.augment == "crop_flip"
+    augment = batch_augment(settings.augment)
     transform = image_transform(settings, (channels, height, found.shape[2]))
     return MappedImages(found.mapped(), labels, augment=augment, transform=transform, seed=seed)
 

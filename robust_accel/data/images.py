@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from robust_accel.data.settings import DataSettings
 NO_LABEL = -1
 HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
 HASHED_IMAGES = 1000
+PAD = 4
+Augment = Literal["flip", "crop_flip"]
 Batch = tuple[Tensor, Tensor]
 """Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device.
 
@@ -57,7 +59,7 @@ class MemoryImages:
     Args:
         images: [N, C, H, W], uint8.
         labels: [N].
-        augment: Crop and mirror, whole batches on the device.
+        augment: Whole batches on the device, see ``augmented``; None: not at all.
         transform: Of each image after that, on the CPU.
         seed: Of both.
     """
@@ -67,7 +69,7 @@ class MemoryImages:
         images: Tensor,
         labels: Tensor,
         *,
-        augment: bool = False,
+        augment: Augment | None = None,
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
@@ -84,7 +86,7 @@ class MemoryImages:
         """Augmented as the settings say."""
         _, channels, height, width = images.shape
         transform = image_transform(settings, (channels, height, width))
-        augment = settings.augment == "crop_flip"
+        augment = batch_augment(settings.augment)
         return cls(images, labels, augment=augment, transform=transform, seed=seed)
 
     def __len__(self) -> int:
@@ -111,14 +113,14 @@ class MemoryImages:
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
-        augment = self.augment and epoch is not None
+        augment = None if epoch is None else self.augment
         draws = _draw_crops(len(self), self.seed, epoch or 0) if augment else None
         transform = None if epoch is None else self.transform
         where = device if transform is None else torch.device("cpu")
         for indices in index_batches:
             x = self.images[indices].to(where)
-            if draws is not None:
-                x = crop_flip(x, draws[indices].to(where))
+            if augment and draws is not None:
+                x = augmented(x, draws[indices].to(where), augment)
             if transform is not None:
                 x = transformed(x, transform, indices, self.seed, epoch or 0).to(device)
             yield x.float() / 255, self.labels[indices].to(device)
@@ -288,7 +290,9 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-PAD = 4
+def batch_augment(augment: str) -> Augment | None:
+    """What ``data.augment`` says of images in memory."""
+    return augment if augment in get_args(Augment) else None  # type: ignore[return-value]
 
 
 def _draw_crops(num_images: int, seed: int, epoch: int) -> Tensor:
@@ -299,10 +303,18 @@ def _draw_crops(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.cat([offsets, flips], dim=1)
 
 
-def crop_flip(x: Tensor, draws: Tensor) -> Tensor:
-    """Pad by 4 zeros, crop to the old size and mirror: x [B, C, H, W], draws [B, 3] of ints."""
+def augmented(x: Tensor, draws: Tensor, augment: Augment) -> Tensor:
+    """Mirrored where that is drawn, and cropped to the old size after padding by 4 zeros.
+
+    Args:
+        x: [B, C, H, W].
+        draws: Row, column and whether to mirror: [B, 3] of integers.
+        augment: ``flip`` mirrors alone.
+    """
     batch, channels, height, width = x.shape
     row, column, flip = draws[:, 0:1], draws[:, 1:2], draws[:, 2:3].bool()  # [B, 1]
+    if augment == "flip":
+        return torch.where(flip[:, :, None, None], x.flip(3), x)
     rows = row + torch.arange(height, device=x.device)  # [B, H]
     steps = torch.arange(width, device=x.device)
     columns = column + torch.where(flip, steps.flip(0), steps)  # [B, W]

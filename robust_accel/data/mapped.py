@@ -14,10 +14,11 @@ from robust_accel.data.images import (
     HASHED_WHOLE,
     NO_LABEL,
     PAD,
+    Augment,
     Batch,
     ImageSet,
     Transform,
-    crop_flip,
+    augmented,
     transformed,
 )
 from robust_accel.data.orders import Order, draws
@@ -45,7 +46,7 @@ class MappedImages:
         pixels: Mapped,
         labels: Mapped | None,
         *,
-        augment: bool = False,
+        augment: Augment | None = None,
         transform: Transform | None = None,
         seed: int = 0,
         rows: Order | Tensor | None = None,
@@ -133,7 +134,7 @@ class MappedImages:
         if self.augment and epoch is not None:
             drawn = draws(indices, self.seed, epoch, 1)
             crops = [drawn % (2 * PAD + 1), (drawn >> 20) % (2 * PAD + 1), (drawn >> 40) % 2]
-            x = crop_flip(x, torch.stack(crops, dim=1).to(where))
+            x = augmented(x, torch.stack(crops, dim=1).to(where), self.augment)
         if transform is not None:
             x = transformed(x, transform, indices, self.seed, epoch or 0).to(device)
         return x.float() / 255, self.labels_at(indices).to(device)

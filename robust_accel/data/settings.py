@@ -96,8 +96,9 @@ class DataSettings(Settings):
         validation_size: Training images held out to choose checkpoints: a number, or a share < 1.
         train_size, test_size: Use only so many images of a split, drawn once by a fixed seed.
         in_memory: Decode all images once and keep them as uint8 (for small images of one size).
-        augment: ``crop_flip`` (in memory: pad by 4, crop, mirror, in batches on the device),
-            ``timm`` (from files: random resized crop and mirror), or ``none``.
+        augment: In memory, in batches on the device: ``crop_flip`` (pad by 4, crop, mirror) or
+            ``flip`` (mirror, enough where few epochs underfit). From files: ``timm`` (random
+            resized crop and mirror). Or ``none``.
         policy: Of torchvision, after ``augment``: ``rand`` (RandAugment, 2 operations of magnitude
             9), ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
             (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory each training process
@@ -131,7 +132,7 @@ class DataSettings(Settings):
     train_size: Annotated[Whole, Ge(1)] | None = None
     test_size: Annotated[Whole, Ge(1)] | None = None
     in_memory: Flag = True
-    augment: Literal["none", "crop_flip", "timm"] = "none"
+    augment: Literal["none", "flip", "crop_flip", "timm"] = "none"
     policy: Literal["rand", "trivial", "auto_cifar10", "auto_imagenet", "auto_svhn"] | None = None
     cutout: Annotated[Whole, Ge(1)] | None = None
     mix: MixSettings | None = None
@@ -157,10 +158,10 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataSettings":
-        if self.augment == ("timm" if self.in_memory else "crop_flip"):
+        if self.augment in (["timm"] if self.in_memory else ["flip", "crop_flip"]):
             raise ValueError(
                 f"augment: {self.augment} does not go with in_memory: {str(self.in_memory).lower()}"
-                " (crop_flip: in memory; timm: from files; none: both)"
+                " (flip, crop_flip: in memory; timm: from files; none: both)"
             )
         if self.in_memory == (self.image_size is not None):
             raise ValueError(

@@ -260,6 +260,7 @@ def test_sizes_that_do_not_fit_are_refused(
     [
         {"augment": "timm"},
         {"augment": "crop_flip", "in_memory": False, "image_size": 8},
+        {"augment": "flip", "in_memory": False, "image_size": 8},
         {"in_memory": False},
         {"image_size": 8},
         {"validation_size": 1.5},

@@ -20,7 +20,7 @@ from robust_accel.data import (
 )
 from robust_accel.data import mapped as mapped_module
 from robust_accel.data.batches import MappedSampler
-from robust_accel.data.images import crop_flip
+from robust_accel.data.images import augmented
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_crops_are_those_of_images_in_memory_and_follow_from_seed_epoch_and_inde
     assert torch.equal(batch(3, indices.flip(0), size=7), batch(3))
     assert not torch.equal(batch(3), batch(4))
     crops = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
-    all_crops = [crop_flip(plain, crop.expand(40, 3)) for crop in crops]
+    all_crops = [augmented(plain, crop.expand(40, 3), "crop_flip") for crop in crops]
     found = {
         (i, c)
         for i in range(40)
