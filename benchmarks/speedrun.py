@@ -21,7 +21,7 @@ from robust_accel.statistics import t_interval
 BUDGET = 600.0  # seconds
 RECIPE = """
 base: cifar10/_cifar10
-data: {augment: crop_flip}
+data: {augment: flip}
 objective: {name: adversarial}
 optimizer: {name: sgd, lr: 0.2, momentum: 0.9, weight_decay: 5e-4}
 schedule: {name: onecycle}
@@ -29,9 +29,9 @@ evaluate: {autoattack: standard, autoattack_images: 1000, train_images: null, ba
 """
 DEVICES = {
     "cpu": """
-model: {name: preact_resnet18, options: {depth: 10, width: 16, stem_stride: 2, act_layer: silu}}
+model: {name: preact_resnet18, options: {depth: 10, width: 24, stem_stride: 2, act_layer: silu}}
 attack: {name: n-fgsm, eps: 8/255, noise_scale: 1.0}
-train: {epochs: 16, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
+train: {epochs: 8, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
 """,
     "cuda": """
 model: {name: preact_resnet18, options: {act_layer: silu}}

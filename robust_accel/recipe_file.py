@@ -27,6 +27,9 @@ SCHEMA = RECIPES / "schema.json"
 """What ``robust-accel schema`` prints: recipes name it in their head, for editors."""
 
 _MOST_BASES = 8
+_OWN = {"model": ("name", "options")}
+"""What belongs to the component that a section names, where not all of it does: pretrained weights,
+a new classifier and the size of images are wanted of any network."""
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -83,6 +86,13 @@ def as_overrides(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def laid_over(old: Any, new: Any) -> Any:
+    """Two values of one key: of mappings both, where they have a key in common the new one's."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: laid_over(old.get(key), value) for key, value in new.items()}
+
+
 class RecipeValues:
     """A recipe as values, as they were written, and where each of them was set."""
 
@@ -124,7 +134,8 @@ class RecipeValues:
                 if not isinstance(node, dict):
                     said = f"{key} is set to {shown(plain(node))} there too"
                     raise RecipeError(f"command line: {shown(text)}: {said}")
-            node[keys[-1]] = parse_setting(value, f"command line: {cut(dotted)}")
+            found = parse_setting(value, f"command line: {cut(dotted)}")
+            node[keys[-1]] = laid_over(node.get(keys[-1]), found)
         self.merge(tree, "command line")
 
     def merge(self, values: dict[str, Any], origin: str) -> None:
@@ -132,13 +143,13 @@ class RecipeValues:
 
     def _merged(self, old: Any, new: dict[str, Any], origin: str, prefix: str) -> dict[str, Any]:
         # another component by name starts its section afresh: its settings are its own
-        old = old if isinstance(old, dict) else {}
-        renamed = prefix and new.get("name", old.get("name")) != old.get("name")
-        if renamed:
-            stale = [key for key in self.origins if key.startswith(prefix)]
-            for key in stale:  # or a key missing now would be blamed on the file that had it
-                del self.origins[key]
-        merged = {} if renamed else dict(old)
+        merged = dict(old) if isinstance(old, dict) else {}
+        if prefix and new.get("name", merged.get("name")) != merged.get("name"):
+            for name in [n for n in merged if n in _OWN.get(prefix[:-1], merged)]:
+                del merged[name]
+                stale = [k for k in self.origins if f"{k}.".startswith(f"{prefix}{name}.")]
+                for key in stale:  # or a key missing now would be blamed on the file that had it
+                    del self.origins[key]
         for key, value in new.items():
             dotted = f"{prefix}{key}"
             self.origins[dotted] = origin

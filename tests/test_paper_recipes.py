@@ -232,6 +232,8 @@ def test_table_1_and_section_4_1_are_in_the_recipes() -> None:
         assert recipe.train.batch_size == 36 * 85
     assert load_recipe("imagenet/dat_pgd").attack.num_steps == 4
     assert load_recipe("imagenet/at").train.batch_size == 512
+    for name in ("imagenet/convnext_tiny", "imagenet/vit_small", "finetune/cifar10"):
+        assert load_recipe(name).model.pretrained
     assert load_recipe("cifar10/dat_pgd").attack.num_steps == 10
     assert load_recipe("cifar10/dat_pgd").train.epochs == 100
 

@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
     logger.info("measuring a few steps of one worker on %s", here)
     kind, is_named = recipe.train.precision, options.device != "this"
     if is_named:  # what its tensors take; the other half precision is as long
+        flops = DEVICES[options.device].flops
+        if kind == "auto":
+            kind = "bf16" if flops["bf16"] > flops["fp32"] else "fp32"
         precision = "no" if kind == "fp32" else "bf16"
     else:
         precision = recipe.checked("train", lambda: choose_precision(kind))
@@ -53,10 +56,10 @@ def run(options: argparse.Namespace) -> int:
     how = f"{here} here, {cost.images} images at a time"
     if is_named:
         device = DEVICES[options.device]
-        flops = device.flops["bf16" if kind == "auto" else kind] * options.efficiency
-        cost, space, timed_on = at_speed(cost, flops), device.memory, None
+        rate = device.flops[kind] * options.efficiency
+        cost, space, timed_on = at_speed(cost, rate), device.memory, None
         how = (
-            f"{options.device} at {flops / 1e12:.3g} TFLOPS ({options.efficiency:.0%} of published)"
+            f"{options.device} at {rate / 1e12:.3g} TFLOPS ({options.efficiency:.0%} of published)"
         )
         how += ", where neither the optimizer nor a quantiser takes time"
     elif here.type == "cuda":

@@ -44,8 +44,9 @@ def pseudo_label(
 
     Args:
         model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
-        out: A ``.parquet`` file: the images as they were, ``pseudo_label`` and ``confidence`` (the
-            probability of that class, in [0, 1]). Or a ``.npz`` file, which training maps and does
+        out: A ``.parquet`` file: the images as they were, ``pseudo_label`` (with the classes'
+            names, where the model knows them) and ``confidence`` (the probability of that class,
+            in [0, 1]). Or a ``.npz`` file, which training maps and does
             not hold in memory: ``image`` (uint8, [N, H, W, C], as the model saw them), ``label``
             (int64, [N]) and ``confidence``. Written by one process in one move, never over another.
         data: What ``data.unlabeled.path`` takes, but no pickle. Not given: the images that the
@@ -85,17 +86,25 @@ def pseudo_label(
     classifier.to(accelerator.device).eval()
     classes, confidence = predictions(classifier, images, recipe.evaluate.batch_size, accelerator)
     if accelerator.is_main_process:
-        _WRITERS[out.suffix](rows, images, classes, confidence, out)
+        names = classifier.class_names
+        _WRITERS[out.suffix](rows, images, classes, confidence, names, out)
     accelerator.wait_for_everyone()
     return {"n": len(rows), "mean_confidence": confidence.mean().item()}
 
 
 def _write_parquet(
-    rows: datasets.Dataset, _: ImageSet, classes: Tensor, confidence: Tensor, out: Path
+    rows: datasets.Dataset,
+    _: ImageSet,
+    classes: Tensor,
+    confidence: Tensor,
+    names: Sequence[str] | None,
+    out: Path,
 ) -> None:
     labeled = rows.add_column(PSEUDO_LABEL, classes.numpy()).add_column(
         CONFIDENCE, confidence.numpy()
     )
+    if names is not None:  # by which a student finds them among its own
+        labeled = labeled.cast_column(PSEUDO_LABEL, datasets.ClassLabel(names=list(names)))
     # the bytes of images that lie in files of their own, or the parquet would hold paths
     whole = labeled.with_format("arrow").map(embed_table_storage, batched=True)
     with written_whole(out) as temporary:
@@ -103,7 +112,12 @@ def _write_parquet(
 
 
 def _write_npz(
-    _: datasets.Dataset, images: ImageSet, classes: Tensor, confidence: Tensor, out: Path
+    _: datasets.Dataset,
+    images: ImageSet,
+    classes: Tensor,
+    confidence: Tensor,
+    names: Sequence[str] | None,
+    out: Path,
 ) -> None:
     batches = images.batches(torch.arange(len(images)).split(_AT_A_TIME), torch.device("cpu"))
     pixels = (x.mul(255).round().byte().permute(0, 2, 3, 1).numpy() for x, _ in batches)

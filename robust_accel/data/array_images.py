@@ -69,10 +69,7 @@ def _check_settings(path: str, own: UnlabeledSettings) -> None:
             f"fraction: null pools images in memory, and those of {path} stay in their file: give "
             "their share of each batch"
         )
-    fixed = {"config": None, "split": "train", "min_confidence": 0}
-    for key, value in fixed.items():
-        if getattr(own, key) != value:
-            raise ValueError(f"{key}: {getattr(own, key)!r} is not for arrays as in {path}")
+    own.refuse(("config", "split", "min_confidence"), f"arrays as in {path}")
 
 
 def _names(path: str, own: UnlabeledSettings) -> tuple[str, str | None]:

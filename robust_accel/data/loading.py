@@ -8,7 +8,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from robust_accel.data.classes import check_classes
+from robust_accel.data.classes import check_classes, tell
 from robust_accel.data.columns import LabeledRows, classes_of_train, labeled_rows
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.ids import Ids, IdsError, find_rows, list_text
@@ -119,6 +119,11 @@ def load_data(
             that is not as declared.
     """
     splits = load_splits(settings.path, settings.config, settings.on_bad)
+    if settings.test_split == settings.train_split:
+        tell(
+            f"data.test_split: {settings.test_split} is what is trained on: what is measured on it "
+            "says little about other images"
+        )
     rows = labeled_rows(splits, settings, "train_split", num_classes=num_classes)
     test_rows = labeled_rows(
         splits, settings, "test_split", num_classes=num_classes, known=rows.classes.number
@@ -247,11 +252,18 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     if len(settings.extra) > 1:
         raise ValueError(f"unlabeled: one set is labelled at a time, found {len(settings.extra)}")
     own = next(iter(settings.extra), UnlabeledSettings())
-    plain = settings.model_copy(update={"augment": "none"})
+    rows, images = _to_label(own, settings.model_copy(update={"augment": "none"}))
+    if (size := len(images) if own.size is None else own.size) > len(images):
+        raise ValueError(f"unlabeled.size: {size} exceeds the {len(images)} images there are")
+    chosen = torch.arange(size) if own.size is None else drawn_order(len(images))[:size]
+    return rows.select(chosen), images.subset(chosen)
+
+
+def _to_label(own: UnlabeledSettings, plain: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
     if own.path is None:
         return _left_out(plain)
     try:
-        rows, column, where = rows_to_label(own, settings.on_bad)
+        rows, column, where = rows_to_label(own, plain.on_bad)
         numbers = torch.arange(len(rows))
         pictures = Pictures.of(Source(rows, column, where), numbers)
         read = read_images(pictures, torch.full_like(numbers, NO_LABEL), plain, 0)

@@ -1,6 +1,7 @@
 """The recipe's ``data`` section."""
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -41,6 +42,16 @@ class UnlabeledSettings(Settings):
     min_confidence: Annotated[Number, Ge(0), Le(1)] = 0.0
     size: Annotated[Whole, Ge(1)] | None = None
     fraction: Annotated[Number, Gt(0), Lt(1)] | None = 0.5
+
+    def refuse(self, keys: Iterable[str], where: str) -> None:
+        """That keys which mean nothing somewhere have not been set.
+
+        Raises:
+            ValueError: ``key: ...``.
+        """
+        for key in keys:
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {value!r} is not for {where}")
 
 
 class MixSettings(Settings):

@@ -21,6 +21,7 @@ from robust_accel.data.sources import load_splits, rows_of
 PSEUDO_LABEL, CONFIDENCE = "pseudo_label", "confidence"  # columns that `pseudo-label` writes
 LABELED_FILES = (".parquet", ".npz")  # and the files
 NONE_LEFT_OUT = "path: not given, and data.train_size leaves no image out"
+_OF_ROWS = ("config", "split", "image_column", "label_column", "min_confidence")
 
 
 def load_unlabeled(
@@ -73,11 +74,13 @@ def _read(
 ) -> tuple[ImageSet, LeftOut | None]:
     path = own.path
     if path is None:
+        own.refuse(_OF_ROWS, "what data.train_size leaves out, whose labels stay unseen")
         if len(rest) == 0:
             raise ValueError(NONE_LEFT_OUT)
         rest.labels = torch.full((len(rest),), NO_LABEL)
         return rest, None
     if Path(path).suffix in (".pickle", ".pkl"):
+        own.refuse(_OF_ROWS, f"a pickle as {path}")
         return images_of_pickle(path, settings, seed, classes.number)
     if holds_arrays(path):
         return images_of_arrays(path, own, settings, seed, classes.number), None
@@ -122,13 +125,14 @@ def _labels(
         positions, doubt = own.positions_in(train)
     except ValueError as error:
         raise ValueError(f"label_column: {error}") from None
-    # a teacher's numbers are those of the classes that it was trained on
-    if doubt and settings.classes is not None and column != PSEUDO_LABEL:
+    if column == PSEUDO_LABEL and not own.named:
+        doubt = ""  # its numbers are those of the classes that the teacher was trained on
+    if doubt and settings.classes is not None:
         raise ValueError(
             f"label_column: {own.where} gives numbers, but data.classes numbers classes anew, and "
             "without names on both sides it cannot be told which class is meant"
         )
-    if doubt and column != PSEUDO_LABEL and (own.named or train.named):
+    if doubt and (own.named or train.named):
         tell(doubt)
     skip = settings.on_bad == "skip"
     labels, bad = labels_of(rows, column, number, where, lowest=NO_LABEL, skip=skip)

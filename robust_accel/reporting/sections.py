@@ -250,7 +250,7 @@ def _best_against_last(run: Run) -> Section:
 def _gap(run: Run) -> Section:
     lines = []
     for row in run.of("train"):
-        if test := same_attack(row, run.of("accuracy")):
+        if test := same_attack(row, [r for r in run.of("accuracy") if _data(r) == _data(row)]):
             gap, low, high = difference(row, test)
             lines.append(
                 [
@@ -263,6 +263,12 @@ def _gap(run: Run) -> Section:
             )
     head = ["attack", "threat model", "training images (%)", "test images (%)", "gap (%)"]
     return Section("Training images against test images", (), [Table(head, lines)] * bool(lines))
+
+
+def _data(row: Row) -> list[Any]:
+    """The data set that a row's images are of, whichever of its splits."""
+    source = row["images"].get("source") or {}
+    return [source.get(key) for key in ("path", "config")]
 
 
 def _facts(run: Run) -> Section:

@@ -62,7 +62,8 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
     """The runs in these folders.
 
     Args:
-        everything: Of the ledger, also rows that a larger measurement stands for.
+        everything: Of the ledger, where there is one, also rows that a larger measurement stands
+            for.
 
     Raises:
         ValueError: Nothing was measured in one of them, or before there was a ledger.
@@ -82,7 +83,10 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
             )
         check(Report, [report], str(RunFolder(folder).report))
         name = name if names.count(name) == 1 else printable(str(folder))
-        rows = _ledger_rows(folder, report) if everything else report.get("measurements", [])
+        rows = report.get("measurements", [])
+        if everything and (found := read_records(folder)):
+            function = str((report.get("model") or {}).get("function"))
+            rows = tidy(shown(found, function, everything=True))
         runs.append(Run(RunFolder(folder), name, report, rows))
     return runs
 
@@ -116,11 +120,6 @@ def refused_by_name(folder: RunFolder) -> Iterator[None]:
             f"{folder.path} cannot be shown: its files are not as robust-accel writes them "
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
-
-
-def _ledger_rows(folder: Path, report: dict[str, Any]) -> list[Row]:
-    function = str((report.get("model") or {}).get("function"))
-    return tidy(shown(read_records(folder), function, everything=True))
 
 
 # How numbers are written.

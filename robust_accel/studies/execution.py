@@ -174,7 +174,10 @@ class Runner:
             if trial.folder in unfinished and is_free and not unfinished.intersection(trial.needs):
                 if any(need in self.broken or need in lost for need in trial.needs):
                     continue
-                found.append((trial, self.done.left(trial)[0]))
+                left = self.done.left(trial)
+                if left:
+                    found.append((trial, left[0]))
+                    busy.add(trial.folder)
         return found
 
     def _start(self, trial: Trial, command: Command) -> None:

@@ -11,6 +11,7 @@ from robust_accel.reporting.charts import Line, Lines
 from robust_accel.reporting.figures import draw
 from robust_accel.reporting.tables import Table, escaped
 from robust_accel.reporting.views import refused_by_name
+from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.study_file import FigureSettings
 from robust_accel.studies.trial import Cell
@@ -158,7 +159,7 @@ def _how(results: Results) -> str:
             found = run.report.get("versions", {}).items()
             versions |= {f"{name} {version}": None for name, version in found}
     seconds = sum(results.done.seconds(results.plan.known(results.chosen)).values())
-    trainings = len(results.plan.known(results.chosen))
+    trainings = len({trial.folder for trial in results.plan.known(results.chosen)})
     said = (
         f"{trainings} trainings, {seconds / 3600:.1f} hours of processes in all"
         + (f", on {'; '.join(hardware)}" if hardware else ""),
@@ -181,8 +182,8 @@ def _figure(results: Results, figure: FigureSettings) -> Lines:
             groups.setdefault((plan.runs[cell.run].label or cell.run, *others), []).append(cell)
         for column in figure.y:
             for name, group in groups.items():
-                at = {float(dict(c.labels)[figure.x]): list(results.values(c, column).values())
-                      for c in group}  # fmt: skip
+                at = {x: list(results.values(c, column).values())
+                      for c in group for x in _places(c, figure.x, plan)}  # fmt: skip
                 text = ", ".join(name) + (f", {column}" if len(figure.y) > 1 else "")
                 lines += _line(text, at, len(lines))
         x_label = plan.study.grid[figure.x].label
@@ -196,6 +197,12 @@ def _figure(results: Results, figure: FigureSettings) -> Lines:
         x_label = _X_LABELS[figure.x]
     y_label = figure.y[0] if len(figure.y) == 1 else "accuracy (%)"
     return Lines(figure.name, figure.title, x_label, y_label, lines, percent=False, log=figure.log)
+
+
+def _places(cell: Cell, axis: str, plan: Plan) -> list[float]:
+    """Where a row stands on an axis: everywhere, if the axis does not multiply it."""
+    own = dict(cell.labels).get(axis)
+    return [float(label) for label in (plan.axes[axis] if own is None else [own])]
 
 
 def _line(name: str, at: dict[float, list[float]], color: int) -> list[Line]:

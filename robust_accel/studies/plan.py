@@ -16,7 +16,7 @@ from typing import Any
 from robust_accel.messages import close_to, cut
 from robust_accel.plain_yaml import RecipeError, number
 from robust_accel.recipe import load_recipe
-from robust_accel.recipe_file import beside
+from robust_accel.recipe_file import beside, laid_over
 from robust_accel.settings import listed
 from robust_accel.studies.after import check_after
 from robust_accel.studies.study_file import (
@@ -66,7 +66,8 @@ class Plan:
         self.path, self.study, self.scale, self.root = path, study, scale, root
         self.overrides, self.seeds, self.launcher = tuple(overrides), seeds, launcher
         runs = {name: run_at_scale(study, name, scale, str(path)) for name in study.runs}
-        self.runs = {name: run for name, run in runs.items() if not run.skip}
+        self.runs = {name: run for name, (run, _) in runs.items() if not run.skip}
+        self._settings = {name: settings for name, (_, settings) in runs.items()}
         self.axes = {name: scale.grid.get(name, axis.values) for name, axis in study.grid.items()}
         if self.number > MOST_TRAININGS:
             said = f"{self.number:,} trainings; a study has at most {MOST_TRAININGS:,}"
@@ -132,10 +133,12 @@ class Plan:
     def known(self, chosen: Chosen) -> list[Trial]:
         """The trainings that can be named yet: seeds but the first wait for the tuning.
 
+        Two of one folder are one training, of which each has its own measured.
+
         Args:
             chosen: Asked of cells that are tuned.
         """
-        found: dict[Path, Trial] = {}
+        found = []
         for seed in self.seeds:
             for cell in self.cells:
                 tries = self.tries(cell)
@@ -145,8 +148,8 @@ class Plan:
                 for tried in tries:
                     trial = self.trial(cell, tried, seed, chosen)
                     if trial is not None:
-                        found.setdefault(trial.folder, trial)
-        return list(found.values())
+                        found.append(trial)
+        return found
 
     def trial(
         self,
@@ -186,7 +189,7 @@ class Plan:
         settings: list[tuple[str, Values]] = [
             (f"{self.path}: scales", self.scale.settings),
             *((f"{self.path}: grid.{axis}", values) for axis, values in axes.items()),
-            (where, run.settings),
+            *((where, values) for values in self._settings[cell.run]),
             (f"{where}.tune", dict(tried)),
             ("the study's seed", {"train.seed": seed}),
         ]
@@ -209,7 +212,8 @@ class Plan:
 
     def _references(self, run: RunSettings, cell: Cell) -> list[str]:
         axes = [self.axes[axis][label] for axis, label in cell.labels]
-        texts = json.dumps([run.settings, self.scale.settings, axes, run.then], ensure_ascii=False)
+        own = self._settings[cell.run]
+        texts = json.dumps([own, self.scale.settings, axes, run.then], ensure_ascii=False)
         names = dict.fromkeys(re.findall(r"\{(\w[\w.+-]*)\}", texts))
         return [name for name in names if name != "run"]
 
@@ -231,7 +235,8 @@ class Plan:
         given: list[tuple[str, Values]] = [("scales", self.scale.settings)]
         varied = set(_OWN)
         for name, run in self.runs.items():
-            given += [(f"runs.{name}", run.settings), (f"runs.{name}.tune", run.tune)]
+            given += [(f"runs.{name}", values) for values in self._settings[name]]
+            given.append((f"runs.{name}.tune", run.tune))
             varied |= set(run.tune)
         for axis, values in self.axes.items():
             for settings in values.values():
@@ -254,6 +259,7 @@ class Plan:
     def _check(self) -> None:
         """Build every recipe, as far as it can be known before anything has run."""
         faults: dict[str, None] = {}
+        rows: dict[Any, Cell] = {}
         for cell in self.cells:
             tries = self.tries(cell)
             for tried in tries:
@@ -265,10 +271,12 @@ class Plan:
                 except RecipeError as error:
                     faults |= dict.fromkeys(str(error).splitlines())
                     continue
-                if len(tries) > 1 and trial.recipe.data.validation_size == 0:
-                    where = f"{self.path}: runs.{cell.run}.tune"
-                    why = "settings are tuned on a split held out of train"
-                    faults[f"{where}: {why}, but data.validation_size is 0"] = None
+                where = f"{self.path}: runs.{cell.run}"
+                alike = rows.setdefault((trial.digest, *trial.commands), cell)
+                if alike is not cell and not self.runs[cell.run].hidden:
+                    faults[f"{where}: {cell.name} is the very training of {alike.name}"] = None
+                for fault in _faults(trial, is_tuned=len(tries) > 1):
+                    faults[f"{where}{fault}"] = None
         faults |= dict.fromkeys(self._contradictions())
         for claim in self.study.claims:
             for side in (claim.run, claim.than):
@@ -276,6 +284,17 @@ class Plan:
                     self.cell(side)
         if faults:
             raise RecipeError(*faults)
+
+
+def _faults(trial: Trial, *, is_tuned: bool) -> Iterator[str]:
+    train = trial.recipe.train
+    assert train is not None
+    if is_tuned and trial.recipe.data.validation_size == 0:
+        why = "settings are tuned on a split held out of train"
+        yield f".tune: {why}, but data.validation_size is 0"
+    if train.batch_size % (trial.processes * train.gradient_accumulation):
+        parts = f"{trial.processes} processes x {train.gradient_accumulation} micro-batches"
+        yield f": train.batch_size: {train.batch_size} is not divisible by {parts}"
 
 
 def run_of(text: str) -> str:
@@ -293,9 +312,7 @@ def _tree(where: str, values: Values, folders: Mapping[str, str]) -> Values:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise RecipeError(f"{where}: {dotted}: {key} is set to a value there, too")
-        filled = _filled(value, folders)
-        nested = isinstance(filled, dict) and isinstance(node.get(last), dict)
-        node[last] = node[last] | filled if nested else filled
+        node[last] = laid_over(node.get(last), _filled(value, folders))
     return tree
 
 

@@ -71,7 +71,8 @@ class Results:
         """The run folder of a training, if all is done there."""
         found = self._runs.get(trial)
         if found is None and not self.done.left(trial) and not self.done.failed(trial):
-            found = self._runs[trial] = read_runs([trial.folder])[0]
+            # a larger measurement, made since, stands for none that was asked for
+            found = self._runs[trial] = read_runs([trial.folder], everything=True)[0]
         return found
 
     def tuned(self, cell: Cell) -> Tuned | None:

@@ -230,18 +230,20 @@ def read_study(path: Path, scale: str | None) -> tuple[StudySettings, ScaleSetti
     return study, study.scales[scale]
 
 
-def run_at_scale(study: StudySettings, name: str, scale: ScaleSettings, where: str) -> RunSettings:
-    """A run's entry with what the scale changes of it.
+def run_at_scale(
+    study: StudySettings, name: str, scale: ScaleSettings, where: str
+) -> tuple[RunSettings, tuple[Values, ...]]:
+    """A run's entry with what the scale changes of it; its settings, each layer over the last.
 
     Raises:
         RecipeError: The scale changes a field that is not there, or to what is not allowed.
     """
     run = study.runs[name].model_dump()
     changed = dict(scale.runs.get(name, {}))
-    for key in ("settings", "tune"):
-        if isinstance(changed.get(key), dict):
-            changed[key] = run[key] | changed[key]
-    return _checked(RunSettings, run | changed, f"{where}: runs.{name}")
+    if isinstance(changed.get("tune"), dict):
+        changed["tune"] = run["tune"] | changed["tune"]
+    found = _checked(RunSettings, run | changed, f"{where}: runs.{name}")
+    return found, (run["settings"], *([found.settings] if "settings" in changed else []))
 
 
 def _checked(cls: Any, values: Values, where: str) -> Any:

@@ -17,8 +17,8 @@ from robust_accel.recipe import Recipe
 from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 from robust_accel.studies.study_file import Values
 
-MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "images", "autoattack_images",
-             "train_images", "ids", "draws")  # fmt: skip
+MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "corruptions", "images",
+             "autoattack_images", "train_images", "ids", "draws")  # fmt: skip
 """Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
 _MANY = 50_000  # images, where the recipe does not say
 Command = tuple[str, ...]

@@ -65,6 +65,42 @@ def test_what_a_run_left_out_is_labeled_and_trained_on(teacher: Path, tmp_path: 
     assert student["clean_accuracy"]["accuracy"] > 0.5
 
 
+def test_only_some_are_labeled_where_a_size_is_given(teacher: Path, tmp_path: Path) -> None:
+    whole, some = tmp_path / "whole.parquet", tmp_path / "some.parquet"
+    pseudo_label(str(teacher), whole)
+    assert pseudo_label(str(teacher), some, overrides=["data.unlabeled.size=40"])["n"] == 40
+    with pytest.raises(ValueError, match=r"data.unlabeled.size: 900 exceeds the 837 images"):
+        pseudo_label(str(teacher), tmp_path / "x.npz", overrides=["data.unlabeled.size=900"])
+    rows = [{**row, "image": row["image"]["bytes"]} for row in rows_of(whole)]
+    assert all({**row, "image": row["image"]["bytes"]} in rows for row in rows_of(some))
+
+
+def test_a_students_classes_are_found_by_name(tmp_path: Path) -> None:
+    folder, out = tmp_path / "teacher", tmp_path / "p.parquet"
+    path = tmp_path / "images.parquet"
+    names = datasets.ClassLabel(names=["cat", "dog", "emu"])
+    rows = {"image": [Image.new("L", (8, 8), 9 * i) for i in range(12)], "label": [0, 1, 2] * 4}
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    data = [f"data.path={path}", "data.test_split=train", "data.train_size=null"]
+    small = ["train.batch_size=4", "train.epochs=1", "evaluate.train_images=null"]
+    settings = [*SMALL, *data, "data.test_size=null", *small, "data.classes=[2, 1]"]
+    train(load_recipe("quickstart", [*settings, f"output={folder}"]))
+    pseudo_label(str(folder), out, str(path))
+    labels = [row["pseudo_label"] for row in rows_of(out)]  # 0: emu, 1: dog
+    student = [*settings[:-1], f"data.unlabeled.path={out}"]
+    found = load_data(load_recipe("quickstart", student).data).unlabeled.labels.tolist()
+    assert found == [2 - label for label in labels]
+    with pytest.raises(ValueError, match=r"^unlabeled.label_column: .*emu"):
+        load_data(load_recipe("quickstart", [*student, "data.classes=[0, 1]"]).data)
+
+
+def rows_of(path: Path) -> datasets.Dataset:
+    own = {"data_files": str(path), "cache_dir": path.parent / "cache"}
+    rows = datasets.load_dataset("parquet", **own)["train"]
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
 def test_the_same_as_arrays(teacher: Path, tmp_path: Path) -> None:
     """A .npz that training maps, and numpy reads."""
     parquet, arrays = tmp_path / "pseudo.parquet", tmp_path / "new" / "pseudo.npz"

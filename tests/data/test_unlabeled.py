@@ -305,6 +305,19 @@ def test_images_that_do_not_go_with_the_labeled_ones_are_refused(
             load(labeled, path, own=own)
     with pytest.raises(ValueError, match=r"unlabeled.path: .*leaves no image out"):
         load(labeled, None, train_size=12)
+    pickled = tmp_path / "own.pickle"
+    pickled.write_bytes(b"")
+    for own in (
+        {"min_confidence": 0.5},
+        {"label_column": "label"},
+        {"image_column": "image"},
+        {"split": "test"},
+        {"config": "a"},
+    ):
+        ((key, value),) = own.items()
+        for path, where in ((None, "what data.train_size leaves out"), (pickled, "a pickle as")):
+            with pytest.raises(ValueError, match=f"^unlabeled.{key}: {value!r} is not for {where}"):
+                load(labeled, path, own=own, train_size=6)
     with pytest.raises(ValueError, match=r"classes: .*has the classes 0 to 2"):
         load(labeled, unlabeled, classes=(0, 3))
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from studies.conftest import leave
 
 from robust_accel.exit_codes import STOPPED
 from robust_accel.studies import execution
@@ -14,6 +15,28 @@ from robust_accel.studies.plan import Plan
 
 RUNS = (f"r{n}: {{recipe: quickstart, settings: {{attack.num_steps: {n + 1}}}}}" for n in range(4))
 FOUR = f"runs: {{{', '.join(RUNS)}}}"
+
+
+def test_rows_of_one_training_have_each_its_own_measured(plan_of: Callable[..., Plan]) -> None:
+    words = "pseudo-label, --data, 'sklearn:digits', --out, '{run}/p.parquet'"
+    plan = plan_of(
+        f"runs: {{a: {{recipe: quickstart}}, teacher: {{recipe: quickstart, then: [[{words}]]}},"
+        " certified: {recipe: quickstart, then: [[certify]]}, student: {recipe: quickstart,"
+        " settings: {data.unlabeled: {path: '{teacher}/p.parquet'}}}}",
+        seeds=range(1),
+        overrides=["certify.sigma=0.5"],
+    )
+    runner = Runner(plan, Done(plan.root), jobs=4, launcher=None)
+    begun = []
+    while (waiting := runner._waiting(lambda cell: ())) and len(begun) < 9:
+        assert len({trial.folder for trial, _ in waiting}) == len(waiting)
+        for trial, command in waiting:
+            begun.append((trial.cell.run, command[0]))
+            if command == ("train",):
+                leave(trial, runner.done, 0.5, 0.5)
+            runner.done.add(trial, command, "done", 1.0)
+    last = ("student", "train")
+    assert begun == [("a", "train"), ("teacher", "pseudo-label"), ("certified", "certify"), last]
 
 
 @pytest.fixture

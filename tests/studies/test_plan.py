@@ -93,6 +93,33 @@ def test_an_axis_may_set_the_number_of_processes(plan_of: Callable[..., Plan]) -
         )
 
 
+def test_a_scale_adds_to_what_a_run_sets(plan_of: Callable[..., Plan]) -> None:
+    runs = "runs: {a: {recipe: quickstart, settings: {attack: {name: n-fgsm, eps: 0.2}}}}"
+    for more in ("attack.eps: 0.1", "attack: {eps: 0.1}"):
+        scales = f"scales: {{tiny: {{runs: {{a: {{settings: {{{more}}}}}}}}}}}"
+        attack = trials(plan_of(runs, scales=scales))["a, seed 0"].recipe.settings["attack"]
+        assert (attack["name"], attack["eps"]) == ("n-fgsm", 0.1)
+
+
+def test_rows_that_are_one_training_are_refused(plan_of: Callable[..., Plan]) -> None:
+    runs = "runs: {a: {recipe: quickstart, settings: {attack: {name: n-fgsm}}}}\n"
+    grid = "grid: {eps: {label: eps, values: {1: {attack.eps: 0.1}, 2: {attack.eps: 0.2}}}}"
+    with pytest.raises(RecipeError, match=r"runs\.a: a, 2 is the very training of a, 1$"):
+        plan_of(runs + grid)
+    assert plan_of(runs.replace("{attack: {name: n-fgsm}}", "{}") + grid)
+    with pytest.raises(RecipeError, match=r"runs\.b: b is the very training of a$"):
+        plan_of(TWO, overrides=["attack.num_steps=3"])
+    hidden = TWO.replace("b: {", "b: {hidden: true, ")
+    assert plan_of(hidden, overrides=["attack.num_steps=3"])
+
+
+def test_a_batch_that_its_processes_cannot_share_is_refused(plan_of: Callable[..., Plan]) -> None:
+    runs = "runs: {a: {recipe: quickstart, processes: 3}}"
+    with pytest.raises(RecipeError, match=r"runs\.a: train\.batch_size: 64 is not divisible by 3 "):
+        plan_of(runs)
+    assert plan_of(runs, overrides=["train.batch_size=66"])
+
+
 def test_new_settings_at_their_defaults_change_no_digest(
     plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from studies.conftest import filled, leave
 
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.studies.execution import Done, stale
-from robust_accel.studies.page import table, write_page
+from robust_accel.studies.page import _figure, table, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.trial import Trial
@@ -182,6 +182,26 @@ def test_the_page_has_table_figures_claims_and_how(
         assert (tmp_path / "out" / name).stat().st_size > 500
     row = json.loads((tmp_path / "out/s.json").read_text())["rows"][0]
     assert row["values"]["clean (%)"] == {"0": 50.0, "1": 60.0}
+
+
+def test_a_row_that_an_axis_does_not_multiply_is_level(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    text = (
+        "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, grid: [],"
+        " settings: {attack.num_steps: 2}}}\n"
+        "grid: {size: {label: images, values: {80: {data.train_size: 80}, 140: {}}}}\n"
+        "columns: {clean (%): clean}\n"
+        "figures: [{name: curve, title: A curve, x: size, y: [clean (%)]}]"
+    )
+    plan = plan_of(text, overrides=["data.validation_size=20"])
+    results = filled(plan, lambda t: (0.7 if t.cell.run == "b" else 0.5, 0.5))
+    curve = _figure(results, plan.study.figures[0])
+    assert {(line.name, line.x, line.y) for line in curve.lines} == {
+        ("a", (80, 140), (50, 50)),
+        ("b", (80, 140), (70, 70)),
+    }
+    assert write_page(results, tmp_path, "s", "robust-accel study s").exists()
 
 
 def test_drawn_test_images_are_all_that_there_are(plan_of: Callable[..., Plan]) -> None:
