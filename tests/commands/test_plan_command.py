@@ -26,6 +26,20 @@ def test_a_slow_link_and_no_link(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "does not pay here: nothing leaves a machine" in capsys.readouterr().out
 
 
+def test_auto_is_half_precision_where_the_device_is_faster_by_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_module, "_SECONDS", 1e9)
+
+    def said(device: str, precision: str) -> list[str]:
+        words = ["--quiet", "--nodes", "4", "--link", "1mbit", "--device", device]
+        assert main(["plan", "quickstart", *FEW, f"train.precision={precision}", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert said("v100", "auto") == said("v100", "fp32") != said("v100", "bf16")
+    assert said("h100", "auto") == said("h100", "bf16") != said("h100", "fp32")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

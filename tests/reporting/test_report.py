@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from reporting_rows import (
+    DIGITS,
     L2,
     MODEL,
     RECIPE,
@@ -127,6 +128,14 @@ def test_the_report_holds_every_row_fact_and_picture(tmp_path: Path) -> None:
     assert "best (epoch 12)" in section(text, "Best weights against last")
     assert "| normalization.mean" in section(text, "How it was made")
     assert "  num_steps: 7\n" in section(text, "Recipe")
+
+
+def test_training_images_are_compared_with_test_images_of_their_set(tmp_path: Path) -> None:
+    other = {"path": "elsewhere", "split": "test"}
+    trained = clean(0.9, 300, purpose="train", source=DIGITS | {"split": "train"})
+    folder = write_run(tmp_path / "run", [trained, clean(0.8, 360), clean(0.1, 1000, source=other)])
+    gaps = cells(section(write_report(folder), "Training images against test images"))
+    assert [line[-1].split()[0] for line in gaps[2:]] == ["10.00"]
 
 
 def test_without_training_there_are_no_curves_of_it(tmp_path: Path) -> None:
