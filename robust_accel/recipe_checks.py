@@ -28,6 +28,7 @@ def clashes(built: dict[str, Any]) -> Iterator[_Fault]:
     if train is not None:
         yield from _of_train(train, data)
         yield from _of_averages(train)
+        yield from _of_weight_perturbation(train)
         yield from _of_eps(train, attack)
         yield from _of_second_derivatives(train, objective, attack)
     if data is not None and objective is not None:
@@ -71,6 +72,15 @@ def _of_averages(train: Any) -> Iterator[_Fault]:
             "train.swa_start",
             f"{train.swa_start} is after the last of {train.epochs} epochs: nothing would be "
             "averaged",
+        )
+
+
+def _of_weight_perturbation(train: Any) -> Iterator[_Fault]:
+    if train.awp is not None and train.awp.warmup_epochs >= train.epochs:
+        yield (
+            "train.awp.warmup_epochs",
+            f"{train.awp.warmup_epochs} leaves none of {train.epochs} epochs: no weights would be "
+            "perturbed",
         )
 
 

@@ -127,7 +127,8 @@ def with_defaults(settings: OptimizerSettings) -> OptimizerSettings:
         ValueError: As ``create_optimizer`` would, without the real model: an unknown name or
             option, or an impossible value.
     """
-    optimizer = create_optimizer(nn.Linear(2, 2), settings)
+    whole = settings.model_copy(update={"layer_decay": None})  # the stand-in has one layer
+    optimizer = create_optimizer(nn.Linear(2, 2), whole)
     known = set(_known_options(settings.name)) - _HOW_NOT_WHAT - settings.model_fields_set
     defaults = {
         key: list(value) if isinstance(value, tuple) else value

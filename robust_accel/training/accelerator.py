@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast,
+)
 from torch import Tensor, nn
 
 from robust_accel.comm.deepspeed import skip_inference_kernel
 from robust_accel.comm.restarts import join_restartable
 from robust_accel.recipe import TrainSettings
-from robust_accel.training.launcher import check_deepspeed
+from robust_accel.training.launcher import check_engine
 
 LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
 
@@ -34,14 +39,13 @@ def create_accelerator(settings: TrainSettings, precision: str, project_dir: Pat
         project_dir: Where trackers write.
 
     Raises:
-        ValueError: The processes are not joined, DeepSpeed is asked for what the recipe says
+        ValueError: The processes are not joined, the launcher asks for what the recipe says
             otherwise, or the engine cannot leave out a step, as ``train.on_nonfinite`` asks.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size = settings.batch_size // (settings.gradient_accumulation * started)
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if with_deepspeed:
-        check_deepspeed(settings, micro_batch_size)
+    check_engine(settings, micro_batch_size, with_deepspeed=with_deepspeed)
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
     limit = settings.timeout + LATER
     group.timeout = timedelta(seconds=limit)
@@ -50,7 +54,8 @@ def create_accelerator(settings: TrainSettings, precision: str, project_dir: Pat
     join_restartable("nccl" if on_gpu else "gloo", limit)
     accelerator = Accelerator(
         mixed_precision="no" if with_deepspeed else precision,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        # as a number the environment's would win, which may be auto
+        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.gradient_accumulation),
         log_with=list(settings.log_with) or None,
         project_dir=str(project_dir),
         kwargs_handlers=[group],

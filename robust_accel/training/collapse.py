@@ -12,7 +12,7 @@ class Fall(NamedTuple):
 
 
 def falls(
-    metrics: Iterable[dict[str, Any]], num_classes: int, *, held_out: int, batch: int, after: float
+    metrics: Iterable[dict[str, Any]], num_classes: int, *, held_out: int, after: float
 ) -> list[Fall]:
     """Where robust accuracy fell below half of its best so far, or to a guess's, beyond chance.
 
@@ -22,20 +22,20 @@ def falls(
     Args:
         metrics: Lines of ``metrics.jsonl``.
         held_out: Images of the split.
-        batch: Images that a line of training is the mean of.
         after: The epoch up to which lines of training don't count: their attack was weaker.
     """
-    key, where, n = "validation_robust_accuracy", "the held-out split", held_out
+    key, where = "validation_robust_accuracy", "the held-out split"
     if not held_out:
-        key, where, n = "robust_batch_accuracy", "training batches", batch
+        key, where = "robust_batch_accuracy", "training batches"
     found: list[Fall] = []
-    best, best_epoch, gone = 0.0, 0.0, False
+    best, best_epoch, best_n, gone = 0.0, 0.0, 1, False
     for line in metrics:
         accuracy, epoch = line.get(key), line["epoch"]
         if accuracy is None or (not held_out and epoch <= after):
             continue
+        n = held_out or line.get("labeled_images", 1)  # older runs have not counted them
         was_gone, gone = gone, accuracy <= max(best / 2, 1 / num_classes)
-        gone = gone and wilson_interval(accuracy, n)[1] < wilson_interval(best, n)[0]
+        gone = gone and wilson_interval(accuracy, n)[1] < wilson_interval(best, best_n)[0]
         if gone and not was_gone:
             text = (
                 f"robust accuracy on {where} is gone: {100 * accuracy:.2f}% at epoch {epoch:.4g}, "
@@ -43,5 +43,5 @@ def falls(
             )
             found.append(Fall(epoch, text))
         if accuracy > best:
-            best, best_epoch = accuracy, epoch
+            best, best_epoch, best_n = accuracy, epoch, n
     return found

@@ -1,5 +1,6 @@
 """What the report says of a training: how the weights were made."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from robust_accel.data import Data
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of, hardware, versions
-from robust_accel.recipe import Recipe
+from robust_accel.recipe import Recipe, TrainSettings
 from robust_accel.training.checkpoint import Progress
 from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.metrics import peak_memory
@@ -29,6 +30,7 @@ def facts_of_training(
     """The report's part that no measurement changes.
 
     Args:
+        recipe: As ``in_precision`` has made it.
         classifier: The weights that the run leaves.
         metrics: The lines of ``metrics.jsonl``.
     """
@@ -36,16 +38,14 @@ def facts_of_training(
     assert settings is not None
     steps = max(1, progress.step)
     epochs = steps / steps_per_epoch
-    doubts = [*recipe.doubts, *(fall.text for fall in falls_of(metrics, recipe, data))]
-    if epochs < settings.grows_eps:
-        doubts.append(
-            f"training ended at epoch {epochs:.4g}, and the attack's eps would have been whole at "
-            f"epoch {settings.grows_eps:g}"
-        )
     return {
         "recipe": recipe.settings,
         "left_out": {name: asdict(found) for name, found in data.left_out.items()},
-        "doubts": doubts,
+        "doubts": [
+            *recipe.doubts,
+            *(fall.text for fall in falls_of(metrics, recipe, data)),
+            *_not_come_to(settings, epochs),
+        ],
         "rollbacks": progress.rollbacks,
         "steps": progress.step,
         "epochs": epochs,
@@ -54,7 +54,7 @@ def facts_of_training(
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "hardware": hardware(accelerator.device),
-        "precision": accelerator.mixed_precision,
+        "precision": settings.precision,
         "attack_batchnorm_mode": settings.attack_mode,
         "normalization": {
             "where": "inside the model",
@@ -74,6 +74,18 @@ def facts_of_training(
         "versions": versions(),
         **_best_against_last(metrics, progress, recipe, data),
     }
+
+
+def _not_come_to(settings: TrainSettings, epochs: float) -> Iterator[str]:
+    """What the recipe has from some epoch on, where training has ended before it."""
+    ended = f"training ended at epoch {epochs:.4g}, and"
+    if epochs < settings.grows_eps:
+        yield f"{ended} the attack's eps would have been whole at epoch {settings.grows_eps:g}"
+    awp, swa_start = settings.awp, settings.swa_start
+    if awp is not None and epochs <= awp.warmup_epochs:
+        yield f"{ended} no weights were perturbed: train.awp.warmup_epochs is {awp.warmup_epochs}"
+    if swa_start is not None and epochs <= swa_start - 1:
+        yield f"{ended} no weights were averaged: train.swa_start is {swa_start}"
 
 
 def held_out_attack(recipe: Recipe) -> str:
@@ -97,7 +109,6 @@ def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[
         metrics,
         data.num_classes,
         held_out=len(data.validation),
-        batch=settings.log_every * settings.batch_size,
         after=settings.grows_eps,
     )
 

@@ -144,32 +144,36 @@ def as_launched(precision: str) -> str:
     return asked
 
 
-def check_deepspeed(settings: TrainSettings, micro_batch_size: int) -> None:
-    """Refuse what DeepSpeed is asked for beside, or against, the recipe.
+def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspeed: bool) -> None:
+    """Refuse what Accelerate or DeepSpeed is asked for beside, or against, the recipe.
 
     Raises:
         ValueError: The key, what was found and what is allowed.
     """
-    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    given: dict[str, Any]
-    if name == "none":
-        source, stage = "launch configuration", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        keys = ("gradient_accumulation_steps", "gradient_clipping")
-        given = {key: os.environ.get(f"ACCELERATE_{key.upper()}") for key in keys}
-    else:
-        source, given = name, _deepspeed_file(Path(name))
-        stage = given["zero_optimization"].get("stage")
-    if str(stage) == "3":
-        raise ValueError(
-            f"{source}: ZeRO 3 is not possible with train, whose exchange of gradients and LAMB "
-            "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipes/accelerate/fsdp2.yaml)"
-        )
     recipe = {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "gradient_clipping": settings.max_grad_norm or 0.0,
     }
+    source, keys = "launch configuration", ("gradient_accumulation_steps", "gradient_clipping")
+    _compare(source, {key: os.environ.get(f"ACCELERATE_{key.upper()}") for key in keys}, recipe)
+    if not with_deepspeed:
+        return
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name != "none":
+        source, given = name, _deepspeed_file(Path(name))
+        stage = given["zero_optimization"].get("stage")
+        _compare(source, given, recipe)
+    if str(stage) == "3":
+        raise ValueError(
+            f"{source}: ZeRO 3 is not possible with train, whose exchange of gradients and LAMB "
+            "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipes/accelerate/fsdp2.yaml)"
+        )
+
+
+def _compare(source: str, given: dict[str, Any], recipe: dict[str, float]) -> None:
     for key, found in given.items():
         if found in (None, "auto", "none") or key in _DEEPSPEED_FREE:
             continue

@@ -24,7 +24,7 @@ from robust_accel.training.disk import check_there
 from robust_accel.training.finite import Watch
 from robust_accel.training.first_step import check_first_step, in_words
 from robust_accel.training.memory import Memory
-from robust_accel.training.metrics import Averages, Metrics, share_right
+from robust_accel.training.metrics import Averages, Metrics, count_right
 from robust_accel.training.shards import Shards
 from robust_accel.training.stopping import Stop
 
@@ -183,9 +183,10 @@ class Loop:
 
     def _log(self, x: Tensor, labels: Tensor) -> None:
         # the clean accuracy is the last batch's alone
-        clean = share_right(self.robust_model.predict(x), labels)
+        clean = count_right(self.robust_model.predict(x), labels)
         images = self.averages.count * len(labels) * self.accelerator.num_processes
-        about = {"lr": self.optimizer.param_groups[0]["lr"]}
+        # the classifier's: optimizer.layer_decay leaves the layers below it less
+        about = {"lr": max(group["lr"] for group in self.optimizer.param_groups)}
         attack: Any = self.robust_model.min_max.attack  # the last step's
         if self.settings.grows_eps:
             about["attack_eps"] = attack.eps

@@ -85,12 +85,14 @@ class Metrics:
 
         Args:
             averages: Without losses and accuracies where all steps were left out.
-            clean: Accuracy on clean images, of this process.
+            clean: From ``count_right`` on clean images, of this process.
             images: That all processes have trained on since the last line.
             about: More that is the same on all processes: the rate.
         """
-        means = averages.means() | {"clean_batch_accuracy": clean}
-        line = {name: reduce(value, "mean").item() for name, value in means.items()}
+        own = averages.sums | {"clean_batch_accuracy": clean}
+        sums = {name: reduce(pair, "sum").tolist() for name, pair in own.items()}
+        line = {name: total / number for name, (total, number) in sums.items() if number}
+        line["labeled_images"] = int(sums.get("robust_batch_accuracy", (0, 0))[1])
         line |= {"images_per_second": images / averages.seconds(), **self._communication()}
         line |= about | {"skipped_steps": self._progress.skipped_steps}
         shown = {"loss": f"{line.get('loss', math.nan):.3f}"}
@@ -148,14 +150,18 @@ class Metrics:
 
 
 class Averages:
-    """Means of the steps' numbers since the last line, kept on the device."""
+    """Sums of the steps' numbers since the last line, kept on the device.
+
+    Attributes:
+        sums: Of each number its sum, and of how many: [2].
+    """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         self.count = 0
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self._step: list[dict[str, Tensor]] = []  # micro-batches of the step under way
         self._start(0.0)
 
@@ -164,38 +170,39 @@ class Averages:
 
     def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
         """Note a micro-batch, whose step is not taken yet."""
-        right = share_right(predicted(out["logits"].detach()), labels)
+        right = count_right(predicted(out["logits"].detach()), labels)
         scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
-        self._step.append(scalars | {"robust_batch_accuracy": right})
+        pairs = {k: torch.stack([v, torch.ones_like(v)]) for k, v in scalars.items()}
+        self._step.append(pairs | {"robust_batch_accuracy": right})
 
     def settle(self, taken: bool) -> None:
         """Count the micro-batches of a step, or leave them out."""
         for found in self._step if taken else []:
             for name, value in found.items():
-                self._sums[name] = self._sums[name].to(value) + value if self.count else value
+                self.sums[name] = self.sums[name].to(value) + value if self.count else value
             self.count += 1
         self._step = []
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / self.count for name, total in self._sums.items()}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {name: total.cpu() for name, total in self._sums.items()}
+        sums = {name: total.cpu() for name, total in self.sums.items()}
         return {"count": self.count, "sums": sums, "seconds": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self._sums = state["count"], dict(state["sums"])
+        self.count, self.sums = state["count"], dict(state["sums"])
         self._start(state["seconds"])
 
 
-def share_right(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy on the images that have a label; where labels are mixed, [B, K], on the largest."""
+def count_right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Of the images that have a label, how many are right, and how many there are: [2].
+
+    Where labels are mixed, [B, K], the largest counts.
+    """
     labels = labels.argmax(dim=1) if labels.ndim > 1 else labels
     labeled = labels != NO_LABEL
-    return (predictions == labels).sum() / labeled.sum().clamp(min=1)
+    return torch.stack([(predictions == labels).sum(), labeled.sum()]).float()
 
 
 def peak_memory(device: torch.device) -> int:

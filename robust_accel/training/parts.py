@@ -1,6 +1,7 @@
 """What a run is made of, from its recipe and data."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,35 @@ from robust_accel.data import Data, Mixing, TrainingBatches, load_data
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.corruptions import CorruptionEvaluation
 from robust_accel.models import PixelClassifier, check_fits, create_classifier
+from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import Recipe
+from robust_accel.recipe_checks import clashes
+from robust_accel.recipe_file import origin_of
+from robust_accel.training.accelerator import choose_precision
+from robust_accel.training.launcher import as_launched
 from robust_accel.training.start import Start, check_same_data
+
+
+def in_precision(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe with what its ``train.precision`` comes to, by the launcher and the device.
+
+    Returns:
+        It, and Accelerate's ``mixed_precision``.
+
+    Raises:
+        RecipeError: There is no such precision here, or it does not go with the rest.
+    """
+    train = recipe.train
+    assert train is not None
+    precision = recipe.checked("train", lambda: choose_precision(as_launched(train.precision)))
+    update = {"precision": "fp32" if precision == "no" else precision}
+    recipe = replace(recipe, train=train.model_copy(update=update))
+    faults = [
+        f"{origin_of(recipe.origins, key)}: {key}: {why}" for key, why in clashes(vars(recipe))
+    ]
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe, precision
 
 
 def checked_data(

@@ -1,7 +1,6 @@
 """What a run does about robust accuracy that is gone: it says so, ends, or goes back and on."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -33,7 +32,6 @@ class Collapse:
     Args:
         recipe: With ``train``.
         progress: Gets the step to go back to, and what was gone back from.
-        save: Writes the checkpoint.
         schedule, optimizer: Of the rate; a ``LambdaLR``, and as Accelerate has prepared it.
     """
 
@@ -45,14 +43,13 @@ class Collapse:
         accelerator: Accelerator,
         progress: Progress,
         checkpoint: Checkpoint,
-        save: Callable[[], None],
         schedule: Any,
         optimizer: Any,
     ) -> None:
         assert recipe.train is not None
         self._recipe, self._settings, self._data = recipe, recipe.train, data
         self._folder, self._accelerator = folder, accelerator
-        self._progress, self._checkpoint, self._save = progress, checkpoint, save
+        self._progress, self._checkpoint = progress, checkpoint
         self._schedule, self._optimizer = schedule, optimizer
 
     def judge(self) -> None:
@@ -61,7 +58,7 @@ class Collapse:
             self._progress.good_step = self._progress.step
 
     def look(self, since: int) -> None:
-        """Tell of falls since an epoch, and do what the recipe says."""
+        """Tell of falls since an epoch, and do what the recipe says; then a checkpoint is due."""
         fallen, progress = self._falls(), self._progress
         told = [fall.text for fall in fallen if fall.epoch > since]  # the others were
         action = self._settings.on_collapse
@@ -76,7 +73,6 @@ class Collapse:
         for text in told:
             logger.warning(f"{text}; training ends here")
         progress.stopped_early = True
-        self._save()
 
     def _falls(self) -> list[Fall]:
         def find() -> list[Fall]:
@@ -97,7 +93,6 @@ class Collapse:
         set_seed(settings.seed + _OTHER_DRAWS * len(rollbacks), device_specific=True)
         if self._accelerator.is_main_process:
             self._folder.truncate_metrics(progress.step)
-        self._save()
         logger.warning(
             f"{why}; back from step {left} to {progress.step}, with half the rate "
             f"({len(rollbacks)} of at most {settings.max_rollbacks})"

@@ -31,7 +31,6 @@ from robust_accel.run_folder import RunFolder
 from robust_accel.training.accelerator import (
     LATER,
     broadcast_all,
-    choose_precision,
     create_accelerator,
     deterministic,
     share_buffers,
@@ -41,11 +40,11 @@ from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_output, check_room, told_when_full
 from robust_accel.training.facts import facts_of_training, held_out_attack
 from robust_accel.training.finite import Watch
-from robust_accel.training.launcher import Sharding, as_launched, read_launcher
+from robust_accel.training.launcher import Sharding, read_launcher
 from robust_accel.training.loop import Loop
 from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics
-from robust_accel.training.parts import batches, checked_data, classifier_for
+from robust_accel.training.parts import batches, checked_data, classifier_for, in_precision
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.rollback import Collapse
 from robust_accel.training.shards import Shards, check_recipe
@@ -100,7 +99,7 @@ def _train(recipe: Recipe, stop: Stop, *, resume: bool) -> dict[str, Any]:
     assert settings is not None
     folder = RunFolder(recipe.output)
     sharding = read_launcher()
-    precision = recipe.checked("train", lambda: choose_precision(as_launched(settings.precision)))
+    recipe, precision = in_precision(recipe)
     check_recipe(recipe, sharding, precision)
     with joining(settings.timeout):
         accelerator = create_accelerator(settings, precision, folder.path)
@@ -231,7 +230,7 @@ class _Run:
             shards=self.shards,
             averages=averages,
         )
-        done = (self.progress, self.checkpoint, self.loop.save, schedule, optimizer)
+        done = (self.progress, self.checkpoint, schedule, optimizer)
         self.collapse = Collapse(recipe, data, folder, accelerator, *done)
 
     def open(self, start: Start) -> None:
@@ -280,15 +279,15 @@ class _Run:
                     self.loop.save()  # a validation may be stopped at any moment
                     if request:
                         raise Stopped(request)
+                    if not progress.to_validate:
+                        self.collapse.look(epoch)
                 if progress.to_validate:
                     self.validate(epoch + 1)
-                with self.stop.held():
-                    self.collapse.look(epoch)
                 self.metrics.show_step()
         self.loop.agreement.close()
 
     def validate(self, epoch: int) -> None:
-        """Measure on the held-out split, keep the best weights, decide on early stopping."""
+        """Measure on the held-out split, keep the best weights, decide how the run goes on."""
         self.heartbeat.at("validation", self.progress.step)
         classifier, settings = self._weights_to_measure(), self.recipe.evaluate
         bench = Bench(
@@ -335,6 +334,7 @@ class _Run:
             )
         progress.to_validate = False
         self.collapse.judge()
+        self.collapse.look(epoch - 1)
         self.loop.save()
 
     def finish(self) -> dict[str, Any]:

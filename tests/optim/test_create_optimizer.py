@@ -136,6 +136,13 @@ def test_settings_with_every_default_build_the_same_optimizer(name: str) -> None
     assert OptimizerSettings(**whole.model_dump(mode="json")) == whole
 
 
+def test_layers_are_those_of_the_model_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is said of the stand-in that has one."""
+    whole = with_defaults(OptimizerSettings(lr=0.1, layer_decay=0.5))
+    assert whole.layer_decay == 0.5
+    assert caplog.messages == []
+
+
 def test_defaults_do_not_stand_over_what_was_given() -> None:
     whole = with_defaults(OptimizerSettings(lr=0.1, betas=(0.8, 0.9)))
     assert whole.model_extra is not None

@@ -66,6 +66,20 @@ def test_the_best_mean_is_kept_and_a_part_of_an_epoch_counts(tmp_path: Path) -> 
     assert plain["steps"] == report["steps"] == 2
 
 
+def test_what_training_has_not_come_to_is_told(tmp_path: Path) -> None:
+    late = ("train.epochs=3", "train.max_steps=2", "train.swa_start=2")
+    report = quick_run(tmp_path, *late, "train.awp={gamma: 0.01, warmup_epochs: 1}")
+    perturbed, averaged = report["doubts"]
+    assert perturbed.endswith("no weights were perturbed: train.awp.warmup_epochs is 1")
+    assert averaged.endswith("no weights were averaged: train.swa_start is 2")
+
+
+def test_a_perturbation_that_never_begins_is_refused() -> None:
+    never = ["train.epochs=3", "train.awp={gamma: 0.01, warmup_epochs: 3}"]
+    with pytest.raises(RecipeError, match=r"awp\.warmup_epochs: 3 leaves none of 3 epochs"):
+        load_recipe("quickstart", never)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

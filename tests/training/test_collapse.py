@@ -11,9 +11,10 @@ KEY = "validation_robust_accuracy"
 
 def told(accuracies: list[float | None], *, held_out: int = 500, **options: Any) -> list[str]:
     key = KEY if held_out else "robust_batch_accuracy"
-    lines = [{"epoch": i + 1.0, key: accuracy} for i, accuracy in enumerate(accuracies)]
+    about = {"labeled_images": options.pop("labeled", 640)}
+    lines = [about | {"epoch": i + 1.0, key: one} for i, one in enumerate(accuracies)]
     lines.insert(1, {"epoch": 1.5, "loss": 1.0})
-    options = {"batch": 640, "after": 0, **options}
+    options = {"after": 0, **options}
     return [fall.text for fall in falls(lines, 10, held_out=held_out, **options)]
 
 
@@ -42,6 +43,7 @@ def test_what_is_no_fall_is_not_told(accuracies: list[float | None]) -> None:
 def test_few_images_prove_nothing() -> None:
     assert told([0.25, 0.05], held_out=20) == []
     assert told([0.25, 0.05], held_out=2000) != []
+    assert told([0.8, 0.3], held_out=0, labeled=4) == []
 
 
 def test_without_a_held_out_split_batches_tell_once_the_attack_is_whole() -> None:

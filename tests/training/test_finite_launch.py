@@ -59,6 +59,12 @@ def test_one_process_meets_nan_and_both_skip(tmp_path: Path, engine: str) -> Non
     check_finite(tmp_path)
 
 
+def test_half_precision_by_deepspeed_is_in_the_report(tmp_path: Path) -> None:
+    code, output = train(tmp_path, "zero2", "train.precision=bf16", "train.max_steps=1")
+    assert code == 0, output
+    assert RunFolder(tmp_path).read_report()["precision"] == "bf16"
+
+
 def test_skip_is_refused_where_the_engine_cannot(tmp_path: Path) -> None:
     code, output = train(tmp_path / "run", "zero0", "train.on_nonfinite=skip")
     assert code == 2, output

@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import LAUNCHER_OF_FSDP2, ZERO2, refused
+from small_runs import quick_run
 
 from robust_accel.comm.fsdp2 import has_hooks
+from robust_accel.recipe import TrainSettings, load_recipe
+from robust_accel.training.finite import Watch
 from robust_accel.training.launcher import Sharding, as_launched, read_launcher
+from robust_accel.training.parts import in_precision
 
 with_fsdp2 = pytest.mark.skipif(not has_hooks(), reason="refused before torch 2.9")
 TWO = {"WORLD_SIZE": "2"}
@@ -22,6 +27,10 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "accumulation": (
         TWO | ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        "gradient_accumulation_steps: 4, and by the recipe it is 1",
+    ),
+    "accumulation without DeepSpeed": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
         "gradient_accumulation_steps: 4, and by the recipe it is 1",
     ),
     "clipping": (
@@ -123,6 +132,37 @@ def test_auto_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert as_launched("auto") == "bf16"
     assert as_launched("bf16") == "bf16"
+
+
+def test_auto_is_checked_as_what_the_launcher_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    auto = "train.precision=auto"
+    recipe, precision = in_precision(load_recipe("quickstart", [auto]))
+    assert recipe.train is not None
+    assert recipe.train.precision == precision == "fp16"
+    aligned = ("objective.grad_align={eps: 0.2}", "attack={name: fgsm-rs, eps: 0.2}")
+    said = refused(capsys, tmp_path / "run", auto, *aligned)
+    assert "objective.grad_align: its derivatives underflow in train.precision fp16" in said
+
+
+def test_a_run_is_in_the_launchers_precision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All that goes by the precision sees it, as the report does."""
+    seen: list[str] = []
+
+    class Seen(Watch):
+        def __init__(self, accelerator: Any, settings: TrainSettings, *rest: Any) -> None:
+            seen.append(settings.precision)
+            super().__init__(accelerator, settings, *rest)
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("robust_accel.training.run.Watch", Seen)
+    report = quick_run(tmp_path / "run", "train.precision=auto", "train.max_steps=1")
+    assert [*seen, report["precision"]] == ["bf16", "bf16"]
 
 
 @with_fsdp2

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from launching import Forked
 from safetensors.torch import load_file
-from small_runs import resumes_exactly, run
+from small_runs import Killed, resumes_exactly, run
 from training.test_finite_launch import ENGINES
 
 from robust_accel.recipe import RecipeError, load_recipe
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.run import _Run
 
 # 8 steps an epoch, of which the third one breaks the model
 SETTINGS = (
@@ -80,6 +81,31 @@ def test_a_run_that_has_gone_back_resumes_exactly(
     """Killed in the 6th step after it; the objective counts anew, and breaks nothing any more."""
     report = resumes_exactly(tmp_path, monkeypatch, 30, *SETTINGS, ONCE)
     assert len(report["rollbacks"]) == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("action", ["rollback", "stop"])
+def test_a_fall_in_a_validation_that_was_stopped_is_no_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """It is the last one, and done when the run goes on."""
+    validate, folder = _Run.validate, tmp_path / "run"
+
+    def deadly(self: _Run, epoch: int) -> None:
+        if epoch == 3:
+            raise Killed
+        validate(self, epoch)
+
+    settings = (*SETTINGS, ONCE, f"train.on_collapse={action}")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "validate", deadly)
+        with pytest.raises(Killed):
+            run(folder, *settings)
+    report = run(folder, *settings, resume=True)
+    assert report["steps"] == 24
+    assert (len(report["rollbacks"]), report["stopped_early"]) == (
+        (1, False) if action == "rollback" else (0, True)
+    )
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import SMALL, Killed, run, same, timeless, weights
+from small_runs import SMALL, Killed, quick_run, run, same, timeless, weights
 
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import Data, MemoryImages
@@ -20,7 +20,7 @@ from robust_accel.recipe import load_recipe
 from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_model
 from robust_accel.training.facts import falls_of
-from robust_accel.training.metrics import share_right
+from robust_accel.training.metrics import Averages, count_right
 from robust_accel.training.run import train
 
 
@@ -245,6 +245,13 @@ def test_the_report_says_what_the_first_step_did(finished: tuple[Path, dict]) ->
     assert attack["weights_moved"] is None
 
 
+def test_a_line_has_the_classifiers_rate_and_the_number_of_its_images(tmp_path: Path) -> None:
+    settings = ("optimizer.layer_decay=0.5", "optimizer.lr=0.04", "schedule={name: constant}")
+    quick_run(tmp_path, *settings, "train.max_steps=6")
+    lines = [line for line in RunFolder(tmp_path).read_metrics() if "lr" in line]
+    assert [(line["lr"], line["labeled_images"]) for line in lines] == [(0.04, 80), (0.04, 16)]
+
+
 def test_trackers_are_told(tmp_path: Path) -> None:
     run(tmp_path / "run", "train.log_with=[tensorboard]", "train.epochs=1")
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
@@ -322,15 +329,26 @@ def test_mixed_labels_train_and_their_accuracies_are_of_the_larger_share(
 
 def test_accuracy_of_mixed_labels_is_that_of_the_larger_share() -> None:
     labels = torch.tensor([[0.0, 0.6, 0.4], [1.0, 0.0, 0.0], [0.3, 0.0, 0.7], [0.1, 0.9, 0.0]])
-    assert share_right(torch.tensor([1, 0, 0, NOT_A_NUMBER]), labels) == 0.5
-    assert share_right(torch.tensor([1, 0, 0]), torch.tensor([1, -1, 2])) == 0.5
+    assert count_right(torch.tensor([1, 0, 0, NOT_A_NUMBER]), labels).tolist() == [2, 4]
+    assert count_right(torch.tensor([1, 0, 0]), torch.tensor([1, -1, 2])).tolist() == [1, 2]
+
+
+def test_each_image_with_a_label_counts_alike() -> None:
+    averages, out = Averages(), {"loss": torch.tensor(2.0), "logits": torch.eye(3)}
+    for labels in ([0, 1, 2], [0, 2, -1], [-1, -1, -1]):
+        averages.add(out, torch.tensor(labels))
+    averages.settle(taken=True)
+    sums = {"loss": [6, 3], "robust_batch_accuracy": [4, 5]}
+    assert {name: pair.tolist() for name, pair in averages.sums.items()} == sums
 
 
 def test_accuracies_of_mixed_batches_raise_no_alarm() -> None:
     """They fall by a draw alone; where nothing is mixed, or on the held-out split, it is told."""
     images = torch.zeros(50, 1, 2, 2, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64)
     for held_out, key in ((0, "robust_batch_accuracy"), (50, "validation_robust_accuracy")):
-        metrics = [{"epoch": 1, key: 1.0}, {"epoch": 2, key: 0.1}]
+        metrics = [
+            {"epoch": e, key: share, "labeled_images": 64} for e, share in ((1, 1.0), (2, 0.1))
+        ]
         train_set, some = (
             MemoryImages(*images),
             MemoryImages(*images).subset(torch.arange(held_out)),
