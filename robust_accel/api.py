@@ -251,12 +251,13 @@ def evaluate(
 ) -> Measured:
     """Clean, PGD and AutoAttack accuracy of any module on pixels, as RobustBench's models are.
 
-    Under ``accelerate launch`` every process calls it, and the work is shared.
+    Under ``accelerate launch`` every process calls it with the same images, and the work is shared.
 
     Args:
         model: Images [B, C, H, W] in [0, 1] to logits [B, K] (or ``.logits``). Nothing is assumed:
             a module that wants normalised images needs ``mean`` and ``std``, timm's too. Left in
-            the mode that it was in.
+            the mode that it was in. DDP's wrapper is taken off; what is DeepSpeed's or sharded by
+            FSDP is refused.
         images: [N, C, H, W], floating point, in [0, 1]: a tensor, an array, or a list of images.
         labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
         settings: With an eps, ``EvaluateSettings(eps="8/255", autoattack="standard")``, or with
@@ -282,7 +283,7 @@ def certify(
     """Certified L2 radii of any module on pixels under Gaussian noise (Cohen et al. 2019).
 
     Args:
-        model, images, labels, how: As of ``evaluate``.
+        model, images, labels, how: As of ``evaluate``, the same on every process.
         settings: With a sigma: ``CertifySettings(sigma=0.25, n=10_000)``.
 
     Returns:

@@ -1,7 +1,6 @@
 """A recipe is read, inherited, overridden and checked: every fault names its origin and its key."""
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
@@ -297,29 +296,6 @@ def test_another_component_starts_its_section_afresh(small: Path) -> None:
     assert recipe.attack == FGSMRS(eps=0.3)
     # the same name again changes nothing
     assert load_recipe(small, ["attack.name=pgd"]).attack == PGD(num_steps=3)
-
-
-def test_another_network_keeps_what_is_wanted_of_any(tmp_path: Path) -> None:
-    own = "{name: resnet50, pretrained: true, new_head: true, size: 64, options: {drop_rate: 0.1}}"
-    text = f"base: quickstart\nmodel: {own}\n"
-    for model in (
-        load_recipe(write(tmp_path / "own.yaml", text), ["model.name=resnet18"]).model,
-        load_recipe(write(tmp_path / "x.yaml", "base: own.yaml\nmodel: {name: resnet18}")).model,
-    ):
-        assert (model.name, model.pretrained, model.new_head) == ("resnet18", True, True)
-        assert (model.size, model.options) == (64, {})
-
-
-def test_mappings_and_keys_of_one_section_are_both_taken(small: Path) -> None:
-    overrides = ["train.ema_decay=0.5", "train={epochs: 7, batch_size: 8}", "train.epochs=9"]
-    for order in itertools.permutations(overrides):
-        train = load_recipe(small, order).train
-        assert (train.ema_decay, train.batch_size) == (0.5, 8)
-        assert train.epochs == (9 if order.index(overrides[2]) > order.index(overrides[1]) else 7)
-    nested = ["data.mix.prob=0.5", "data={mix: {cutmix: 1.0}}"]
-    for order in (nested, nested[::-1]):
-        mix = load_recipe(small, order).data.mix
-        assert (mix.prob, mix.cutmix) == (0.5, 1.0)
 
 
 def test_what_a_new_component_lacks_is_not_blamed_on_the_file(small: Path) -> None:

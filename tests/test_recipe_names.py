@@ -243,3 +243,28 @@ def test_a_class_that_cannot_be_made_or_kept(own: str, tmp_path: Path) -> None:
 def test_names_that_are_none(name: str) -> None:
     for section in FAMILIES:
         assert fault(section, name).startswith("'")
+
+
+def test_another_network_keeps_what_is_wanted_of_any(tmp_path: Path) -> None:
+    own = "{name: resnet50, pretrained: true, new_head: true, size: 64, options: {drop_rate: 0.1}}"
+    (tmp_path / "own.yaml").write_text(f"base: quickstart\nmodel: {own}\n")
+    (tmp_path / "leaf.yaml").write_text("base: own.yaml\nmodel: {name: resnet18}\n")
+    for found in (
+        load_recipe(tmp_path / "own.yaml", ["model.name=resnet18"]),
+        load_recipe(tmp_path / "leaf.yaml"),
+    ):
+        model = found.model
+        assert (model.name, model.pretrained, model.new_head) == ("resnet18", True, True)
+        assert (model.size, model.options) == (64, {})
+
+
+def test_mappings_and_keys_of_one_section_are_both_taken() -> None:
+    overrides = ["train.ema_decay=0.5", "train={epochs: 7, batch_size: 8}", "train.epochs=9"]
+    for order in itertools.permutations(overrides):
+        train = load_recipe("quickstart", order).train
+        assert (train.ema_decay, train.batch_size) == (0.5, 8)
+        assert train.epochs == (9 if order.index(overrides[2]) > order.index(overrides[1]) else 7)
+    nested = ["data.mix.prob=0.5", "data={mix: {cutmix: 1.0}}"]
+    for order in (nested, nested[::-1]):
+        mix = load_recipe("quickstart", order).data.mix
+        assert (mix.prob, mix.cutmix) == (0.5, 1.0)

@@ -97,7 +97,7 @@ def evaluate(
             logger.warning(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
         return record
 
-    def bench_of(images: ImageSet, draws: int, **about: Any) -> Bench:
+    def bench_of(images: ImageSet, draws: int | None, **about: Any) -> Bench:
         return Bench(
             classifier,
             images,
@@ -122,7 +122,7 @@ def evaluate(
         corruptions = CorruptionEvaluation(settings, images, **own)
     absent = () if folder is None else folder.absent
     ledger = Ledger(None if folder is None else folder.path, accelerator, absent)
-    bench = bench_of(images, 1, source=source, kind=kind)
+    bench = bench_of(images, None, source=source, kind=kind)
     if bench.is_randomised(settings.batch_size):
         bench.draws = settings.draws or DRAWS
         logger.info(f"the model is randomised: each verdict is of {bench.draws} draws")

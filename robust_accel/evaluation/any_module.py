@@ -12,16 +12,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from robust_accel.attack_context import is_whole
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.arrays import as_images, as_labels
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.certify_images import CertifySettings, certify_images
 from robust_accel.evaluation.identity import facts_of
-from robust_accel.evaluation.ledger import Ledger, refresh_report
+from robust_accel.evaluation.ledger import Ledger, refresh_report, told_to_all
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.files import check_contained
 from robust_accel.models import PixelClassifier
+from robust_accel.provenance import digest_of
 from robust_accel.robust_model import RobustModel
 from robust_accel.run_folder import RunFolder
 
@@ -42,7 +44,7 @@ class How(TypedDict, total=False):
 
 
 class TensorImages:
-    """Images that are a floating point tensor [N, C, H, W] in [0, 1] already."""
+    """Images that are a floating point tensor [N, C, H, W] in [0, 1] already; labels on the CPU."""
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.x, self.labels = x, labels
@@ -74,6 +76,8 @@ def measure(
     **how: Unpack[How],
 ) -> dict[str, Any]:
     """Clean, PGD and AutoAttack accuracy of any module on pixels, see ``robust_accel.evaluate``.
+
+    Every process passes the same images and labels.
 
     Args:
         settings: With an eps, or balls.
@@ -107,6 +111,8 @@ def certify(
     model: nn.Module, images: Any, labels: Any, settings: CertifySettings, **how: Unpack[How]
 ) -> dict[str, Any]:
     """Certified L2 radii of any module on pixels, see ``robust_accel.certify``.
+
+    Every process passes the same images and labels.
 
     Returns:
         ``certificate``, the record of ``certify_images``, and ``model`` as of ``measure``.
@@ -184,6 +190,7 @@ def _on_pixels(
         raise ValueError(f"labels must be one an image, got {len(y)} for {len(x)} images")
     classifier = _classifier(model, "model", mean=mean, std=std, size=size)
     accelerator = Accelerator() if accelerator is None else accelerator
+    _check_same(x, y, accelerator)
     measured = [classifier] if other is None else [classifier, other]
     training = [(m, m.training) for c in measured for m in c.modules()]
     try:
@@ -196,6 +203,18 @@ def _on_pixels(
     finally:
         for module, mode in training:
             module.training = mode
+
+
+def _check_same(x: Tensor, labels: Tensor, accelerator: Accelerator) -> None:
+    """Refuse images or labels that are not the same on all processes."""
+    if accelerator.num_processes == 1:
+        return
+    own = digest_of([*x.split(1), labels])
+    if len(set(told_to_all([own], accelerator))) > 1:
+        raise ValueError(
+            "the processes were given different images or labels: pass all of them on every "
+            "process, the work is shared"
+        )
 
 
 def _complete(settings: EvaluateSettings, other: nn.Module | None) -> EvaluateSettings:
@@ -215,21 +234,33 @@ def _complete(settings: EvaluateSettings, other: nn.Module | None) -> EvaluateSe
     return given
 
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
 def _classifier(
     model: Any, name: str, *, mean: Any = None, std: Any = None, size: Any = None
 ) -> PixelClassifier:
     """The module on pixels, and nothing done to them that nobody asked for."""
+    # forwards of a wrapper wait for other processes, what torch.compile made of it too
+    while isinstance(inner := getattr(model, "_orig_mod", model), _WRAPPERS):
+        model = inner.module
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{name} must be a module, got {type(model).__name__}: robust_accel.load_model loads "
+            "a run or a timm model"
+        )
+    is_engine = type(inner).__module__.startswith("deepspeed.")
+    if is_engine or not all(map(is_whole, model.parameters())):
+        raise ValueError(
+            f"{name} is DeepSpeed's or sharded by FSDP: load what accelerator.get_state_dict "
+            "gathers into a plain module"
+        )
     if isinstance(model, RobustModel):
         model = model.classifier  # which reads [0, 1], whatever a script feeds the wrapper
     if isinstance(model, PixelClassifier):
         if any(value is not None for value in (mean, std, size)):
             raise ValueError("mean, std and size are the PixelClassifier's own: set them there")
         return model
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{name} must be a module, got {type(model).__name__}: robust_accel.load_model loads "
-            "a run or a timm model"
-        )
     classifier = PixelClassifier(model, mean=mean, std=std, size=size)
     if "is not applied" in classifier.statistics_source:
         logger.warning("%s: %s", name, classifier.statistics_source)

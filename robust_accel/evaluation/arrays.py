@@ -35,12 +35,12 @@ def as_images(x: Any) -> Tensor:
 
 
 def as_labels(labels: Any) -> Tensor:
-    """Class indices [N] or [N, 1], or one-hot [N, K], as int64 [N] or [N, K].
+    """Class indices [N] or [N, 1], or one-hot [N, K], as int64 [N] or [N, K] on the CPU.
 
     Raises:
         ValueError: They are anything else, probabilities among them.
     """
-    labels = _tensor(labels, "labels")
+    labels = _tensor(labels, "labels").cpu()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim not in (1, 2) or 0 in labels.shape or labels.is_complex():

@@ -32,6 +32,7 @@ from robust_accel.evaluation.outcomes import (
     by_class,
     counted,
     global_state_kept,
+    without_tf32,
 )
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import NOT_A_NUMBER, predicted
@@ -67,7 +68,7 @@ class Bench:
         accelerator: Of the processes that share the work.
         batch_size: Images a unit.
         seed: Of the attacks, and of a randomised classifier's draws.
-        draws: Forward passes a verdict: 1 for a classifier that always answers the same.
+        draws: Forward passes a verdict; None for a classifier that always answers the same.
         ledger: Where outcomes are kept; nowhere when not given.
         class_names: Of the classifier's outputs.
         source: Where the images are from, plain values: said in records, no part of identities.
@@ -85,7 +86,7 @@ class Bench:
         *,
         batch_size: int,
         seed: int = 0,
-        draws: int = 1,
+        draws: int | None = None,
         ledger: Ledger | None = None,
         class_names: Sequence[str] | None = None,
         source: dict[str, Any] | None = None,
@@ -158,7 +159,7 @@ class Bench:
         """A unit's verdicts, and which of its images met what is not finite, by where."""
         key = (self.seed, unit.number, 11)
         verdict = self.verdict(x, labels, key)
-        chosen = verdict.share if self.draws == 1 else self.verdict(x, labels, (*key, 1)).share
+        chosen = verdict.share if self.draws is None else self.verdict(x, labels, (*key, 1)).share
         non_finite["logits"] = verdict.prediction.cpu() == NOT_A_NUMBER
         return {
             "prediction": verdict.prediction.tolist(),
@@ -170,9 +171,10 @@ class Bench:
         }
 
     @torch.no_grad()
+    @without_tf32()
     def verdict(self, x: Tensor, labels: Tensor, key: tuple[int, ...]) -> Verdict:
-        """How the classifier answers: once, or by seeded draws."""
-        if self.draws == 1:
+        """How the classifier answers in fp32: once, or by seeded draws."""
+        if self.draws is None:
             prediction = predicted(self.classifier(x))
             return Verdict(prediction, (prediction == labels).double())
         answers = []
@@ -261,7 +263,7 @@ class Bench:
         if not self.ledger.is_kept or not units:
             return []
         digests = self._digests_of(torch.cat([unit.indices for unit in units]).tolist())
-        common = [self.function, self.identity_versions, about, self.seed, self.draws]
+        common = [self.function, self.identity_versions, about, self.seed, self.draws or 1]
         return [
             digest_of_json([common, unit.number, [digests[i] for i in unit.indices.tolist()]])
             for unit in units
@@ -291,7 +293,7 @@ class Bench:
         own = digest_of_function(self.classifier, self.images.shape)
         if len(set(told_to_all([own], self.accelerator))) > 1:
             raise ValueError("the processes hold different models: what is measured is unclear")
-        if not self.ledger.is_kept or self.draws > 1:
+        if not self.ledger.is_kept or self.draws is not None:
             return own
         return self.ledger.function(own, answers(self.classifier, self.images.shape))
 
@@ -323,7 +325,7 @@ class Bench:
             "clean_accuracy": before.accuracy,
         }
         per_image = {name: getattr(outcomes, name).tolist() for name in ("label", "prediction")}
-        if self.draws > 1:
+        if self.draws is not None:
             result["majority_accuracy"] = outcomes.right.double().mean().item()
             per_image["share"] = outcomes.share.tolist()
         result |= by_class(outcomes, self.class_names)
@@ -356,14 +358,14 @@ class Bench:
             "threat_model": ball if union is None else {"union": union},
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "draws": self.draws,
+            "draws": self.draws or 1,
             "class_names": self.class_names,
         }
         identity |= {"point": result["point"]} if "point" in result else {}
         digest = digest_of_json([digests[i] for i in index.tolist()])
         key = digest_of_json([identity, digest, self.identity_versions])[:16]
         del identity["class_names"]
-        if self.draws == 1:
+        if self.draws is None:
             del identity["draws"]
         about: dict[str, Any] = {
             **identity,

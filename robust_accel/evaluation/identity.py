@@ -18,16 +18,18 @@ from robust_accel.data import ImageSet
 from robust_accel.evaluation.outcomes import global_state_kept
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import raw_bytes
+from robust_accel.robust_model import ROBUST
 
 # code whose version is part of every identity, or that is Python's own: named, not read
 _VERSIONED = {"robust_accel", "torch", "timm", "torchvision", "transformers", "numpy", "builtins"}
 _VERSIONED |= {"collections", "typing", "functools", "math", "inspect"}
 _OWN = set(vars(nn.Module())) | {"call_super_init", "dump_patches"}  # of nn.Module itself
-# what says nothing of an answer: where a model is from, how it is run
+# what says nothing of an answer: where a model is from, how it is trained and run
 _WORDS = {"class_names", "statistics_source", "weights_source", "model_args", "_frozen"}
 _WORDS |= {"pretrained_cfg", "default_cfg", "_model_args", "pretrained_model_args"}
 _WORDS |= {"_name_or_path", "name_or_path", "_compiled_call_impl", "_is_torch_compile"}
 _WORDS |= {"_compile_kwargs"}  # Lightning leaves it on what torch.compile returns
+_WORDS |= {ROBUST}
 _DEEPEST, _MOST = 8, 20_000  # levels and objects that are looked at
 _PROBES = 2
 
@@ -48,7 +50,8 @@ def digest_of_function(classifier: PixelClassifier, shape: tuple[int, ...]) -> s
     Weights, buffers and other state bit for bit with their types; mean and std, the size that
     images are brought to; modules with all their attributes and hooks, in containers and closures
     too; functions by their source. What a forward pass changes each time is left out, and so is
-    what says nothing of the answer: memory layout, device, compilation, modes, what is trained.
+    what says nothing of the answer: memory layout, device, compilation, modes, what is trained, and
+    what ``make_robust`` has added.
 
     What this does not see (a library's objects that are opaque) ``answers`` may.
 
@@ -128,12 +131,16 @@ def _parts(classifier: PixelClassifier) -> Iterator[Part]:
 def _module(module: nn.Module, name: str, seen: Seen, depth: int) -> Iterator[Part]:
     yield name, _without_addresses(module.extra_repr())
     yield f"{name}()", str(getattr(module, "code", ""))  # of what torch.fx has traced
-    yield from _describe(type(module), f"{name}:class", seen, depth)
+    cls = getattr(type(module), "_class_before", type(module))  # make_robust has put one in front
+    yield from _describe(cls, f"{name}:class", seen, depth)
     for key, value in sorted(vars(module).items()):
         if key not in _OWN and key not in _WORDS:
             yield from _describe(value, f"{name}.{key}", seen, depth + 1)
     for kind in ("_forward_pre_hooks", "_forward_hooks"):
-        for number, hook in enumerate(getattr(module, kind).values()):
+        hooks = getattr(module, kind).values()
+        # this package's own look on: ``Witness``
+        others = [hook for hook in hooks if not type(hook).__module__.startswith("robust_accel.")]
+        for number, hook in enumerate(others):
             yield from _describe(hook, f"{name}.{kind}.{number}", seen, depth + 1)
 
 
@@ -142,6 +149,8 @@ def _describe(value: Any, where: str, seen: Seen, depth: int) -> Iterator[Part]:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         yield where, _without_addresses(repr(value))
         return
+    if isinstance(value, torch.device):
+        value = torch.device("cpu")  # wherever it is: the answer is the same
     if isinstance(value, torch.dtype | torch.device | np.generic | range):
         yield where, _without_addresses(repr(value))
         return

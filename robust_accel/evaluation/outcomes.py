@@ -5,7 +5,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -145,6 +145,24 @@ def counted(classifier: nn.Module) -> Iterator[list[int]]:
         yield count
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions of fp32 are in fp32: cuDNN rounds to TF32, if nothing is said.
+
+    Attacks may go by that, which is several times as fast: what counts is judged without.
+    """
+    allowed = False
+    with suppress(RuntimeError):  # of torch, where ``fp32_precision`` was set: that stays
+        allowed = torch.backends.cudnn.allow_tf32
+    try:
+        if allowed:
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        if allowed:
+            torch.backends.cudnn.allow_tf32 = True
 
 
 @contextmanager

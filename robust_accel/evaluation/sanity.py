@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["pass", "warn", "fail", "not run"]
 
 _SURFACE_POINTS = 21
+_TINY = 1e-300  # no gradient of fp32 is as short
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,8 @@ def gradient_alignment(bench: Bench, settings: EvaluateSettings, number: int) ->
     """Mean cosine of the input gradients at x and at x + noise, uniform in the ball.
 
     Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617): it falls to about zero when
-    one-step training overfits its attack.
+    one-step training overfits its attack. Images without a gradient at one of the points take no
+    part.
     """
     assert settings.norm is not None and settings.eps is not None
     device, classifier = bench.accelerator.device, bench.classifier
@@ -283,8 +285,11 @@ def gradient_alignment(bench: Bench, settings: EvaluateSettings, number: int) ->
 
             noisy = x + random_start(x, settings.eps, settings.norm, generator)
             here, there = (input_gradient(loss_fn, z).flatten(1) for z in (x, noisy.clamp(0, 1)))
-            cosines.append(cosine_similarity(here.double(), there.double(), dim=1))
-    return torch.cat(cosines).mean().item()
+            known = here.any(dim=1) & there.any(dim=1)
+            pair = (here[known].double(), there[known].double())
+            cosines.append(cosine_similarity(*pair, eps=_TINY))
+    found = torch.cat(cosines)
+    return found.sum().item() / max(len(found), 1)
 
 
 def loss_surface(bench: Bench, settings: EvaluateSettings, number: int = 4) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class EvaluateSettings(Settings):
         train_images: Measure clean and PGD accuracy on so many training images, too: the gap.
         ids: The test images that are measured, instead of all: their row numbers, a file with one a
             line (or names of image files), or ``robustbench/imagenet5000``.
-        draws: Forward passes by which a randomised model is judged; found to be one, it has 20.
+        draws: Forward passes by which a randomised model is judged; found to be one, it has 21.
         batch_size: Images a unit of work; each unit has its own seed, so that results do not
             depend on the number of processes.
         seed: Of the attacks.

@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 from robust_accel import PixelClassifier
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, any_module, evaluate
+from robust_accel.evaluation.arrays import as_labels
 
 SETTINGS = {"eps": 0.03, "pgd": {"num_steps": 5}, "autoattack": "quick", "batch_size": 10}
 
@@ -153,6 +154,18 @@ def test_images_and_labels_of_any_kind_give_the_same_numbers(
             assert found[key][about] == expected[key][about]
 
 
+class Elsewhere(Tensor):
+    """On another device, until it is brought to the CPU."""
+
+    def cpu(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2]), torch.eye(3), torch.ones(2, 1)])
+def test_labels_come_to_the_cpu(labels: Tensor) -> None:
+    assert type(as_labels(labels.as_subclass(Elsewhere))) is Tensor
+
+
 def test_autoattack_takes_permuted_images() -> None:
     """Whose memory its targeted attack refuses to look at."""
     x = torch.rand(2, 5, 5, 3, generator=torch.Generator().manual_seed(2)).permute(0, 3, 1, 2)
@@ -227,6 +240,13 @@ def test_what_is_not_as_said_is_refused(problem: tuple[nn.Module, Tensor, Tensor
     for no_model in ("resnet50", lambda x: x):
         with pytest.raises(ValueError, match=r"must be a module.*load_model"):
             measure(no_model, x, labels, **SETTINGS)  # type: ignore[arg-type]
+    part = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    part[1].weight.ds_id = 0  # ZeRO 3's mark
+    whole = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    engine = type("Engine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})(whole)
+    for foreign in (part, PixelClassifier(part), engine, torch.compile(engine)):
+        with pytest.raises(ValueError, match=r"DeepSpeed's or sharded by FSDP: .*get_state_dict"):
+            measure(foreign, x, labels, **SETTINGS)
     one = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
     with pytest.raises(ValueError, match="two at least"):
         measure(one, x, labels * 0, **SETTINGS)

@@ -13,6 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from robust_accel import make_robust
+from robust_accel.attacks import PGD
 from robust_accel.evaluation.identity import digest_of_function
 from robust_accel.models import ModelSettings, PixelClassifier, create_classifier, save_model
 
@@ -126,6 +128,26 @@ def test_compiled_models_are_the_same_function() -> None:
         digest_of_function(PixelClassifier(torch.compile(model, backend="eager")), SHAPE)
         == plain_one
     )
+
+
+def test_what_trains_a_model_is_no_part_of_the_function() -> None:
+    model = Attributes(None).train()
+    model.linear.register_forward_hook(lambda m, i, out: 2 * out)
+    plain_one = digest_of_function(PixelClassifier(model), SHAPE)
+    make_robust(model, PGD(eps=0.1, num_steps=2))
+    model.linear.register_forward_hook(lambda m, i, out: 3 * out)
+    hooked = digest_of_function(PixelClassifier(model), SHAPE)
+    assert hooked != plain_one
+    model(torch.rand(3, *SHAPE)).sum().backward()
+    assert digest_of_function(PixelClassifier(model), SHAPE) == hooked
+    model.linear._forward_hooks.popitem()
+    assert digest_of_function(PixelClassifier(model), SHAPE) == plain_one
+
+
+def test_a_device_is_no_part_of_the_function() -> None:
+    devices = (torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1))
+    held = [PixelClassifier(Attributes([device])) for device in devices]
+    assert len({digest_of_function(classifier, SHAPE) for classifier in held}) == 1
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "wide_resnet10_1"])

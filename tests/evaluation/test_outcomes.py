@@ -82,6 +82,36 @@ def test_draws_that_cannot_be_repeated_are_said(caplog: pytest.LogCaptureFixture
         assert ("numbers vary" in caplog.text) != repeatable
 
 
+def test_one_draw_is_seeded_and_attacks_are_chosen_by_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = grey([166] * 300)
+    found, again = (measured(Noisy(0.3), images, draws=1)["pgd_accuracy"] for _ in range(2))
+    assert again["outcomes"] == found["outcomes"]
+    assert found["draws"] == 1
+    assert found["accuracy"] > 0.5  # by the same draw it were a product: 0.69 * 0.57
+    assert "numbers vary" not in caplog.text
+
+
+class Precision(Noisy):
+    """Notes whether convolutions may be of TF32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(torch.backends.cudnn.allow_tf32)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_verdicts_are_in_fp32(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    model = Precision(0.0)
+    bench = Bench(PixelClassifier(model), grey([166]), Accelerator(cpu=True), batch_size=1)
+    model.seen = set()
+    bench.clean()
+    assert model.seen == {False}
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+
 def test_a_model_that_answers_the_same_needs_one_draw() -> None:
     found = measured(Noisy(0.0), grey([166] * 10), draws=50)
     assert "draws" not in found["clean_accuracy"]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from robust_accel.commands.evaluate import evaluate_model
-from robust_accel.data import load_data
+from robust_accel.data import MemoryImages, load_data
 from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.outcomes import Outcomes
@@ -144,6 +144,23 @@ def test_alignment_and_surface_of_a_linear_loss(honest: tuple[PixelClassifier, A
     x = images.images[:4].float() / 255
     loss = nn.functional.cross_entropy(classifier(x), images.labels[:4])
     assert surface["loss"][10][10] == pytest.approx(loss.item(), rel=1e-5)
+
+
+class Sure(nn.Module):
+    """Two classes by the pixels' sum, so sure of light images that their gradient is tiny or 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.flatten(1).sum(dim=1)
+        return torch.stack([-total, total], dim=1)
+
+
+def test_alignment_is_of_directions_and_of_images_that_have_one() -> None:
+    pixels = torch.tensor([10, 100, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    images = MemoryImages(pixels.expand(3, 1, 8, 8), torch.ones(3, dtype=torch.int64))
+    bench = Bench(PixelClassifier(Sure()), images, Accelerator(cpu=True), batch_size=2)
+    assert gradient_alignment(bench, SETTINGS, 3) == pytest.approx(1)
+    images.images.fill_(255)
+    assert gradient_alignment(bench, SETTINGS, 3) == 0
 
 
 @pytest.mark.long

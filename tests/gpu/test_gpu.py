@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from robust_accel import EvaluateSettings, evaluate
 from robust_accel.attacks import PGD
 from robust_accel.comm.draws import random_key
 from robust_accel.comm.layout import segment
 from robust_accel.comm.quantizer import Quantizer
+from robust_accel.evaluation.outcomes import without_tf32
 from robust_accel.optim import LAMB
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU seen: make test-gpu")
@@ -83,6 +85,23 @@ def test_an_attack_finds_on_a_gpu_what_it_finds_on_a_cpu(norm: str) -> None:
     off = (found[0] - found[1]).abs().amax((1, 2, 3))
     # a sign that rounding decides moves a pixel by a step
     assert (off < 1e-3).float().mean() > 0.9
+
+
+def test_images_on_a_gpu_are_measured_as_those_on_a_cpu() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    x, y = torch.rand(64, 3, 8, 8), torch.arange(64) % 10
+    settings = EvaluateSettings(eps=0.01, pgd={"num_steps": 5}, sanity={"images": 8})
+    of_cpu, of_gpu = (evaluate(model, x.to(d), y.to(d), settings) for d in ("cpu", "cuda"))
+    assert of_gpu.clean.accuracy == of_cpu.clean.accuracy
+    assert of_gpu.pgd.accuracy == pytest.approx(of_cpu.pgd.accuracy, abs=0.05)
+
+
+def test_a_verdicts_convolution_is_in_fp32() -> None:
+    conv, x = nn.Conv2d(64, 64, 3), torch.randn(8, 64, 16, 16)
+    exact = conv.double()(x.double()).float()
+    with without_tf32():
+        found = conv.float().cuda()(x.cuda()).cpu()
+    torch.testing.assert_close(found, exact, rtol=0, atol=5e-5)  # TF32 is off by some 3e-4
 
 
 def test_protocols_on_nccl() -> None:
