@@ -125,7 +125,7 @@ def _beyond_timm(config: dict[str, Any]) -> list[str]:
     if _is_own(config["architecture"]):
         sentences.append(
             f"`{config['architecture']}` is an architecture of robust-accel: timm knows it once "
-            "`robust_accel` is imported."
+            "`robust_accel.models` is imported."
         )
     return sentences + [f"The measured model {part}." for part in beyond_timm(config)]
 
