@@ -45,6 +45,8 @@ class InputSpace:
             raise ValueError(f"{names[1]} must be > 0 in each channel, got {std}")
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._warned = False
+        # images are seen to be normalised, where dark pixels are then below 0
+        self._seen = not bool((self.mean > 0).any())
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std there, [1, 1 or C, 1, 1]; replicas on several devices share this object."""
@@ -93,6 +95,7 @@ class InputSpace:
         # the ball is measured in fp32: bf16 is spaced 1/256 near white
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.normalized:
+            self._check_normalized(x.detach())
             mean, std = self.statistics(x.device)
             x = x * std + mean
         low, high = (value.item() for value in x.detach().aminmax())
@@ -100,6 +103,18 @@ class InputSpace:
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
             self._judge(x.detach(), low, high)
         return x.clamp(0, 1)
+
+    def _check_normalized(self, x: Tensor) -> None:
+        """Refuse a first batch that lies in [0, 1] as it is: eps would be that of a smaller box."""
+        if self._seen:
+            return
+        low, high = (value.item() for value in x.aminmax())
+        if 0 <= low <= high <= 1:
+            raise ValueError(
+                f"pixel_values lie in [{low:.3g}, {high:.3g}], and normalised by the mean and std "
+                "given dark pixels would be below 0: images in [0, 1] need neither"
+            )
+        self._seen = True
 
     def _judge(self, x: Tensor, low: float, high: float) -> None:
         """Some pixels lie outside: forgive a few, refuse many."""

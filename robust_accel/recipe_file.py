@@ -135,7 +135,8 @@ class RecipeValues:
                     said = f"{key} is set to {shown(plain(node))} there too"
                     raise RecipeError(f"command line: {shown(text)}: {said}")
             found = parse_setting(value, f"command line: {cut(dotted)}")
-            node[keys[-1]] = laid_over(node.get(keys[-1]), found)
+            is_named = isinstance(found, dict) and "name" in found  # and so begins afresh
+            node[keys[-1]] = found if is_named else laid_over(node.get(keys[-1]), found)
         self.merge(tree, "command line")
 
     def merge(self, values: dict[str, Any], origin: str) -> None:

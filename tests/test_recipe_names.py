@@ -12,6 +12,7 @@ import pytest
 from bad_recipes import SMALL, at_once, faults
 
 from robust_accel import components
+from robust_accel.attacks import FGSMRS
 from robust_accel.components import find_component
 from robust_accel.exit_codes import Stopped
 from robust_accel.messages import one_line
@@ -268,3 +269,5 @@ def test_mappings_and_keys_of_one_section_are_both_taken() -> None:
     for order in (nested, nested[::-1]):
         mix = load_recipe("quickstart", order).data.mix
         assert (mix.prob, mix.cutmix) == (0.5, 1.0)
+    named = ["attack.num_steps=9", "attack={name: fgsm-rs, eps: 0.1}"]  # FGSM-RS has no steps
+    assert load_recipe("quickstart", named).attack == FGSMRS(eps=0.1)

@@ -114,9 +114,9 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
 def loss_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [B], detached, and the gradient of their sum in x, [B, C, H, W].
 
-    Summed, not averaged: a mean's gradient underflows to sign(0) in fp16. So that no pixel keeps
-    the others from moving, an entry that is NaN is 0 and an infinite one, which still tells a
-    direction, as long as the image's longest other; ``gradients_seen`` tells of both. No
+    Summed, not averaged, and scaled under fp16 autocast: else it underflows to sign(0). So that no
+    pixel keeps the others from moving, an entry that is NaN is 0 and an infinite one, which still
+    tells a direction, as long as the image's longest other; ``gradients_seen`` tells of both. No
     parameter's gradient is touched.
 
     Raises:
@@ -155,6 +155,12 @@ def judged_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tenso
     return loss, torch.zeros_like(loss, dtype=torch.bool) if wrong is None else wrong, grad
 
 
+def _scale(device: str) -> float:
+    """What a loss is multiplied by: in fp16 the gradient of an image that is learnt underflows."""
+    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half
+    return 256.0 if is_half else 1.0
+
+
 def _differentiated(
     judged: Callable[[Tensor], tuple[Tensor, Tensor | None]], x: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -173,7 +179,9 @@ def _differentiated(
                 f"loss_fn must return one loss an image, [{len(x)}], got {list(loss.shape)}: an "
                 "attack climbs x -> cross_entropy(model(x), labels, reduction='none'), not a model"
             )
-        (grad,) = torch.autograd.grad(loss.sum(), x)
+        scale = _scale(x.device.type)
+        (grad,) = torch.autograd.grad(scale * loss.sum(), x)
+        grad = grad / scale
     loss, seen = loss.detach(), _seen.get()
     finite = grad.isfinite()
     if seen is not None:

@@ -56,6 +56,8 @@ def compress_gradients(
         )
     if is_engine(model):
         tell_layers(model)
+        if group is not None:
+            raise ValueError("group: a DeepSpeed engine has processes of its own: leave it out")
         if num_processes > 1:
             return DeepSpeedCompression(model, collective)
     elif isinstance(model, DistributedDataParallel):
@@ -65,7 +67,13 @@ def compress_gradients(
                 f"the model's gradients have a communication hook already ({name}): call "
                 "compress_gradients once, and leave Accelerate's comm_hook out"
             )
-        if dist.get_world_size(model.process_group) > 1:
+        own, other = map(_ranks, (model.process_group, group or model.process_group))
+        if own != other:
+            raise ValueError(
+                f"group: its ranks are {other}, and the model's {own}, over which DDP averages: "
+                "make one of these, or leave it out"
+            )
+        if len(own) > 1:
             return DDPCompression(model, collective, group)
     elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -89,3 +97,7 @@ def compress_gradients(
     if collective != AllReduce():
         logger.warning("communication: %r is ignored on one process", collective)
     return GradientCompression()
+
+
+def _ranks(group: dist.ProcessGroup) -> list[int]:
+    return sorted(dist.get_process_group_ranks(group))

@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from robust_accel.comm.agreement import same_bits
 from robust_accel.comm.base import (
@@ -67,12 +70,23 @@ class DDPCompression(GradientCompression):
         self._sent: list[Tensor] = []  # parameters of the first exchange
         self._model = weakref.ref(model)
         model.register_forward_pre_hook(self._before_forward)
-        self._before_step = register_optimizer_step_pre_hook(self._before_update)
+        self._hooks = (
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        )
 
     def _before_forward(self, model: DistributedDataParallel, _: object) -> None:
         self._unsent |= torch.is_grad_enabled() and not model.require_backward_grad_sync
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not _has_closure(args, kwargs):
+            self._check(optimizer)
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _has_closure(args, kwargs):  # in which the backward was
+            self._check(optimizer)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
         """Of every optimizer in this process: what it steps on must have been exchanged."""
         if self._model() is None:  # it is gone, and others may have its parameters' ids
             return  # (a hook that removed itself here would break the loop over all of them)
@@ -114,7 +128,8 @@ class DDPCompression(GradientCompression):
     def close(self) -> None:
         """Release the thread and the groups; a synchronised backward raises afterwards."""
         super().close()
-        self._before_step.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._worker is not None:
             self._worker.close()
         self._workers.close()
@@ -167,6 +182,11 @@ class DDPCompression(GradientCompression):
             future = torch.futures.Future[torch.Tensor](devices=[buffer.device])
             future.set_result(result)
         return future
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an optimizer's step was called with one; the first argument is the optimizer."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
 
 
 def _hook(state: DDPCompression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

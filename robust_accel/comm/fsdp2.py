@@ -65,6 +65,7 @@ class FSDP2Compression(GradientCompression):
             if not same_bits(shards, replicas):
                 raise ValueError("replicas of the model differ: load the same weights into all")
         self.calls = [0] * len(modules)  # of each module's exchange
+        self.rounding = 0  # of frozen weights: the exchanges before the last optimizer step
         self.size = sum(p.requires_grad for p in model.parameters())
         self._own = {id(p) for p in model.parameters()}
         self._model, self._told = weakref.ref(model), False
@@ -81,9 +82,13 @@ class FSDP2Compression(GradientCompression):
                 module.set_all_reduce_hook(exchange.over_replicas)
             _COMPRESSED.add(module)
 
+    def state_dict(self) -> dict[str, int]:
+        return super().state_dict() | {"rounding": self.rounding}
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         super().load_state_dict(state)
         self.calls = [self.steps] * len(self.calls)
+        self.rounding = state.get("rounding", self.steps)
 
     def close(self) -> None:
         """Release the groups that were made; a synchronised backward raises afterwards."""
@@ -102,15 +107,18 @@ class FSDP2Compression(GradientCompression):
         return step
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Of every optimizer in this process: say what the first exchange did.
+        """Of every optimizer in this process: frozen weights are rounded anew; once, what was sent.
 
         Raises:
-            RuntimeError: There was none.
+            RuntimeError: Nothing was.
         """
-        if self._told or self._model() is None:
+        if self._model() is None:
             return
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in self._own and p.grad is not None for p in params):
+            return
+        self.rounding = self.steps
+        if self._told:
             return
         if self.meter.bytes_sent == 0:
             raise RuntimeError(
@@ -176,6 +184,8 @@ class ReduceScatter(_OfModule):
         """Average [n] over the processes that hold the same shards."""
         own = self._compression
         assert own.replicas is not None
+        if reduce_output.is_cuda:  # FSDP2 drops it while this stream still reads it
+            reduce_output.record_stream(torch.cuda.current_stream())
         rows = self._pieces.rows(len(reduce_output), trained=True)
         segments = rows[dist.get_rank(own.workers.group)]
         step = 2 * self._step + 1
@@ -196,8 +206,9 @@ class ReduceScatter(_OfModule):
 class Gather(_OfModule):
     """What FSDP2 calls to gather one module's weights: as it does, counted, or quantised.
 
-    The rounding of a weight changes when its gradient has been exchanged, and not before: all
-    passes of a step, an attack's as well, are by the same weights, and so is the resumed step.
+    The rounding of a module's weights changes when its gradients have been exchanged, where all of
+    it is frozen with the optimizer's step, and not before: all passes of a step, an attack's as
+    well, are by the same weights, and so is the resumed step.
     """
 
     def __call__(
@@ -211,12 +222,14 @@ class Gather(_OfModule):
         quantizer: Quantizer | None = getattr(collective, "weight_quantizer", None)
         sent = self._compression.gathered.sent
         others = dist.get_world_size(group) - 1
-        if quantizer is None or not input_tensor.is_floating_point():  # bytes, of many types
+        is_part = others + 1 != self._compression.workers.size  # of what was gathered, and rounded
+        if quantizer is None or is_part or not input_tensor.is_floating_point():  # or bytes
             sent(others * input_tensor.nbytes)
             return all_gather_tensor(output_tensor, input_tensor, group, async_op)
         rank = dist.get_rank(group)
         segments = self._pieces.rows(len(input_tensor), trained=False)[0]
-        step, stream = self._compression.calls[self._number], _WEIGHTS - rank
+        own, stream = self._compression, _WEIGHTS - rank
+        step = own.calls[self._number] if self._pieces.are_trained else own.rounding
         key = random_key(collective.seed, stream, step, input_tensor.device)
         # what is gathered lies around what is sent: it is read first
         message = quantizer.encode(input_tensor.float(), segments, key)

@@ -175,6 +175,8 @@ class _Wrapping:
             if found:
                 each = prepared if isinstance(prepared, tuple | list) else (prepared,)
                 mine = next(each[i] for i, a in enumerate(given) if a is self.model)
+                own = getattr(mine, "basic_optimizer", None)  # DeepSpeed's, by its configuration
+                self._prepared += [own] if isinstance(own, Optimizer) else []
                 self.send(accelerator, mine)
             return prepared
 

@@ -103,7 +103,11 @@ def robust_training(model: nn.Module) -> "RobustTraining | None":
 
 
 class Output(dict[str, Any]):
-    """``loss``, ``logits`` and the objective's parts, as keys and as attributes."""
+    """``loss``, ``logits`` and the objective's parts, as keys, attributes and by their place."""
+
+    def __getitem__(self, key: Any) -> Any:
+        by_place = isinstance(key, int | slice)
+        return tuple(self.values())[key] if by_place else super().__getitem__(key)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -182,6 +186,7 @@ class RobustTraining:
         # of transformers' Trainer, which then wants the sum over the batch divided by this
         num_items = kwargs.pop("num_items_in_batch", None)
         call = self.split(model, args, kwargs)
+        _check_labels(model, call.labels)
         others = {key: value for key, value in call.arguments.items() if key != "return_dict"}
         x = self.space.pixels(call.images)
         classifier = self.classifier(model, x.device, **others)
@@ -190,8 +195,8 @@ class RobustTraining:
             given = self.space.script_images(x_adv, call.images.dtype)
             return _called(model, self.image_name, given, call.arguments)
         output = Output(self.min_max.loss(classifier, x, call.labels))
-        if num_items is not None:
-            output["loss"] = output["loss"] * (len(call.labels) / num_items)
+        if num_items is not None:  # as the Trainer counts them, one a class of mixed labels
+            output["loss"] = output["loss"] * (call.labels.ne(-100).sum() / num_items)
         if call.arguments.get("return_dict") is False:
             return output["loss"], output["logits"]
         return output
@@ -206,6 +211,16 @@ class RobustTraining:
         return (
             f"call the model with {self.label_name} (transformers' Trainer takes them away for its "
             "label_smoothing_factor: say Adversarial(label_smoothing=...) instead)"
+        )
+
+
+def _check_labels(model: nn.Module, labels: Any) -> None:
+    """Refuse labels by which a model of transformers would choose another loss than ours."""
+    problem = getattr(getattr(model, "config", None), "problem_type", "")
+    if problem is None and isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(
+            f"labels of {labels.dtype} mean several classes an image to {type(model).__name__}: "
+            "where they are mixed, set config.problem_type to single_label_classification"
         )
 
 

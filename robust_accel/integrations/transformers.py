@@ -57,6 +57,12 @@ class RobustAccuracy(TrainerCallback):
         self.trainer, self.training, self.attack = trainer, training, attack
         self.images, self.seed = images, seed
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # before those that stop by the metrics
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loader: DataLoader = kwargs["eval_dataloader"]
         metrics = kwargs["metrics"]

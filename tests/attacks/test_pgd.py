@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from robust_accel import RobustModel
 from robust_accel.attacks import FGSMRS, NFGSM, PGD
+from robust_accel.attacks.base import input_gradient
 
 X = torch.full((4, 3, 5, 5), 0.5)
 
@@ -161,3 +163,20 @@ def test_a_loss_that_is_not_one_number_an_image_is_refused(attack):
     for loss_fn, found in ((net, r"\[4, 3\]"), (lambda x: net(x).sum(), r"\[\]")):
         with pytest.raises(ValueError, match=f"one loss an image, .4., got {found}"):
             attack(loss_fn, x)
+
+
+def test_under_fp16_the_gradient_of_a_sure_image_is_no_zero() -> None:
+    model, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.tensor([0])
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1e-3], [-1e-3]]))
+        model[1].bias.copy_(torch.tensor([11.5, 0.0]))
+
+    def loss(z: Tensor) -> Tensor:
+        return cross_entropy(model(z), labels, reduction="none")
+
+    x = torch.full((1, 3, 2, 2), 0.5)
+    exact = input_gradient(loss, x)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = input_gradient(loss, x)
+    assert (found != 0).all()
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)

@@ -101,6 +101,40 @@ def never_synchronised(rank, world_size):
     return said
 
 
+def by_closure(rank, world_size):
+    """As Lightning accumulates: the last micro-batch's backward is in the optimizer's step."""
+    model = wrap(make_model())
+    compression = compress_gradients(model, QSGD())
+    optimizer, said = torch.optim.SGD(model.parameters(), lr=0.1), None
+
+    def closure(step):
+        loss = model(batch(rank, step)).square().mean()
+        loss.backward()
+        return loss
+
+    for step in (0, 2):
+        optimizer.zero_grad()
+        with model.no_sync():
+            closure(step)
+        optimizer.step(lambda step=step: closure(step + 1))
+    try:
+        with model.no_sync():
+            optimizer.step(closure=lambda: closure(4))
+    except RuntimeError as error:
+        said = str(error)
+    told = compression._told
+    compression.close()
+    return said, told
+
+
+def other_groups(rank, world_size):
+    alone = [torch.distributed.new_group([r]) for r in range(world_size)][rank]
+    try:
+        compress_gradients(wrap(make_model()), QSGD(), group=alone)
+    except ValueError as error:
+        return str(error)
+
+
 def hooked_already(rank, world_size):
     model = wrap(make_model())
     model.register_comm_hook(None, fp16_compress_hook)
@@ -174,6 +208,8 @@ TWO = [
     told,
     limits,
     never_synchronised,
+    by_closure,
+    other_groups,
     hooked_already,
     not_ddp,
     evaluated_in_between,
@@ -210,6 +246,16 @@ def test_exposed_seconds_are_a_part_of_all(two):
 def test_a_step_on_gradients_that_were_not_sent_is_refused(two):
     for said in get(two, never_synchronised):
         assert "its forward ran in no_sync(), as under Accelerate's LocalSGD" in said
+
+
+def test_a_step_by_a_closure_is_judged_after_it(two):
+    for said, told in get(two, by_closure):
+        assert "its forward ran in no_sync()" in said and told
+
+
+def test_a_group_of_other_ranks_is_refused(two):
+    for rank, said in enumerate(get(two, other_groups)):
+        assert f"group: its ranks are [{rank}], and the model's [0, 1]" in said
 
 
 def test_a_second_hook_is_refused(two):

@@ -15,7 +15,7 @@ BITS = [16, 8]
 DRAWS = 40
 
 
-def seen(model, rank, step, passes):
+def seen(model, rank, step, passes, whole=None):
     """The weights of each of so many forward passes before one backward."""
     found = []
     hooks = [
@@ -30,7 +30,7 @@ def seen(model, rank, step, passes):
     with torch.no_grad():
         for _ in range(passes - 1):
             model(torch.rand(2, 3, 8, 8))
-    backward(model, rank, step)
+    backward(whole or model, rank, step)
     for hook in hooks:
         hook.remove()
     return torch.cat(found).view(passes, -1)
@@ -69,13 +69,32 @@ def resumed(rank, world_size):
     return [in_parts(rank, eight, *parts)[0] for parts in ways]
 
 
+def frozen(rank, world_size):
+    """What a frozen part is rounded to in two steps; and in the second of them, gone on from."""
+    found, state = [], {"steps": 0}
+    for resumes in (False, True):
+        model = vit()
+        for parameter in model.blocks.parameters():
+            parameter.requires_grad_(False)
+        model = sharded(model, reshard_after_forward=True)
+        compression = compress_gradients(model, QSGD(weight_bits=8))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        compression.load_state_dict(state)
+        for step in range(resumes, 2):
+            found.append(seen(model.blocks, rank, step, 1, whole=model))
+            optimizer.step()
+            if not step:
+                state = compression.state_dict()
+    return found
+
+
 def refused(rank, world_size):
     with pytest.raises(ValueError, match="weight_bits: weights are gathered under FSDP2 alone"):
         compress_gradients(DistributedDataParallel(vit()), QSGD(weight_bits=8))
     return True
 
 
-TWO = [gathered, resumed, refused]
+TWO = [gathered, resumed, frozen, refused]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -134,6 +153,12 @@ def test_weights_of_another_type_are_gathered_in_it(two):
 def test_what_goes_on_is_the_same(two):
     for straight, again in get(two, resumed):
         assert straight.equal(again)
+
+
+def test_a_frozen_part_is_rounded_anew_in_each_step_and_goes_on_alike(two):
+    for first, second, again in get(two, frozen):
+        assert not first.equal(second)
+        assert second.equal(again)
 
 
 def test_where_weights_are_not_gathered_it_is_refused(two):

@@ -106,9 +106,22 @@ def test_with_labels_the_objectives_loss_is_returned():
     torch.testing.assert_close(out["logits"], reference["logits"])
     with pytest.raises(AttributeError, match=r"hidden_states.*loss, logits"):
         _ = out.hidden_states
+    assert (out[0], out[:2]) == (out.loss, (out.loss, out.logits))
     # the Trainer's mean over all images of an accumulated batch of 12
     half = model(images(), labels=LABELS, num_items_in_batch=torch.tensor(12)).loss
     torch.testing.assert_close(half, reference["loss"] / 2)
+
+
+def test_mixed_labels_need_a_model_of_one_class_an_image():
+    """By their type transformers would take them for several classes, by another loss."""
+    model = make_robust(ViTForImageClassification(copy.deepcopy(VIT)), ATTACK)
+    soft = torch.eye(10)[LABELS]
+    with pytest.raises(ValueError, match=r"labels of torch.float32 mean several classes an image"):
+        model(images(), labels=soft)
+    model.config.problem_type = "single_label_classification"
+    whole = model(images(), labels=soft).loss
+    counted = model(images(), labels=soft, num_items_in_batch=soft.ne(-100).sum()).loss
+    torch.testing.assert_close(counted, whole)
 
 
 @pytest.mark.parametrize("objective", [Trades(), Smoothing(sigma=0.1, num_noise=2)])
@@ -253,6 +266,15 @@ def test_wrong_images_fail_at_the_first_batch_with_what_to_pass(case):
     given, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         make_robust(small(), ATTACK)(given)
+
+
+def test_images_that_are_not_normalised_as_said_fail_at_the_first_batch():
+    model = make_robust(small(), ATTACK, mean=0.5, std=0.1)
+    with pytest.raises(ValueError, match=r"lie in \[.*, 1\], and normalised .* need neither"):
+        model(images())
+    model(normalised(images()))
+    model(images().clamp(min=0.01))  # bright ones, once that is seen
+    make_robust(small(), ATTACK, mean=0.0, std=2.0)(images() / 2)
 
 
 def test_images_normalised_otherwise_than_said_fail_at_the_first_batch():

@@ -15,6 +15,7 @@ from scripts import MEAN, STD, Batches
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForImageClassification,
+    EarlyStoppingCallback,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -103,6 +104,19 @@ def test_it_trains_measures_chooses_and_saves(tmp_path: Path) -> None:
     make_robust(plain.model, ATTACK, mean=MEAN, std=STD)  # only to be measured
     accuracy = RobustAccuracy(plain, images=150).measure(plain.get_eval_dataloader())
     assert best > accuracy[key] + 0.1
+
+
+def test_what_stops_by_the_metrics_sees_them(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        num_train_epochs=4,
+        metric_for_best_model="robust_accuracy",
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(EarlyStoppingCallback(1, early_stopping_threshold=2.0))
+    trainer.add_callback(RobustAccuracy(trainer, ATTACK, images=20))
+    trainer.train()
+    assert trainer.state.epoch == 2  # the first evaluation without a gain of 2
 
 
 def test_each_of_several_sets_has_its_own_numbers(tmp_path: Path) -> None:
