@@ -59,7 +59,7 @@ class AllReduce(Settings):
     ) -> None:
         """See `ShardingCollective.scatter`. A ring sends (M - 1) / M of the gradient.
 
-        FSDP2's own type is kept where it is narrower. On gloo it is twice as much: its
+        FSDP2's own type is kept where it is narrower. On CPUs it is twice as much: gloo's
         reduce-scatter is an all-reduce.
         """
         dtype, op, mean = _DTYPES[self.dtype], dist.ReduceOp.AVG, out
@@ -67,7 +67,7 @@ class AllReduce(Settings):
             # multiplied before the sum, as above
             rows, op = rows.mul(1.0 / workers.size).to(dtype), dist.ReduceOp.SUM
             mean = rows.new_empty(len(out))
-        rounds = 2 if dist.get_backend(workers.group) == "gloo" else 1
+        rounds = 2 if rows.device.type == "cpu" else 1
         meter.sent(rounds * (workers.size - 1) * rows.nbytes / workers.size)
         _reduce_scatter_tensor(mean, rows.view(-1), op=op, group=workers.group)
         if mean is not out:

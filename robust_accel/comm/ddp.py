@@ -67,7 +67,7 @@ class DDPCompression(GradientCompression):
         model.register_comm_hook(self, _hook)
         self._unsent = self._told = False
         self._steps_at_update = 0
-        self._sent: list[Tensor] = []  # parameters of the first exchange
+        self._sent: dict[int, Tensor] = {}  # parameters of the first exchanges, by id
         self._model = weakref.ref(model)
         model.register_forward_pre_hook(self._before_forward)
         self._hooks = (
@@ -111,7 +111,7 @@ class DDPCompression(GradientCompression):
         Raises:
             RuntimeError: The gradients are not the same on every rank.
         """
-        grads = [p.new_zeros(1) if p.grad is None else p.grad for p in self._sent]
+        grads = [p.new_zeros(1) if p.grad is None else p.grad for p in self._sent.values()]
         if not same_bits(grads, self._workers.group):
             raise RuntimeError(
                 f"after the first exchange by {self._collective!r} gradients differ between ranks"
@@ -141,7 +141,7 @@ class DDPCompression(GradientCompression):
         segments = [segment(p.shape, self._positions[id(p)]) for p in bucket.parameters()]
         self._refuse_if_closed()
         if not self._told:
-            self._sent += bucket.parameters()
+            self._sent |= {id(p): p for p in bucket.parameters()}
         step, last = self.steps, bucket.is_last()
         self.steps += last
         if self._worker is None:
