@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -46,9 +46,9 @@ def pseudo_label(
         model: A run folder, a timm model's name, or ``local-dir:FOLDER``.
         out: A ``.parquet`` file: the images as they were, ``pseudo_label`` (with the classes'
             names, where the model knows them) and ``confidence`` (the probability of that class,
-            in [0, 1]). Or a ``.npz`` file, which training maps and does
-            not hold in memory: ``image`` (uint8, [N, H, W, C], as the model saw them), ``label``
-            (int64, [N]) and ``confidence``. Written by one process in one move, never over another.
+            in [0, 1]). Or a ``.npz`` file, which training maps and does not hold in memory:
+            ``image`` (uint8, [N, H, W, C], as the model saw them), ``label`` (int64, [N]) and
+            ``confidence``. Written by one process in one move, never over another.
         data: What ``data.unlabeled.path`` takes, but no pickle. Not given: the images that the
             run's ``data.train_size`` left out of its training split.
         overrides: ``section.key=value``, such as ``data.unlabeled.split=test``.
@@ -69,7 +69,8 @@ def pseudo_label(
         raise ValueError(f"--out: {out} {found}: choose another name")
     check_writable(out.parent, "--out")
     if data is not None:
-        overrides = [f"data.unlabeled.path={data}", *overrides]
+        # the size that the run took of its own source is no part of this one
+        overrides = [f"data.unlabeled.path={data}", "data.unlabeled.size=null", *overrides]
     recipe = recipe_of(
         model,
         overrides,
@@ -86,39 +87,35 @@ def pseudo_label(
     classifier.to(accelerator.device).eval()
     classes, confidence = predictions(classifier, images, recipe.evaluate.batch_size, accelerator)
     if accelerator.is_main_process:
-        names = classifier.class_names
-        _WRITERS[out.suffix](rows, images, classes, confidence, names, out)
+        labels = _Labels(classes, confidence, classifier.class_names)
+        _WRITERS[out.suffix](rows, images, labels, out)
     accelerator.wait_for_everyone()
     return {"n": len(rows), "mean_confidence": confidence.mean().item()}
 
 
-def _write_parquet(
-    rows: datasets.Dataset,
-    _: ImageSet,
-    classes: Tensor,
-    confidence: Tensor,
-    names: Sequence[str] | None,
-    out: Path,
-) -> None:
-    labeled = rows.add_column(PSEUDO_LABEL, classes.numpy()).add_column(
-        CONFIDENCE, confidence.numpy()
+class _Labels(NamedTuple):
+    """A teacher's: [N] each, and the classes' names, where it knows them."""
+
+    classes: Tensor
+    confidence: Tensor
+    names: Sequence[str] | None
+
+
+def _write_parquet(rows: datasets.Dataset, _: ImageSet, labels: _Labels, out: Path) -> None:
+    labeled = rows.add_column(PSEUDO_LABEL, labels.classes.numpy()).add_column(
+        CONFIDENCE, labels.confidence.numpy()
     )
-    if names is not None:  # by which a student finds them among its own
-        labeled = labeled.cast_column(PSEUDO_LABEL, datasets.ClassLabel(names=list(names)))
+    if labels.names is not None:  # by which a student finds them among its own
+        feature = datasets.ClassLabel(names=list(labels.names))
+        labeled = labeled.cast_column(PSEUDO_LABEL, feature)
     # the bytes of images that lie in files of their own, or the parquet would hold paths
     whole = labeled.with_format("arrow").map(embed_table_storage, batched=True)
     with written_whole(out) as temporary:
         whole.with_format(None).to_parquet(str(temporary))
 
 
-def _write_npz(
-    _: datasets.Dataset,
-    images: ImageSet,
-    classes: Tensor,
-    confidence: Tensor,
-    names: Sequence[str] | None,
-    out: Path,
-) -> None:
+def _write_npz(_: datasets.Dataset, images: ImageSet, labels: _Labels, out: Path) -> None:
+    classes, confidence, _names = labels
     batches = images.batches(torch.arange(len(images)).split(_AT_A_TIME), torch.device("cpu"))
     pixels = (x.mul(255).round().byte().permute(0, 2, 3, 1).numpy() for x, _ in batches)
     channels, height, width = images.shape

@@ -17,6 +17,7 @@ from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.reading import (
     LeftOut,
     by,
+    drawn,
     drawn_order,
     held_out,
     read_drawn,
@@ -253,10 +254,10 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
         raise ValueError(f"unlabeled: one set is labelled at a time, found {len(settings.extra)}")
     own = next(iter(settings.extra), UnlabeledSettings())
     rows, images = _to_label(own, settings.model_copy(update={"augment": "none"}))
-    if (size := len(images) if own.size is None else own.size) > len(images):
-        raise ValueError(f"unlabeled.size: {size} exceeds the {len(images)} images there are")
-    chosen = torch.arange(size) if own.size is None else drawn_order(len(images))[:size]
-    return rows.select(chosen), images.subset(chosen)
+    if own.size is not None:
+        images, _ = drawn(images, own.size, "unlabeled.size")
+        rows = rows.select(drawn_order(len(rows))[: own.size])
+    return rows, images
 
 
 def _to_label(own: UnlabeledSettings, plain: DataSettings) -> tuple[datasets.Dataset, ImageSet]:

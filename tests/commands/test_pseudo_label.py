@@ -73,6 +73,10 @@ def test_only_some_are_labeled_where_a_size_is_given(teacher: Path, tmp_path: Pa
         pseudo_label(str(teacher), tmp_path / "x.npz", overrides=["data.unlabeled.size=900"])
     rows = [{**row, "image": row["image"]["bytes"]} for row in rows_of(whole)]
     assert all({**row, "image": row["image"]["bytes"]} in rows for row in rows_of(some))
+    # of another source than the run's own all are
+    own = [f"data.unlabeled.path={some}", "data.unlabeled.size=36", "train.epochs=1"]
+    train(load_recipe("quickstart", [*SMALL, *own, f"output={tmp_path / 'student'}"]))
+    assert pseudo_label(str(tmp_path / "student"), tmp_path / "all.npz", str(whole))["n"] == 837
 
 
 def test_a_students_classes_are_found_by_name(tmp_path: Path) -> None:
