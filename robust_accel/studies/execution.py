@@ -166,18 +166,17 @@ class Runner:
         """What can be started now."""
         busy = {job.trial.folder for job in self._running}
         trials = self.plan.known(chosen)
-        unfinished = {trial.folder for trial in trials if self.done.left(trial)}
+        left = {trial: self.done.left(trial) for trial in trials}
+        unfinished = {trial.folder for trial in trials if left[trial]}
         lost = {trial.folder for trial in trials if self.done.failed(trial)}
         found = []
         for trial in trials:
             is_free = trial.folder not in busy and trial.folder not in self.broken
-            if trial.folder in unfinished and is_free and not unfinished.intersection(trial.needs):
+            if left[trial] and is_free and not unfinished.intersection(trial.needs):
                 if any(need in self.broken or need in lost for need in trial.needs):
                     continue
-                left = self.done.left(trial)
-                if left:
-                    found.append((trial, left[0]))
-                    busy.add(trial.folder)
+                found.append((trial, left[trial][0]))
+                busy.add(trial.folder)  # others of this training take their turn
         return found
 
     def _start(self, trial: Trial, command: Command) -> None:

@@ -272,9 +272,10 @@ class Plan:
                     faults |= dict.fromkeys(str(error).splitlines())
                     continue
                 where = f"{self.path}: runs.{cell.run}"
-                alike = rows.setdefault((trial.digest, *trial.commands), cell)
-                if alike is not cell and not self.runs[cell.run].hidden:
-                    faults[f"{where}: {cell.name} is the very training of {alike.name}"] = None
+                if not self.runs[cell.run].hidden:
+                    alike = rows.setdefault((trial.digest, *trial.commands), cell)
+                    if alike is not cell:
+                        faults[f"{where}: {cell.name} is the very training of {alike.name}"] = None
                 for fault in _faults(trial, is_tuned=len(tries) > 1):
                     faults[f"{where}{fault}"] = None
         faults |= dict.fromkeys(self._contradictions())

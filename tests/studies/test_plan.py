@@ -109,8 +109,9 @@ def test_rows_that_are_one_training_are_refused(plan_of: Callable[..., Plan]) ->
     assert plan_of(runs.replace("{attack: {name: n-fgsm}}", "{}") + grid)
     with pytest.raises(RecipeError, match=r"runs\.b: b is the very training of a$"):
         plan_of(TWO, overrides=["attack.num_steps=3"])
-    hidden = TWO.replace("b: {", "b: {hidden: true, ")
-    assert plan_of(hidden, overrides=["attack.num_steps=3"])
+    for name in "ab":
+        hidden = TWO.replace(f"{name}: {{", f"{name}: {{hidden: true, ")
+        assert plan_of(hidden, overrides=["attack.num_steps=3"])
 
 
 def test_a_batch_that_its_processes_cannot_share_is_refused(plan_of: Callable[..., Plan]) -> None:
