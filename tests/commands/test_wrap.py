@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from robust_accel import PGD
 from robust_accel.__main__ import main
+from robust_accel.commands.wrap import NotWrapped, _Wrapping
+from robust_accel.recipe import load_recipe
 
 SCRIPT = str(Path(scripts.__file__))
 RECIPE = ("quickstart", "attack.eps=0.15", "attack.step_size=0.1", "attack.num_steps=3")
@@ -142,6 +144,19 @@ def test_an_optimizer_whose_parameters_were_replaced_is_the_models_too(
     assert main(command) == 2
     assert "is trained in eval mode" in capsys.readouterr().err
     assert not (tmp_path / "stepped").exists()
+
+
+def test_the_optimizer_of_deepspeeds_configuration_is_the_models_too() -> None:
+    """It steps on parameters that are none of the model's, and is a stand-in until prepared."""
+    model, elsewhere = nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+    engine = nn.Sequential(model)
+    engine.basic_optimizer = torch.optim.SGD([elsewhere], lr=0.1)
+    wrapping = _Wrapping(load_recipe("quickstart"), "train.py", None, None)
+    prepare = wrapping.around(lambda accelerator, *given: (engine, *given[1:]))
+    prepare(Accelerator(cpu=True), model, object())
+    with pytest.raises(NotWrapped, match="never called in training mode"):
+        wrapping.before_step(engine.basic_optimizer, (), {})
+    wrapping.before_step(torch.optim.SGD([elsewhere], lr=0.1), (), {})  # of something else
 
 
 OWN = """
