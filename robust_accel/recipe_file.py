@@ -27,7 +27,7 @@ SCHEMA = RECIPES / "schema.json"
 """What ``robust-accel schema`` prints: recipes name it in their head, for editors."""
 
 _MOST_BASES = 8
-_OWN = {"model": ("name", "options")}
+_OWN = {"model": ("options",)}
 """What belongs to the component that a section names, where not all of it does: pretrained weights,
 a new classifier and the size of images are wanted of any network."""
 

@@ -92,6 +92,7 @@ class Seen:
         self._non_finite[len(non_finite)] = non_finite if before is None else before | non_finite
 
 
+_SCALE = 256.0  # of losses in fp16: keeps gradients down to 2e-10, and up to 256
 _seen: ContextVar[Seen | None] = ContextVar("seen", default=None)
 
 
@@ -155,10 +156,12 @@ def judged_and_input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tenso
     return loss, torch.zeros_like(loss, dtype=torch.bool) if wrong is None else wrong, grad
 
 
-def _scale(device: str) -> float:
-    """What a loss is multiplied by: in fp16 the gradient of an image that is learnt underflows."""
-    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half
-    return 256.0 if is_half else 1.0
+def _gradient(loss: Tensor, x: Tensor) -> Tensor:
+    """Of a loss in x; scaled within, where in fp16 that of an image that is learnt underflows."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half:
+        return torch.autograd.grad(_SCALE * loss, x)[0] / _SCALE
+    return torch.autograd.grad(loss, x)[0]
 
 
 def _differentiated(
@@ -179,9 +182,7 @@ def _differentiated(
                 f"loss_fn must return one loss an image, [{len(x)}], got {list(loss.shape)}: an "
                 "attack climbs x -> cross_entropy(model(x), labels, reduction='none'), not a model"
             )
-        scale = _scale(x.device.type)
-        (grad,) = torch.autograd.grad(scale * loss.sum(), x)
-        grad = grad / scale
+        grad = _gradient(loss.sum(), x)
     loss, seen = loss.detach(), _seen.get()
     finite = grad.isfinite()
     if seen is not None:

@@ -218,17 +218,18 @@ class Gather(_OfModule):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> Any:
-        collective: Any = self._compression.collective
+        own = self._compression
+        collective: Any = own.collective
         quantizer: Quantizer | None = getattr(collective, "weight_quantizer", None)
-        sent = self._compression.gathered.sent
+        sent = own.gathered.sent
         others = dist.get_world_size(group) - 1
-        is_part = others + 1 != self._compression.workers.size  # of what was gathered, and rounded
+        is_part = others + 1 != own.workers.size  # of what was gathered, and rounded
         if quantizer is None or is_part or not input_tensor.is_floating_point():  # or bytes
             sent(others * input_tensor.nbytes)
             return all_gather_tensor(output_tensor, input_tensor, group, async_op)
         rank = dist.get_rank(group)
         segments = self._pieces.rows(len(input_tensor), trained=False)[0]
-        own, stream = self._compression, _WEIGHTS - rank
+        stream = _WEIGHTS - rank
         step = own.calls[self._number] if self._pieces.are_trained else own.rounding
         key = random_key(collective.seed, stream, step, input_tensor.device)
         # what is gathered lies around what is sent: it is read first

@@ -58,7 +58,7 @@ def images_of_arrays(
             )
         labels = targets.mapped()
         _check_labels(labels, number, f"path: {label!r}", path)
-    augment = batch_augment(settings.augment)
+    augment = batch_augment(settings)
     transform = image_transform(settings, (channels, height, found.shape[2]))
     return MappedImages(found.mapped(), labels, augment=augment, transform=transform, seed=seed)
 

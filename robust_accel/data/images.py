@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class MemoryImages:
         """Augmented as the settings say."""
         _, channels, height, width = images.shape
         transform = image_transform(settings, (channels, height, width))
-        augment = batch_augment(settings.augment)
+        augment = batch_augment(settings)
         return cls(images, labels, augment=augment, transform=transform, seed=seed)
 
     def __len__(self) -> int:
@@ -290,9 +290,10 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch_augment(augment: str) -> Augment | None:
+def batch_augment(settings: DataSettings) -> Augment | None:
     """What ``data.augment`` says of images in memory."""
-    return augment if augment in get_args(Augment) else None  # type: ignore[return-value]
+    augment = settings.augment
+    return None if augment == "none" or augment == "timm" else augment
 
 
 def _draw_crops(num_images: int, seed: int, epoch: int) -> Tensor:

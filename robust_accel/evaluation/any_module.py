@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robust_accel.attack_context import is_whole
+from robust_accel.comm.deepspeed import is_engine
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.arrays import as_images, as_labels
@@ -249,8 +250,7 @@ def _classifier(
             f"{name} must be a module, got {type(model).__name__}: robust_accel.load_model loads "
             "a run or a timm model"
         )
-    is_engine = type(inner).__module__.startswith("deepspeed.")
-    if is_engine or not all(map(is_whole, model.parameters())):
+    if is_engine(inner) or not all(map(is_whole, model.parameters())):
         raise ValueError(
             f"{name} is DeepSpeed's or sharded by FSDP: load what accelerator.get_state_dict "
             "gathers into a plain module"

@@ -243,7 +243,9 @@ def test_what_is_not_as_said_is_refused(problem: tuple[nn.Module, Tensor, Tensor
     part = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
     part[1].weight.ds_id = 0  # ZeRO 3's mark
     whole = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
-    engine = type("Engine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})(whole)
+    engine = type("DeepSpeedEngine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})(
+        whole
+    )
     for foreign in (part, PixelClassifier(part), engine, torch.compile(engine)):
         with pytest.raises(ValueError, match=r"DeepSpeed's or sharded by FSDP: .*get_state_dict"):
             measure(foreign, x, labels, **SETTINGS)
