@@ -4,7 +4,7 @@ A terminal shows results as text, a notebook as HTML.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.evaluation import any_module
 from robust_accel.evaluation.any_module import How
 from robust_accel.evaluation.certify_images import CertifySettings
+from robust_accel.evaluation.ledger import records_in
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.recipe import Section, as_section, load_recipe
@@ -45,7 +46,7 @@ class Measurement:
         attack: Its ``name`` and all its settings; ``{"name": "none"}`` of clean images.
         threat_model: ``norm`` and ``eps`` in pixel units, where there is one; a list of these as
             ``union`` of images that withstand an attack in each.
-        accuracy: In [0, 1]; a certificate's at radius 0.
+        accuracy: In [0, 1]; a certificate's in the ball of its smallest radius.
         interval: Wilson's, 95%.
         images: How many.
         record: All that is known: seed, images' digest, seconds, hardware, versions, radii, ...
@@ -84,10 +85,12 @@ class Measured:
     Attributes:
         model: Which one: its digest (``function``), and whose mean, std and size it has.
         measurements: Every number.
+        asked: Keys of the records that the call asked for: these are quoted first.
     """
 
     model: dict[str, Any]
     measurements: tuple[Measurement, ...]
+    asked: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False)
 
     @property
     def clean(self) -> Measurement | None:
@@ -114,11 +117,12 @@ class Measured:
     def against(self, norm: str) -> "Measured":
         """What was measured in balls of one norm: ``linf``, ``l2`` or ``l1``."""
         own = (one for one in self.measurements if (one.threat_model or {}).get("norm") == norm)
-        return Measured(self.model, tuple(own))
+        return Measured(self.model, tuple(own), asked=self.asked)
 
     def _quoted(self, wanted: Callable[[Row], bool], purpose: str = "accuracy") -> Any:
         rows = [one.record for one in self.measurements if one.purpose == purpose]
-        row = pick(filter(wanted, rows))
+        rows = [row for row in rows if wanted(row)]
+        row = pick(row for row in rows if row.get("key") in self.asked) or pick(rows)
         return None if row is None else Measurement.of(row)
 
     def _table(self) -> Table:
@@ -157,14 +161,17 @@ class Run(Measured):
 
         Args:
             settings: Those that are given; all others are the run's.
+
+        Returns:
+            The run, whose ``pgd`` and so on are those that these settings ask for.
         """
         overrides = as_overrides({"evaluate": as_section("evaluate", settings)})
-        return load_run(evaluate_model(str(self.path), overrides).path)
+        return _asked(*evaluate_model(str(self.path), overrides))
 
     def certify(self, settings: CertifySettings) -> "Run":
         """The same for certified radii."""
         overrides = as_overrides({"certify": as_section("certify", settings)})
-        return load_run(certify_model(str(self.path), overrides).path)
+        return _asked(*certify_model(str(self.path), overrides))
 
     def _table(self) -> Table:
         return comparison(read_runs([self.path]))
@@ -295,13 +302,15 @@ def certify(
     return _measured(any_module.certify(model, images, labels, settings, **how))
 
 
+def _asked(folder: RunFolder, records: list[Row]) -> Run:
+    """The run, and what a call has asked for, also where a larger measurement stands for it."""
+    run, asked = load_run(folder.path), {record["key"]: record for record in records}
+    for one in run.measurements:
+        asked.pop(one.record["key"], None)
+    more = tuple(map(Measurement.of, tidy(list(asked.values()))))
+    keys = frozenset(record["key"] for record in records)
+    return replace(run, measurements=(*run.measurements, *more), asked=keys)
+
+
 def _measured(found: dict[str, Any]) -> Measured:
-    return Measured(found["model"], tuple(map(Measurement.of, tidy(_records(found)))))
-
-
-def _records(found: Any) -> list[Row]:
-    """The records among results, in whichever lists and mappings."""
-    if isinstance(found, dict) and "purpose" in found:
-        return [found]
-    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return [record for part in parts for record in _records(part)]
+    return Measured(found["model"], tuple(map(Measurement.of, tidy(records_in(found)))))

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, ConfigDict
 from robust_accel.attack_context import AttackMode
 from robust_accel.attacks import ATTACKS, Attack, EpsSchedule, MultiNorm
 from robust_accel.comm import COLLECTIVES
+from robust_accel.comm.heartbeat import TIMEOUT
 from robust_accel.data import DataSettings
 from robust_accel.evaluation.certify_images import CertifySettings
 from robust_accel.evaluation.settings import EvaluateSettings
@@ -135,7 +136,7 @@ class TrainSettings(Settings):
     checkpoint_every: Annotated[Whole, Ge(1)] | None = None
     keep: Annotated[Whole, Ge(2)] = 2
     max_time: Duration | None = None
-    timeout: Annotated[Duration, Ge(5)] = 600.0
+    timeout: Annotated[Duration, Ge(5)] = TIMEOUT
     log_every: Annotated[Whole, Ge(1)] = 50
     log_with: Annotated[tuple[str, ...], AfterValidator(_trackers_at_hand)] = ()
     keep_gathered: Flag = False

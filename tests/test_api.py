@@ -60,6 +60,20 @@ def test_more_is_measured_and_nothing_twice(run: Run) -> None:
     assert certified and certified.images == 3 and certified.attack["n"] == 200
 
 
+def test_what_is_quoted_is_what_was_asked_for(run: Run) -> None:
+    """Also what was measured before, and where others are of more images."""
+    many, few = {"n": 60, "n0": 10, "images": 3}, {"n": 50, "n0": 10, "images": 2}
+    asked = [("0.1", many, (0.05,)), ("0.2", few, (0.05,)), ("0.1", many, (0.07, 0))]
+    for sigma, how, radii in [*asked, *asked]:
+        found = run.certify(CertifySettings(sigma=sigma, radii=radii, **how)).certificate
+        assert found and found.images == how["images"] and found.attack["sigma"] == float(sigma)
+        assert [point["radius"] for point in found.record["radii"]] == sorted(radii)
+        assert found.threat_model == {"norm": "l2", "eps": min(radii)}
+    for eps, images in ((0.1, 40), (0.05, 40), (0.1, 20), (0.1, 40)):
+        pgd = run.evaluate(EvaluateSettings(eps=eps, images=images)).pgd
+        assert pgd and (pgd.threat_model or {})["eps"] == eps and pgd.images == images
+
+
 def test_any_module_and_its_images_give_the_runs_own_verdicts(run: Run) -> None:
     recipe = load_recipe(run.path / "recipe.yaml")
     images = load_test(recipe.data, ids=None, num_classes=None).images.subset(torch.arange(40))

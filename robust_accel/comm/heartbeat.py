@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from robust_accel.comm.restarts import launchers_store
-from robust_accel.exit_codes import Unavailable
+from robust_accel.exit_codes import UNAVAILABLE, Unavailable
 
 INTERVAL = 1.0
+TIMEOUT = 600.0  # seconds, of work without a setting of its own
 SILENT = 4.0  # seconds without a new beat; they come every second
 _now = time.monotonic
 
@@ -43,6 +45,12 @@ class Beat:
         return f"step {self.about['step']} ({self.about['doing']})"
 
 
+def leave(sentence: str) -> None:
+    """End this process, wherever its main thread is, and say why."""
+    print(f"\nrobust-accel: {sentence}", file=sys.stderr, flush=True)
+    os._exit(UNAVAILABLE)
+
+
 class Heartbeat:
     """Of this process among those of the default group, while the context lasts.
 
@@ -50,12 +58,12 @@ class Heartbeat:
 
     Args:
         timeout: Seconds without progress here after which one that does not answer ends the run.
-        lost: Called by a thread with the sentence that names it; to end the process.
+        lost: Called by a thread with the sentence that names it; ends the process.
     """
 
     current: ClassVar["Heartbeat | None"] = None
 
-    def __init__(self, timeout: float, lost: Callable[[str], None]) -> None:
+    def __init__(self, timeout: float, lost: Callable[[str], None] = leave) -> None:
         self.timeout, self._lost = timeout, lost
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.is_on = several and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from robust_accel.console import is_main
 from robust_accel.messages import printable
@@ -12,6 +12,13 @@ if TYPE_CHECKING:  # --help imports nothing
     from robust_accel.recipe import Recipe
     from robust_accel.run_folder import RunFolder
     from robust_accel.trained_model import Subject
+
+
+class Found(NamedTuple):
+    """What a command has measured, or found measured, and the folder that keeps it."""
+
+    folder: "RunFolder"
+    records: list[dict[str, Any]]
 
 
 def say(text: str, file: TextIO | None = None) -> None:

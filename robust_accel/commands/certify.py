@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import folder_for
+from robust_accel.commands import Found, folder_for
 from robust_accel.console import is_main
 from robust_accel.data import identity_of
 from robust_accel.evaluation.bench import Bench
@@ -16,7 +16,6 @@ from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import Ledger, refresh_report
 from robust_accel.processes import owned
 from robust_accel.reporting.report import certified_table, write_report
-from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_subject, recipe_of
 from robust_accel.training.peers import check_same_images, together
 
@@ -25,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 def run(options: argparse.Namespace) -> int:
     with together():
-        folder = certify_model(options.model, options.settings, trust=options.trust)
+        folder, _ = certify_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print("\n".join(certified_table(folder.read_report())))
         logger.info("report: %s", folder.path / "report.html")
     return 0
 
 
-def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> RunFolder:
+def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Found:
     """Certify test images, and write the record, the field's log and the report.
 
     ``certify/certify.tsv`` has a row an image in the field's columns, of the last certification;
@@ -78,4 +77,4 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
             refresh_report(folder, model=facts)
             write_report(folder)
         accelerator.wait_for_everyone()
-    return folder
+    return Found(folder, [record])

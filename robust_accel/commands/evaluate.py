@@ -7,17 +7,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from robust_accel.commands import folder_for
+from robust_accel.commands import Found, folder_for
 from robust_accel.console import is_main
 from robust_accel.data import identity_of, load_data
 from robust_accel.data.classes import match_classes
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.identity import facts_of
-from robust_accel.evaluation.ledger import refresh_report
+from robust_accel.evaluation.ledger import records_in, refresh_report
 from robust_accel.processes import owned
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.report import comparison_table, write_report
-from robust_accel.run_folder import RunFolder
 from robust_accel.trained_model import load_classifier, load_subject, recipe_of
 from robust_accel.training.peers import check_same_images, together
 
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def run(options: argparse.Namespace) -> int:
     with together():
-        folder = evaluate_model(options.model, options.settings, trust=options.trust)
+        folder, _ = evaluate_model(options.model, options.settings, trust=options.trust)
     if is_main():
         print(comparison_table([folder.path]))
         logger.info("report: %s", folder.path / "report.html")
@@ -44,7 +43,7 @@ def _has_training_images(recipe: Recipe) -> bool:
     return False
 
 
-def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> RunFolder:
+def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Found:
     """Measure a model, and write the records and the report into a run folder.
 
     What the folder's ledger has of the same model, images and attack is not done again.
@@ -56,8 +55,6 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
         overrides: ``section.key=value``.
         trust: Import and run classes that the run's recipe names.
 
-    Returns:
-        The folder that holds the report.
     """
     recipe = recipe_of(model, overrides, required=("model", "data", "evaluate"), trust=trust)
     subject = load_subject(recipe, model, recipe.evaluate.ids, "evaluate")
@@ -108,4 +105,4 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             refresh_report(folder, model=facts)
             write_report(folder)
         accelerator.wait_for_everyone()
-    return folder
+    return Found(folder, records_in(result))

@@ -16,6 +16,7 @@ from robust_accel.data.images import (
     ImageSet,
     MemoryImages,
     augmented,
+    derived_seed,
     seeded_generator,
 )
 from robust_accel.data.loading import (
@@ -54,6 +55,7 @@ __all__ = [
     "UnlabeledSettings",
     "augmented",
     "compared_by_number",
+    "derived_seed",
     "identity_of",
     "load_data",
     "load_test",

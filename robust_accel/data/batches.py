@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robust_accel.data.augmentation import Mixing
-from robust_accel.data.images import NO_LABEL, Batch, ImageSet, seeded_generator
+from robust_accel.data.images import NO_LABEL, Batch, ImageSet, derived_seed, seeded_generator
 from robust_accel.data.loading import Data
 from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.orders import Order
@@ -193,7 +193,7 @@ class TrainingBatches:
             assert share is not None
             key = "data.unlabeled.fraction" + f" (number {i})" * (len(data.mixed_in) > 1)
             numbers.append(self._number_of(share, key, batch_size, num_micro, world_size))
-            own_seed = seeded_generator(seed, 7, *([i] if i else [])).initial_seed()
+            own_seed = derived_seed(seed, 7, i)
             kind = MappedSampler if isinstance(images, MappedImages) else Sampler
             others.append((images, kind(len(images), numbers[-1], seed=own_seed, **about)))
         if sum(numbers) >= batch_size:

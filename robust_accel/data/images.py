@@ -284,10 +284,14 @@ def _collate(items: list[Any]) -> Any:
     return next(errors, None) or default_collate(items)
 
 
+def derived_seed(*key: int) -> int:
+    """A seed that depends on the whole key; zeros at its end say nothing."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+
+
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator whose stream depends on the whole key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(derived_seed(*key))
 
 
 def batch_augment(settings: DataSettings) -> Augment | None:

@@ -12,7 +12,7 @@ from robust_accel.data.array_images import images_of_arrays, images_of_pickle
 from robust_accel.data.classes import Classes, renumbered_labels, tell
 from robust_accel.data.columns import find_image_column, find_label_column
 from robust_accel.data.decoding import Pictures, Source
-from robust_accel.data.images import NO_LABEL, ImageSet, seeded_generator
+from robust_accel.data.images import NO_LABEL, ImageSet, derived_seed
 from robust_accel.data.labels import class_names, labels_of
 from robust_accel.data.reading import LeftOut, by, drawn, read_images
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
@@ -48,7 +48,7 @@ def load_unlabeled(
         ValueError: ``unlabeled.key: ...``.
     """
     # other crops than the labelled images', and than another source's
-    seed = seeded_generator(seed, 8, *([number] if number else [])).initial_seed()
+    seed = derived_seed(seed, 8, number)
     try:
         images, left_out = _read(own, settings, rest, classes, seed)
         images, _ = drawn(images, own.size, "size")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from robust_accel.attack_context import is_whole
 from robust_accel.comm.deepspeed import is_engine
+from robust_accel.comm.heartbeat import TIMEOUT, Heartbeat
 from robust_accel.data import Batch, ImageSet
 from robust_accel.evaluation import evaluate
 from robust_accel.evaluation.arrays import as_images, as_labels
@@ -200,7 +201,10 @@ def _on_pixels(
         num_classes = _num_classes(classifier, x[:1].to(accelerator.device))
         own = TensorImages(x, _indices(y, num_classes))
         kept = None if folder is None else RunFolder(folder)
-        yield _Ready(classifier, own, num_classes, accelerator, kept)
+        # one may have much more to do than another, and a collective waits for so long only
+        beats = nullcontext() if Heartbeat.current else Heartbeat(TIMEOUT)
+        with beats:
+            yield _Ready(classifier, own, num_classes, accelerator, kept)
     finally:
         for module, mode in training:
             module.training = mode

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import gradients_seen
 from robust_accel.console import shows_bars
-from robust_accel.data import ImageSet, seeded_generator
+from robust_accel.data import ImageSet, derived_seed
 from robust_accel.evaluation.identity import (
     answers,
     digest_of_function,
@@ -179,7 +179,7 @@ class Bench:
             return Verdict(prediction, (prediction == labels).double())
         answers = []
         for draw in range(self.draws):
-            with global_state_kept(seeded_generator(*key, draw).initial_seed()):
+            with global_state_kept(derived_seed(*key, draw)):
                 answers.append(predicted(self.classifier(x)))
         return Verdict(
             torch.stack(answers).mode(dim=0).values,

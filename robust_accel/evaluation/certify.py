@@ -18,11 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, betaincinv, betaln, logsumexp, ndtr, ndtri
 from torch import Tensor
 
+from robust_accel.evaluation.outcomes import without_tf32
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import NOT_A_NUMBER, predicted
 
 ABSTAIN = -1
 Floats = NDArray[np.float64]
+_BETAS = ((0.5, 0.5), (0.5, 0.05))
 
 
 @overload
@@ -76,8 +78,8 @@ def _check(*, n: int, alpha: float, sigma: float, n0: int = 1) -> None:
         raise ValueError(f"n must be at least n0 >= 1, got n = {n}, n0 = {n0}")
 
 
-class BettingSequence:
-    """Confidence bounds for p that hold at all sample sizes at once.
+def log_wealth(p: ArrayLike, successes: ArrayLike, failures: ArrayLike) -> Floats:
+    """log M(p), what betting against p has won; by broadcasting.
 
     For S successes and F failures and a mixture Pi of Beta distributions, let
 
@@ -96,43 +98,32 @@ class BettingSequence:
     Source: Ville 1939; Robbins 1970; the betting view of Waudby-Smith and Ramdas 2023 (arXiv
     2010.09686).
     """
+    s, f, p = (np.asarray(v, dtype=np.float64) for v in (successes, failures, p))
+    evidence = logsumexp(
+        [betaln(a + s, b + f) - betaln(a, b) - np.log(len(_BETAS)) for a, b in _BETAS], axis=0
+    )
+    # 0 log 0 = 0: a bound of 0 or 1 is refuted only by what it forbids
+    with np.errstate(divide="ignore", invalid="ignore"):
+        likelihood = np.where(s > 0, s * np.log(p), 0) + np.where(f > 0, f * np.log1p(-p), 0)
+    return np.asarray(evidence - likelihood)
 
-    _BETAS = ((0.5, 0.5), (0.5, 0.05))
 
-    def log_wealth(self, successes: ArrayLike, failures: ArrayLike, p: ArrayLike) -> Floats:
-        """log M(p), by broadcasting."""
-        s, f, p = (np.asarray(v, dtype=np.float64) for v in (successes, failures, p))
-        evidence = logsumexp(
-            [
-                betaln(a + s, b + f) - betaln(a, b) - np.log(len(self._BETAS))
-                for a, b in self._BETAS
-            ],
-            axis=0,
-        )
-        # 0 log 0 = 0: a bound of 0 or 1 is refuted only by what it forbids
-        with np.errstate(divide="ignore", invalid="ignore"):
-            likelihood = np.where(s > 0, s * np.log(p), 0) + np.where(f > 0, f * np.log1p(-p), 0)
-        return np.asarray(evidence - likelihood)
+def is_refuted(
+    p: ArrayLike, successes: ArrayLike, failures: ArrayLike, alpha: float
+) -> NDArray[np.bool_]:
+    """Whether p is not the true probability, at error alpha over all sample sizes at once."""
+    return log_wealth(p, successes, failures) >= -np.log(alpha)
 
-    def exceeds(self, s: ArrayLike, f: ArrayLike, p: ArrayLike, alpha: float) -> NDArray[np.bool_]:
-        """Whether the true probability is above p, at error alpha."""
-        s, f, p = np.asarray(s), np.asarray(f), np.asarray(p)
-        return (self.log_wealth(s, f, p) >= -np.log(alpha)) & (s > p * (s + f))
 
-    def is_below(self, s: ArrayLike, f: ArrayLike, p: ArrayLike, alpha: float) -> NDArray[np.bool_]:
-        """Whether the true probability is below p, at error alpha."""
-        s, f, p = np.asarray(s), np.asarray(f), np.asarray(p)
-        return (self.log_wealth(s, f, p) >= -np.log(alpha)) & (s < p * (s + f))
-
-    def lower_bound(self, successes: ArrayLike, failures: ArrayLike, alpha: float) -> Floats:
-        """The lower end of the interval, by bisection: never above it."""
-        s, f = (np.asarray(v, dtype=np.float64) for v in (successes, failures))
-        low, high = np.zeros_like(s), s / np.maximum(s + f, 1)
-        for _ in range(40):  # to 1e-12
-            middle = 0.5 * (low + high)
-            above = self.exceeds(s, f, middle, alpha)
-            low, high = np.where(above, middle, low), np.where(above, high, middle)
-        return low
+def lower_bound_at_any_time(successes: ArrayLike, failures: ArrayLike, alpha: float) -> Floats:
+    """The least p that is not refuted, by bisection: never above it."""
+    s, f = (np.asarray(v, dtype=np.float64) for v in (successes, failures))
+    low, high = np.zeros_like(s), s / np.maximum(s + f, 1)
+    for _ in range(40):  # to 1e-12
+        middle = 0.5 * (low + high)
+        above = is_refuted(middle, s, f, alpha)
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return low
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,7 @@ class Sequential:
     certifies nothing, so it cannot harm.
 
     Args:
-        radii: In pixel units, each > 0.
+        radii: In pixel units, each >= 0.
         n: The cap.
         alpha: In (0, 1).
         sigma: > 0.
@@ -157,7 +148,10 @@ class Sequential:
     alpha: float
     sigma: float
 
-    _bets = BettingSequence()
+    @property
+    def share(self) -> float:
+        """Of alpha, that each of the two bounds has."""
+        return self.alpha / 2
 
     @cached_property
     def thresholds(self) -> Floats:
@@ -168,23 +162,21 @@ class Sequential:
     def needed(self) -> NDArray[np.int64]:
         """Successes at the cap that certify each radius; n + 1 where none do."""
         counts = np.arange(self.n // 2, self.n + 1)
-        bounds = lower_bound(counts, self.n, self.alpha / 2)
+        bounds = lower_bound(counts, self.n, self.share)
         return counts[0] + np.searchsorted(bounds, self.thresholds)
 
     def decided(self, successes: ArrayLike, samples: ArrayLike) -> NDArray[np.bool_]:
         """Whether nothing more is to be learned: counts [...] -> [...]."""
         s, t = (np.asarray(v)[..., None] for v in (successes, samples))
-        p = self.thresholds
-        certified = self._bets.exceeds(s, t - s, p, self.alpha / 2)
-        below = self._bets.is_below(s, t - s, p, self.alpha / 2)
+        known = is_refuted(self.thresholds, s, t - s, self.share)  # that p is above, or below
         out_of_reach = s + self.n - t < self.needed
-        return np.asarray((certified | below | out_of_reach).all(axis=-1))
+        return np.asarray((known | out_of_reach).all(axis=-1))
 
     def bound(self, successes: ArrayLike, samples: ArrayLike) -> Floats:
         """Lower bound of p where sampling stopped: counts [...] -> [...]."""
         s, t = np.asarray(successes), np.asarray(samples)
-        early = self._bets.lower_bound(s, t - s, self.alpha / 2)
-        late = lower_bound(np.minimum(s, self.n), self.n, self.alpha / 2)
+        early = lower_bound_at_any_time(s, t - s, self.share)
+        late = lower_bound(np.minimum(s, self.n), self.n, self.share)
         return np.where(t == self.n, np.maximum(early, late), early)
 
 
@@ -215,6 +207,7 @@ class SmoothedClassifier:
         self._dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
+    @without_tf32()
     def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """Predictions of n noisy copies. x: [C, H, W] on the generator's device -> counts [K].
 

@@ -12,12 +12,13 @@ from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
 from torch import Tensor
 
-from robust_accel.data import ImageSet, seeded_generator
+from robust_accel.data import ImageSet, derived_seed
 from robust_accel.evaluation.bench import Bench, Unit
 from robust_accel.evaluation.certify import (
     Sequential,
     SmoothedClassifier,
     certified_accuracy,
+    lower_bound,
     radius_of,
 )
 from robust_accel.evaluation.ledger import Record
@@ -45,7 +46,8 @@ class CertifySettings(Settings):
             not given.
         method: ``cohen`` takes n samples an image; ``sequential`` stops as soon as ``radii`` are
             decided, with the same guarantee.
-        radii: In pixel units: those of the table, and those that ``sequential`` decides.
+        radii: In pixel units, >= 0: those of the table, and those that ``sequential`` decides; it
+            knows nothing below the smallest.
         n0, n: Samples that guess the class, and at most so many that bound its probability.
         alpha: Probability with which a certificate may be wrong, in (0, 1).
         images: Certify at most so many images; all when null.
@@ -58,7 +60,7 @@ class CertifySettings(Settings):
 
     sigma: OptionalPixels = default(None)
     method: Literal["cohen", "sequential"] = "cohen"
-    radii: Annotated[tuple[Annotated[Number, Gt(0)], ...], Len(1)] = (
+    radii: Annotated[tuple[Annotated[Number, Ge(0)], ...], Len(1)] = (
         0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
     )  # fmt: skip
     n0: Annotated[Whole, Ge(1)] = 100
@@ -83,20 +85,26 @@ class CertifySettings(Settings):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What decides a certificate, plain values."""
+        """What decides a record of given images, plain values."""
         shared = self.model_dump(mode="json", exclude={"images", "skip", "batch_size", "ids"})
-        if self.method == "cohen":
-            del shared["radii"]
-        else:  # looks are at multiples of it
+        if self.method == "sequential":  # looks are at multiples of it
             shared["batch_size"] = self.batch_size
         return {"name": "certify", **shared}
 
     @property
+    def about_image(self) -> dict[str, Any]:
+        """What decides an image's certificate: of fixed samples, no radius that is asked for."""
+        about = self.about
+        if self.method == "cohen":
+            del about["radii"]
+        return about
+
+    @property
     def largest_radius(self) -> float:
-        """The radius of an image whose every sample is its class: sigma Phi^-1(alpha^(1/n))."""
+        """The radius of an image whose every sample is its class."""
         assert self.sigma is not None
         alpha = self.alpha if self.method == "cohen" else self.alpha / 2
-        return float(radius_of(alpha ** (1 / self.n), self.sigma))
+        return float(radius_of(lower_bound(self.n, self.n, alpha), self.sigma))
 
     @property
     def doubt(self) -> str | None:
@@ -119,8 +127,8 @@ def certify_images(bench: Bench, index: Tensor, settings: CertifySettings) -> Re
         index: [N], of the images.
 
     Returns:
-        The record: ``accuracy`` at radius 0, ``radii``, ``curve``, ``abstained``,
-        ``samples_per_image``.
+        The record: ``accuracy`` in the L2 ball of the smallest radius, ``radii``, ``curve``,
+        ``abstained`` where it is known, ``samples_per_image``.
     """
     assert settings.sigma is not None
     smoothed = SmoothedClassifier(
@@ -129,9 +137,9 @@ def certify_images(bench: Bench, index: Tensor, settings: CertifySettings) -> Re
     rule = Sequential(settings.radii, settings.n, settings.alpha, settings.sigma)
 
     def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:
-        seed = seeded_generator(settings.seed, unit.number).initial_seed()
-        generator = torch.Generator(x.device).manual_seed(seed)
-        with global_state_kept(seed):
+        noise, own = (derived_seed(settings.seed, unit.number, i) for i in range(2))
+        generator = torch.Generator(x.device).manual_seed(noise)
+        with global_state_kept(own):  # a model's own noise is not that of the certificate
             if settings.method == "sequential":
                 found = smoothed.certify_sequentially(x[0], settings.n0, rule, generator)
             else:
@@ -139,16 +147,17 @@ def certify_images(bench: Bench, index: Tensor, settings: CertifySettings) -> Re
         return asdict(found)
 
     units = [Unit(i, torch.tensor([i])) for i in index.tolist()]
-    found = bench.share(settings.about, units, compute, "certify")
-    columns = {key: [one[key] for one in found] for key in ("predict", "radius", "samples")}
-    columns["seconds"] = [one["seconds"] for one in found]
+    found = bench.share(settings.about_image, units, compute, "certify")
+    columns = {key: [one[key] for one in found] for key in ("radius", "samples", "seconds")}
+    predicted = [one["predict"] for one in found]
     labels = bench.images.labels[index].tolist()
-    per_image = {"label": labels, "prediction": columns.pop("predict"), **columns}
+    per_image = {"label": labels, "prediction": predicted, **columns}
     spent = {key: sum(one[key] for one in found) for key in ("seconds", "forward_passes")}
     every = settings.skip > 1
     selection = f"one in {settings.skip}, {len(index)} images" if every else None
     result = summary(settings, per_image)
-    return bench.keep("certificate", settings.about, index, result, per_image, spent, selection)
+    about = settings.about | {"norm": "l2", "eps": min(settings.radii)}
+    return bench.keep("certificate", about, index, result, per_image, spent, selection)
 
 
 def write_table(path: Path, record: Record) -> None:
@@ -174,19 +183,18 @@ def rounded_down(radius: float) -> str:
 def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[str, Any]:
     """Certified accuracy at the radii, and the curve as far as it is known.
 
-    A sequential certificate stops when the largest radius that is asked for and within reach is
-    decided: beyond that nothing is known.
+    A sequential certificate stops when the radii that are asked for and within reach are decided:
+    below the smallest and beyond the largest of them nothing is known.
     """
     radius = np.asarray(per_image["radius"])
     predicted, labels = (np.asarray(per_image[key]) for key in ("prediction", "label"))
     correct = predicted == labels
-    number, asked = len(radius), list(settings.radii)
+    number, asked = len(radius), sorted(settings.radii)
     if settings.method == "sequential":
-        last = max([r for r in asked if r <= settings.largest_radius], default=0.0)
+        first, last = asked[0], max([r for r in asked if r <= settings.largest_radius], default=0.0)
     else:  # of fixed samples, each radius is the image's own
-        last = max(radius.max(), *asked)
-    curve = np.linspace(0, last, 101).tolist()
-    at_zero = float((correct & (radius > 0)).mean())
+        first, last = 0.0, max(radius.max(), *asked)
+    curve = np.linspace(first, last, 101).tolist() if first <= last else []
     radii = [
         {
             "radius": r,
@@ -196,11 +204,15 @@ def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[
         }
         for r, a in zip(asked, certified_accuracy(asked, correct, radius), strict=True)
     ]
-    return {
-        "accuracy": at_zero,
-        "interval": list(wilson_interval(at_zero, number)),
+    result = {
+        "accuracy": radii[0]["accuracy"],
+        "interval": radii[0]["interval"],
         "radii": radii,
-        "curve": {"radius": curve, "accuracy": certified_accuracy(curve, correct, radius)},
-        "abstained": float((predicted < 0).mean()),
         "samples_per_image": float(np.mean(per_image["samples"])),
     }
+    if curve:
+        shares = certified_accuracy(curve, correct, radius)
+        result["curve"] = {"radius": curve, "accuracy": shares}
+    if first == 0:
+        result["abstained"] = float((predicted < 0).mean())
+    return result

@@ -140,6 +140,14 @@ def told_to_all(items: list[Any], accelerator: Accelerator) -> list[Any]:
     return gather_object(items)
 
 
+def records_in(found: Any) -> list[Record]:
+    """The records among results, in whichever lists and mappings."""
+    if isinstance(found, dict) and "purpose" in found:
+        return [found]
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    return [record for part in parts for record in records_in(part)]
+
+
 def refresh_report(
     folder: RunFolder, *, model: dict[str, Any] | None = None, facts: dict[str, Any] | None = None
 ) -> dict[str, Any]:

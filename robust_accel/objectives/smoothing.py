@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Lt
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,7 @@ class Smoothing(Settings):
     Args:
         sigma: Standard deviation of the noise in pixel units, > 0. Noisy pixels are not clamped,
             neither here nor in certification.
-        num_noise: N, copies of an image.
+        num_noise: N, copies of an image; two at least where ``consistency`` compares them.
         consistency: lambda of Jeong and Shin, >= 0: adds lambda * KL(mean prediction || prediction)
             of each copy, and ``entropy`` times the entropy of the mean prediction.
         entropy: eta of Jeong and Shin, >= 0; without effect at ``consistency: 0``.
@@ -45,6 +46,15 @@ class Smoothing(Settings):
     entropy: Annotated[Number, Ge(0)] = 0.5
     label_smoothing: Annotated[Number, Ge(0), Lt(1)] = 0.0
     copies_at_a_time: Annotated[Whole, Ge(1)] | None = None
+
+    @model_validator(mode="after")
+    def _copies_to_compare(self) -> "Smoothing":
+        if self.consistency > 0 and self.num_noise < 2:
+            raise ValueError(
+                f"consistency: {self.consistency:g} compares copies of an image with each other: "
+                f"num_noise must be at least 2, not {self.num_noise}"
+            )
+        return self
 
     def for_batch(self, x: Tensor) -> "NoisyBatch":
         """The objective of one batch: its noise is drawn here, once."""

@@ -18,6 +18,7 @@ from robust_accel.reporting.views import (
     accuracy_text,
     attack_text,
     finding,
+    known_points,
     settings_text,
     source_text,
     threat_text,
@@ -50,8 +51,7 @@ def _metadata(run: Run, config: dict[str, Any]) -> ModelCardData:
     model, data = recipe.get("model") or {}, recipe.get("data") or {}
     results = [_result(row) for row in _quotable(run)]
     for row in run.of("certificate"):
-        points = [p for p in row.get("radii", ()) if p.get("reachable", True)]
-        results += [_certified_result(row, point) for point in points]
+        results += [_certified_result(row, point) for point in known_points(row)]
     hub_id = _hub_id(str(data.get("path", "")))
     about: dict[str, Any] = {
         "license": config["pretrained_cfg"].get("license") if model.get("pretrained") else None,

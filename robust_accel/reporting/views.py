@@ -268,9 +268,11 @@ def quoted(run: Run) -> list[Quoted]:
         clean = pick(row for row in own if row["attack"]["name"] == "none")
         certificate = pick(row for row in own if row["purpose"] == "certificate")
         threats: list[dict[str, Any] | None] = _unique(
-            row["threat_model"] for row in own if row.get("threat_model")
+            row["threat_model"]
+            for row in own
+            if row.get("threat_model") and row["purpose"] == "accuracy"
         )
-        points = {p["radius"]: p for p in (certificate or {}).get("radii", []) if p["radius"] > 0}
+        points = {p["radius"]: p for p in known_points(certificate) if p["radius"] > 0}
         if points and not any(_l2_radius(t) in points for t in threats):
             threats.append({"norm": "l2", "eps": min(points)})
         for threat in threats or [None]:
@@ -287,6 +289,12 @@ def quoted(run: Run) -> list[Quoted]:
                 )
             )
     return found
+
+
+def known_points(certificate: Row | None) -> list[dict[str, Any]]:
+    """Certified accuracy at the radii that its samples could reach."""
+    points = [] if certificate is None else certificate.get("radii", [])
+    return [point for point in points if point.get("reachable", True)]
 
 
 def _l2_radius(threat: dict[str, Any] | None) -> float | None:

@@ -50,6 +50,9 @@ def _faults(trial: Trial, command: Command) -> Iterator[str]:
         else:
             allowed = listed([*(flags or (_TRUST,)), "section.key=value"])
             yield f"{cut(word)} is not allowed; allowed: {allowed}"
+    for key in (setting.partition("=")[0] for setting in settings):
+        if name == key.partition(".")[0] == "certify":
+            yield f"{key}: the table shows the certificate of the run's recipe: set it in settings"
     yield from (f"{flag}: a value is wanted" for flag, value in given.items() if value is None)
     out = given.get("--out") or ""
     if name == "pseudo-label" and not (out.startswith(f"{RUN}/") and out.endswith(LABELED_FILES)):

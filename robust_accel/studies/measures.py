@@ -5,7 +5,7 @@ taken only from the one that the recipe of the study asks for; else there is non
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from robust_accel.data import Ids, selection_of
@@ -14,7 +14,7 @@ from robust_accel.evaluation.corruptions import first_of_each
 from robust_accel.evaluation.unions import attack_of_union
 from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
-from robust_accel.reporting.views import Row, Run, pick, refused_by_name
+from robust_accel.reporting.views import Row, Run, known_points, pick, refused_by_name
 from robust_accel.settings import listed, parse_number
 
 Measured = Callable[[Run, Recipe], float | None]
@@ -128,9 +128,11 @@ def held_out(run: Run, recipe: Recipe) -> float | None:
 
 
 def _certified(row: Row, skip: int, images: int | None) -> bool:
-    """Whether a certificate is of every so many-th image."""
-    selection = str(row["images"].get("selection"))
-    return selection.startswith(f"one in {skip},") if skip > 1 else _on(row, images)
+    """Whether a certificate is of every so many-th image, of so many as asked for or all."""
+    if skip > 1:
+        number, selection = row["images"]["n"], str(row["images"].get("selection"))
+        return selection.startswith(f"one in {skip},") and (images is None or number <= images)
+    return "one in" not in str(row["images"].get("selection")) and _on(row, images)
 
 
 MEASURES: dict[str, Measured] = {
@@ -170,6 +172,35 @@ def check_measure(name: str) -> str:
         points = "certified R, pgd eps E, pgd num_steps K; pgd or autoattack and a norm"
         raise ValueError(f"a measure is wanted: {listed(MEASURES)}, {points}")
     return name
+
+
+def is_asked(name: str, recipe: Recipe, commands: Collection[str]) -> bool:
+    """Whether a measure can ever be there: by what a training's recipe and its commands measure.
+
+    Args:
+        name: Checked by ``check_measure``.
+        commands: Those that follow the training.
+    """
+    settings = recipe.evaluate
+    if in_one := _IN_ONE.fullmatch(name):
+        if in_one[2] not in [one.norm for one in settings.threat_models()]:
+            return False
+        name = in_one[1]
+    if point := _POINT.fullmatch(name):
+        key, values = _KEYS[point[1]], tuple[float, ...]()
+        if key == "radius":
+            values = recipe.certify.radii if "certify" in commands else ()
+        elif settings.sweep is not None and settings.pgd is not None:
+            values = getattr(settings.sweep, key)
+        return parse_number(point[2]) in values
+    asked = {
+        "pgd": settings.pgd,
+        "autoattack": settings.autoattack,
+        "held_out": recipe.data.validation_size,
+        "corruption_error": settings.corruptions,
+        "mce": settings.corruptions and settings.corruption_settings.reference,
+    }
+    return bool(asked.get(name, True))
 
 
 def measure(name: str, run: Run, recipe: Recipe) -> float | None:
@@ -212,8 +243,7 @@ def _curve(key: str, run: Run, recipe: Recipe) -> list[tuple[float, float]]:
             and _from(row, recipe, recipe.certify.ids)
             and _certified(row, recipe.certify.skip, number)
         )
-        points = [] if row is None else row["radii"]
-        return [(point["radius"], 100 * point["accuracy"]) for point in points]
+        return [(point["radius"], 100 * point["accuracy"]) for point in known_points(row)]
     settings = recipe.evaluate
     found: dict[float, float] = {}
     for value in () if settings.sweep is None else getattr(settings.sweep, key):

@@ -19,6 +19,7 @@ from robust_accel.recipe import load_recipe
 from robust_accel.recipe_file import beside, laid_over
 from robust_accel.settings import listed
 from robust_accel.studies.after import check_after
+from robust_accel.studies.measures import is_asked
 from robust_accel.studies.study_file import (
     PROCESSES,
     RunSettings,
@@ -256,6 +257,15 @@ class Plan:
                     where = f"{self.path}: figures.{figure.name}"
                     yield f"{where}: {label!r} of {figure.x} is no number"
 
+    def _never_filled(self) -> Iterator[str]:
+        """Columns that were asked for, and that no row's commands measure."""
+        if "columns" not in self.study.model_fields_set:
+            return
+        rows = [t for t in self._known.values() if not self.runs[t.cell.run].hidden]
+        for column, name in self.study.columns.items():
+            if rows and not any(is_asked(name, t.recipe, [c[0] for c in t.then]) for t in rows):
+                yield f"{self.path}: columns.{column}: {name}: no run of this study measures it"
+
     def _check(self) -> None:
         """Build every recipe, as far as it can be known before anything has run."""
         faults: dict[str, None] = {}
@@ -278,7 +288,7 @@ class Plan:
                         faults[f"{where}: {cell.name} is the very training of {alike.name}"] = None
                 for fault in _faults(trial, is_tuned=len(tries) > 1):
                     faults[f"{where}{fault}"] = None
-        faults |= dict.fromkeys(self._contradictions())
+        faults |= dict.fromkeys([*self._contradictions(), *self._never_filled()])
         for claim in self.study.claims:
             for side in (claim.run, claim.than):
                 if run_of(side) in self.runs:

@@ -68,8 +68,9 @@ class RunSettings(Settings):
             best on the held-out split of train is used for all seeds; the test images choose
             nothing.
         grid: The axes that multiply this run; all when not given.
-        then: Commands after the training, each ``[certify, SETTING, ...]``, ``[evaluate, ...]`` or
-            ``[pseudo-label, --out, "{run}/NAME.npz", ...]``; ``{run}`` is the run's folder.
+        then: Commands after the training, each ``[certify]`` (by the recipe's section),
+            ``[evaluate, SETTING, ...]`` or ``[pseudo-label, --out, "{run}/NAME.npz", ...]``;
+            ``{run}`` is the run's folder.
         about: Further columns of text, in front of the measured ones.
         published: Column -> the figure that a paper has there.
         processes: Started by Accelerate's launcher where they are several.

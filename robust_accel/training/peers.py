@@ -1,7 +1,6 @@
 """The other processes of a run: one that hangs or is gone ends it, named in a sentence."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -46,7 +45,7 @@ def watched(timeout: float, stop: Stop) -> Iterator[Heartbeat]:
     Raises:
         Unavailable: A collective has failed: the sentence says why.
     """
-    heartbeat = Heartbeat(timeout, _lost)
+    heartbeat = Heartbeat(timeout)
     with heartbeat:
         try:
             yield heartbeat
@@ -110,8 +109,3 @@ def images_in_words(about: dict[str, int | str] | None) -> str:
 
 def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _lost(sentence: str) -> None:
-    print(f"\nrobust-accel: {sentence}", file=sys.stderr, flush=True)
-    os._exit(UNAVAILABLE)

@@ -54,7 +54,7 @@ def test_the_fields_log_a_table_and_a_plot(
     run: Path, tmp_path: Path, method: str, pictures: None
 ) -> None:
     output = f"output={tmp_path / 'certified'}"
-    folder = certify_model(str(run), [*SETTINGS, output, f"certify.method={method}"])
+    folder, _ = certify_model(str(run), [*SETTINGS, output, f"certify.method={method}"])
     found = rows(folder.path)
     assert tuple(found[0]) == COLUMNS
     assert [int(row["idx"]) for row in found] == list(range(0, 24, 3))
@@ -96,7 +96,7 @@ class Killed(Exception):
 def test_killed_it_goes_on_and_writes_the_same_log(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = certify_model(str(run), [*SETTINGS, f"output={tmp_path / 'whole'}"])
+    whole, _ = certify_model(str(run), [*SETTINGS, f"output={tmp_path / 'whole'}"])
     certify, calls = SmoothedClassifier.certify, 0
 
     def deadly(*arguments, **options):
@@ -118,13 +118,13 @@ def test_killed_it_goes_on_and_writes_the_same_log(
     assert without_time(tmp_path / "killed") == without_time(whole.path)
     certify_model(str(run), killed)  # nothing is left to do
     assert calls == 9
-    more = certify_model(str(run), [*killed, "certify.images=10"])
+    more, _ = certify_model(str(run), [*killed, "certify.images=10"])
     assert calls == 11 and len(rows(more.path)) == 10
 
 
 def test_another_certification_stands_beside_the_first(run: Path, tmp_path: Path) -> None:
     output = f"output={tmp_path / 'certified'}"
-    folder = certify_model(str(run), [*SETTINGS, output])
+    folder, _ = certify_model(str(run), [*SETTINGS, output])
     (first,) = folder.read_report()["measurements"]
     certify_model(str(run), [*SETTINGS, output, "certify.sigma=0.2"])
     both = folder.read_report()["measurements"]

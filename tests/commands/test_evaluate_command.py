@@ -57,7 +57,7 @@ def test_classes_are_compared_by_name(
     """A model of ants, bees and cats, on a folder that holds bees and cats."""
     assert rows(RunFolder(run))[0]["accuracy"] > 0.9
     others = folder_of(tmp_path / "others", ("bee", "cat"))
-    measured = evaluate_model(str(run), [f"data.path={others}", f"output={tmp_path / 'out'}"])
+    measured, _ = evaluate_model(str(run), [f"data.path={others}", f"output={tmp_path / 'out'}"])
     clean = rows(measured)[0]
     assert clean["accuracy"] > 0.9
     assert [row["name"] for row in clean["per_class"]] == ["bee", "cat"]
@@ -80,7 +80,7 @@ def test_data_without_a_training_split_are_measured(
     others = folder_of(tmp_path / "others", ("ant", "bee", "cat"))
     shutil.rmtree(others / "train")
     settings = [f"data.path={others}", f"output={tmp_path / 'out'}", "evaluate.pgd=null"]
-    (clean,) = rows(evaluate_model(str(run), settings))
+    (clean,) = rows(evaluate_model(str(run), settings).folder)
     assert (clean["purpose"], clean["accuracy"] > 0.9) == ("accuracy", True)
     assert "evaluate.train_images: left out" in caplog.text
     assert main(["evaluate", str(run), *settings, "evaluate.train_images=5"]) == 2
@@ -129,7 +129,7 @@ def test_pictures_say_whose_they_are_and_are_not_chosen_by_success(run: Path) ->
 
 def test_listed_images_are_said_to_be_listed(run: Path, tmp_path: Path) -> None:
     out = f"output={tmp_path / 'listed'}"
-    measured = evaluate_model(str(run), ["evaluate.ids=[3, 20, 40]", out])
+    measured, _ = evaluate_model(str(run), ["evaluate.ids=[3, 20, 40]", out])
     clean = rows(measured)[0]
     assert clean["images"]["n"] == 3
     assert clean["images"]["selection"] == "3 listed ids (504dce4d2611)"

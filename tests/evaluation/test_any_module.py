@@ -16,6 +16,7 @@ from robust_accel import PixelClassifier
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, any_module, evaluate
 from robust_accel.evaluation.arrays import as_labels
+from robust_accel.evaluation.certify_images import CertifySettings
 
 SETTINGS = {"eps": 0.03, "pgd": {"num_steps": 5}, "autoattack": "quick", "batch_size": 10}
 
@@ -101,6 +102,52 @@ def test_a_model_is_measured_as_it_is_and_what_was_done_is_said() -> None:
         assert measure(reads, x, labels, eps=0.01, pgd=None)["model"] == about
         with pytest.raises(ValueError, match="PixelClassifier's own"):
             measure(reads, x, labels, eps=0.01, pgd=None, mean=0.5, std=0.5)
+
+
+class OwnNoise(nn.Module):
+    """A defence by noise; keeps what it adds, and what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+        self.added: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(x.clone())
+        self.added.append(torch.randn_like(x))
+        brightness = (x - 0.5).flatten(1).sum(1)
+        return torch.stack([-brightness, brightness], dim=1)
+
+
+@pytest.mark.parametrize("method", ["cohen", "sequential"])
+def test_a_models_own_noise_is_not_that_of_its_certificate(method: str) -> None:
+    model, x = OwnNoise(), torch.full((1, 1, 4, 4), 0.5)
+    settings = CertifySettings(sigma=0.25, n=200, n0=50, method=method)
+    any_module.certify(model, x, [1], settings)
+    pairs = zip(model.given[1:], model.added[1:], strict=True)  # the first forward counts classes
+    added = [torch.stack([(given - x).flatten(), own.flatten()]) for given, own in pairs]
+    both = torch.cat(added, dim=1)
+    assert both.shape[1] >= 50 * 16
+    assert abs(torch.corrcoef(both)[0, 1].item()) < 5 / both.shape[1] ** 0.5
+
+
+def test_a_sequential_certificate_says_what_was_decided() -> None:
+    """Nothing below its smallest radius, unless that is asked for."""
+    model, x = OwnNoise(), torch.full((4, 1, 4, 4), 0.5)
+    x[0] += 0.2  # certified; the others are on the border
+    about: dict[str, Any] = {"sigma": 0.25, "n": 400, "n0": 20, "alpha": 0.01}
+    for method, radii in (
+        ("sequential", (0.1, 0.2)),
+        ("cohen", (0.1, 0.2)),
+        ("sequential", (0, 0.1)),
+    ):
+        settings = CertifySettings(method=method, radii=radii, **about)
+        record = any_module.certify(model, x, [1] * 4, settings)["certificate"]
+        known = method == "cohen" or 0 in radii
+        assert ("abstained" in record) == known
+        assert record["curve"]["radius"][0] == (0 if known else 0.1)
+        assert record["threat_model"] == {"norm": "l2", "eps": radii[0]}
+        assert record["accuracy"] == record["radii"][0]["accuracy"] == 0.25
 
 
 def test_timms_statistics_that_are_not_applied_are_told(

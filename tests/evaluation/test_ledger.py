@@ -197,6 +197,7 @@ CHANGES: dict[str, tuple[Callable[[Case], None], set[str]]] = {
     "first samples": (change_certify(n0=11), {"certified"}),
     "alpha": (change_certify(alpha=0.04), {"certified"}),
     "method": (change_certify(method="sequential"), {"certified"}),
+    "radii": (change_certify(radii=(0.05, 0.07)), {"certified"}),
 }
 
 

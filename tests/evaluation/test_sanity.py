@@ -174,7 +174,7 @@ def test_the_command_sweeps_checks_and_draws(run: Path, pictures: None) -> None:
         "evaluate.pgd.num_steps=10",
         "evaluate.pgd.restarts=2",
     ]
-    folder = evaluate_model(str(run), settings)
+    folder, _ = evaluate_model(str(run), settings)
     rows = folder.read_report()["measurements"]
 
     def curve(key: str) -> list[tuple[float, float]]:

@@ -123,7 +123,14 @@ def test_the_wrapper_trains_by_any_of_them():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sigma": 0}, {"sigma": -1}, {"num_noise": 0}, {"consistency": -1}, {"entropy": -1}],
+    [
+        {"sigma": 0},
+        {"sigma": -1},
+        {"num_noise": 0},
+        {"consistency": 1},
+        {"consistency": -1},
+        {"entropy": -1},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

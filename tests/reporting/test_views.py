@@ -72,6 +72,17 @@ def test_each_threat_model_and_each_set_of_images_is_an_entry(tmp_path: Path) ->
     assert [e.certified and e.certified[1]["radius"] for e in found] == [None, 0.5, None]
 
 
+def test_a_radius_out_of_reach_is_no_number(tmp_path: Path) -> None:
+    far = certificate()
+    far["radii"][-2] |= {"reachable": False}  # of radius 0.5, that was attacked
+    rows = [clean(), pgd(0.6, threat=L2), far]
+    (run,) = read_runs([write_run(tmp_path / "run", rows).path])
+    assert [entry.certified and entry.certified[1]["radius"] for entry in quoted(run)] == [
+        None,
+        0.2,
+    ]
+
+
 def test_a_certificate_of_no_eps_that_was_attacked_is_an_entry_of_its_own(tmp_path: Path) -> None:
     (run,) = read_runs([write_run(tmp_path / "run", [clean(), pgd(), certificate()]).path])
     assert [e.threat for e in quoted(run)] == [LINF, {"norm": "l2", "eps": 0.2}]

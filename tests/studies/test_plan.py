@@ -232,9 +232,39 @@ def test_what_a_command_has_left_in_its_run_is_known(plan_of: Callable[..., Plan
 
 
 @pytest.mark.parametrize(
+    ("measure", "settings"),
+    [
+        ("certified 0.25", "{certify: {sigma: 0.1, radii: [0.25]}}"),
+        ("pgd eps 0.2", "{evaluate: {sweep: {eps: [0.2]}}}"),
+        ("pgd num_steps 50", "{evaluate: {sweep: {num_steps: [50]}}}"),
+        ("autoattack", "{evaluate: {autoattack: quick}}"),
+        ("autoattack l2", "{evaluate: {norm: l2, eps: 0.2, autoattack: quick}}"),
+        ("mce", "{evaluate: {corruptions: {names: [fog], reference: {fog: 0.5}}}}"),
+        ("corruption_error", "{evaluate: {corruptions: true}}"),
+        ("held_out", "{data: {validation_size: 20}}"),
+    ],
+)
+def test_a_column_that_no_run_can_fill_is_refused(plan_of, measure: str, settings: str) -> None:
+    """With the settings it can, in one of the rows."""
+    own = (
+        "a: {recipe: quickstart, then: [[certify]], settings: {certify: {sigma: 0.1, radii: [1]}}}"
+    )
+    more = f"b: {{recipe: quickstart, settings: {settings}, then: [[certify]]}}"
+    more = more if "certify" in settings else more.replace(", then: [[certify]]", "")
+    columns = f"columns: {{x: {measure}}}"
+    without = ["data.validation_size=0"] if measure == "held_out" else []
+    said = f"columns.x: {measure}: no run of this study measures it"
+    if not without:
+        plan_of(f"runs: {{{own}, {more}}}\n{columns}")
+    with pytest.raises(RecipeError, match=said):
+        plan_of(f"runs: {{{own}}}\n{columns}", overrides=without)
+
+
+@pytest.mark.parametrize(
     ("command", "said"),
     [
         ("[certify]", "certify: certify.sigma: missing: the objective has no sigma"),
+        ("[certify, certify.sigma=0.5]", "certify: certify.sigma: the table shows the certificate"),
         ("[certify, certify.sgma=0.5]", r"certify: certify.sgma: unknown key \(did you mean"),
         ("[certify, certify.sigma=0.5, data.path]", "certify: data.path is not allowed; allowed"),
         ("[certify, certify.sigma=0.5, train.epochs=3]", "train.epochs: this command does not"),

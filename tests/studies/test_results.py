@@ -129,9 +129,9 @@ def test_a_list_of_images_that_changed_is_measured_anew(
     override = f"evaluate.ids={path}"
     with pytest.raises(RecipeError, match=r"evaluate.ids: .*list.txt.* is neither a readable"):
         plan_of(runs, overrides=[override])
-    certified = "runs: {b: {recipe: quickstart, then: [[certify, certify.sigma=0.1]]}}"
+    certified = "runs: {b: {recipe: quickstart, then: [[certify]]}}"
     with pytest.raises(RecipeError, match=r"certify.ids: .*list.txt.* is neither a readable"):
-        plan_of(certified, overrides=[f"certify.ids={path}"])
+        plan_of(certified, overrides=["certify.sigma=0.1", f"certify.ids={path}"])
     path.write_text("".join(f"{i}\n" for i in range(50)))
     results = filled(plan_of(runs, overrides=[override]), lambda t: (0.5, 0.4))
     assert results.values(results.plan.cells[0], "PGD (%)") == {0: 40.0, 1: 40.0}

@@ -138,6 +138,11 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
     for other in ("corruptions.images=9", "corruptions.reference.snow=0.25", "seed=1"):
         asked = load_recipe(recipe, [f"evaluate.{other}"])
         assert measure("corruption_error", run, asked) is None
+    # as many images, others; or others' radii
+    for other in ("skip=2", "skip=2 certify.images=4", "images=4", "radii=[0.1,0.2]"):
+        words = [f"certify.{word.removeprefix('certify.')}" for word in other.split()]
+        asked = load_recipe(recipe, words)
+        assert measure("certified 0.1", run, asked) is None, other
     ids, of_images = "[3, 1]", ("clean", "pgd", "autoattack", "pgd eps 0.1", "pgd num_steps 2")
     others = [f"evaluate.ids={ids}", f"certify.ids={ids}", "evaluate.corruptions=false"]
     asked = load_recipe(recipe, others)

@@ -63,7 +63,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 ) -> None:
     from robust_accel.commands.evaluate import evaluate_model
 
-    one = read_records(evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).path)
+    one = read_records(evaluate_model(str(finished), [f"output={tmp_path / 'one'}"]).folder.path)
     two = read_records(finished)
     assert len(one) == len(two) == 4
     for alone, together in zip(one, two, strict=True):

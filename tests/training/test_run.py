@@ -123,7 +123,7 @@ def test_evaluate_measures_a_timm_folder(
     monkeypatch.chdir(tmp_path)
     settings = ["data.path=sklearn:digits", "data.test_size=100", "evaluate.eps=0.2"]
     settings += ["evaluate.pgd.num_steps=5"]
-    one = evaluate_model(f"local-dir:{folder / 'model'}", settings)
+    one, _ = evaluate_model(f"local-dir:{folder / 'model'}", settings)
     measured = one.read_report()["measurements"]
     for row, name in zip(measured, ("clean", "pgd"), strict=True):
         expected = report[f"{name}_accuracy"]
@@ -134,7 +134,7 @@ def test_evaluate_measures_a_timm_folder(
     shutil.copytree(folder / "model", other)
     changed = {key: value + 0.1 for key, value in weights(folder).items()}
     save_file(changed, other / "model.safetensors")
-    two = evaluate_model(f"local-dir:{other}", [*settings, "evaluate.pgd=null"])
+    two, _ = evaluate_model(f"local-dir:{other}", [*settings, "evaluate.pgd=null"])
     assert two.path != one.path
     (row,) = two.read_report()["measurements"]
     assert row["function"] != report["function"]
