@@ -4,7 +4,8 @@ Usage: python benchmarks/fsdp2.py [--model vit_base_patch16_224] [--steps 3] [--
 
 Real processes, one thread each, on one machine, fp32, LAMB: copies (DDP), pieces, and pieces that
 stay gathered for the attack (``train.keep_gathered``). Memory is what a process's tensors take at
-most during a step: on CPUs by the profiler's allocations, on GPUs by the allocator's count. Bytes
+most during a step, DDP's buckets with them: on CPUs what stays from step to step and the profiler's
+allocations, on GPUs the allocator's count. Bytes
 are a process's in one step: of weights as a ring sends them, of gradients as the protocol does. On
 one machine the network costs nothing, so seconds tell of copies and waits alone.
 """
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from _clock import synchronize
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel import PGD, RobustModel, compress_gradients
 from robust_accel.models import normalized
@@ -85,15 +87,22 @@ def measure(rank: int, way: str, given: argparse.Namespace, store: str) -> None:
         step()
     after = sent()
     if rank == 0:
-        held = [*model.parameters(), *model.buffers()]
-        held += [v for kept in optimizer.state.values() for v in kept.values()]
-        peak = sum(local(t, t).nbytes for t in held) + most_added(profile)
+        peak = staying(model, optimizer) + most_added(profile)
         if on_gpu:
             peak = torch.cuda.max_memory_allocated()
         torch.save([seconds, peak, *(b - a for a, b in zip(before, after, strict=True))], store)
     dist.barrier()
     compression.close()
     dist.destroy_process_group()
+
+
+def staying(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What there is between two steps, in bytes: DDP's buckets are a copy of the gradients."""
+    held = [*model.parameters(), *model.buffers()]
+    held += [v for kept in optimizer.state.values() for v in kept.values()]
+    if isinstance(model, DistributedDataParallel):
+        held += [p for p in model.parameters() if p.requires_grad]
+    return sum(local(t, t).nbytes for t in held)
 
 
 def most_added(profile: Any) -> int:

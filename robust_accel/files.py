@@ -32,7 +32,9 @@ def check_path(path: str) -> str:
     if path.startswith("~"):
         raise ValueError("a ~ stands for somebody's home, and nobody here has this name; or ./~")
     content = path.encode(errors="surrogatepass")
-    longest = max(map(len, content.split(b"/")))
+    # braces stand for several names
+    names = (part for part in content.split(b"/") if not {*b"{}"}.intersection(part))
+    longest = max(map(len, names), default=0)
     if longest > _LONGEST_PART:
         raise ValueError(f"a name in a path has at most {_LONGEST_PART} bytes, not {longest:,}")
     if len(content) > _LONGEST_PATH:

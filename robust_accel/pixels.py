@@ -22,6 +22,35 @@ def per_channel(value: float | Sequence[float] | Tensor, name: str) -> Tensor:
     return tensor.reshape(1, -1, 1, 1)
 
 
+def pixel_statistics(
+    mean: Any, std: Any, names: tuple[str, str] = ("mean", "std")
+) -> tuple[Tensor, Tensor]:
+    """By which pixels in [0, 1] are normalised, [1, 1 or C, 1, 1] each; 0 and 1 if not given.
+
+    Raises:
+        ValueError: Only one is given, or they are no such numbers.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError(f"{names[0]} and {names[1]} go together, got {mean} and {std}")
+    if mean is None:
+        return per_channel(0.0, names[0]), per_channel(1.0, names[1])
+    means, stds = per_channel(mean, names[0]), per_channel(std, names[1])
+    if not bool((stds > 0).all()):
+        raise ValueError(f"{names[1]} must be > 0 in each channel, got {std}")
+    if not bool(means.isfinite().all() and stds.isfinite().all()):
+        raise ValueError(f"{names[0]} and {names[1]} must be finite, got {mean} and {std}")
+    if len({1, means.numel(), stds.numel()}) > 2:
+        raise ValueError(
+            f"{names[0]} and {names[1]} are of different numbers of channels: {mean}, {std}"
+        )
+    if bool((means > 1).any() or (stds > 1).any()):
+        raise ValueError(
+            f"{names[0]} and {names[1]} are those of pixels in [0, 1], got {mean} and {std}: "
+            "divide by 255 what is of 0 to 255"
+        )
+    return means, stds
+
+
 class InputSpace:
     """How a script's images are related to pixels in [0, 1].
 
@@ -30,19 +59,14 @@ class InputSpace:
         names: Of both, for messages.
 
     Raises:
-        ValueError: Only one is given, or std is not above 0.
+        ValueError: See ``pixel_statistics``.
     """
 
     def __init__(
         self, mean: Any = None, std: Any = None, names: tuple[str, str] = ("mean", "std")
     ) -> None:
-        if (mean is None) != (std is None):
-            raise ValueError(f"{names[0]} and {names[1]} go together, got {mean} and {std}")
         self.normalized = mean is not None
-        self.mean = per_channel(0.0 if mean is None else mean, names[0])
-        self.std = per_channel(1.0 if std is None else std, names[1])
-        if not bool((self.std > 0).all()):
-            raise ValueError(f"{names[1]} must be > 0 in each channel, got {std}")
+        self.mean, self.std = pixel_statistics(mean, std, names)
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._warned = False
         # images are seen to be normalised, where dark pixels are then below 0

@@ -50,7 +50,8 @@ def recipe_of(
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
     """
-    run = RunFolder(_checked(model))
+    model = _checked(model)
+    run = RunFolder(model)
     is_run = run.recipe.exists()
     if is_run:
         model_folder(model)
@@ -59,12 +60,17 @@ def recipe_of(
         settings["output"] = model
     else:
         name = _named(model)
-        own_weights = not any(text.startswith("model.checkpoint=") for text in overrides)
-        settings = {"model": {"name": name, "pretrained": own_weights}} | (defaults or {})
+        gets_others = any(text.startswith("model.checkpoint=") for text in overrides)
+        settings = {"model": {"name": name, "pretrained": not gets_others}} | (defaults or {})
         source = model
     recipe = recipe_of_use(
         settings, overrides, source, required=required, optional=optional, trust=trust
     )
+    if not is_run and gets_others and recipe.model.checkpoint is None:
+        raise ValueError(
+            f"command line: model.checkpoint: null is no file of weights; left out, {model} has "
+            "its own"
+        )
     fixed = [key for key in _overridden(recipe) if key not in _OPEN]
     if is_run and fixed:
         raise ValueError(
@@ -83,9 +89,10 @@ def load_model(model: str | Path) -> PixelClassifier:
     Raises:
         ValueError: There is no such model, or the run has not been trained to its end.
     """
-    if RunFolder(_checked(str(model))).recipe.exists():
-        return _classifier_of(recipe_of(str(model), (), required=("model",)), str(model)).eval()
-    return create_classifier(ModelSettings(name=_named(str(model)), pretrained=True)).eval()
+    model = _checked(str(model))
+    if RunFolder(model).recipe.exists():
+        return _classifier_of(recipe_of(model, (), required=("model",)), model).eval()
+    return create_classifier(ModelSettings(name=_named(model), pretrained=True)).eval()
 
 
 @dataclass(frozen=True)
@@ -171,11 +178,11 @@ def load_classifier(
 
 
 def _classifier_of(recipe: Recipe, model: str) -> PixelClassifier:
-    settings = recipe.model
+    settings, model = recipe.model, _checked(model)
     if RunFolder(model).recipe.exists():
         # the folder holds the timm model; what is outside of that is the recipe's
         about = recipe.model.model_dump(include={"mean", "std", "size"})
-        if "checkpoint" in _overridden(recipe):
+        if "checkpoint" in _overridden(recipe) and recipe.model.checkpoint is not None:
             about["checkpoint"] = recipe.model.checkpoint
         name = f"local-dir:{model_folder(model)}"
         settings = ModelSettings(name=name, pretrained="checkpoint" not in about, **about)

@@ -1,5 +1,6 @@
 """Benchmarks start, and the smallest case runs; what they measure is not judged here."""
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -9,13 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
 import timm
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from robust_accel.evaluation import EvaluateSettings
 from robust_accel.evaluation.any_module import TensorImages
 from robust_accel.models import PixelClassifier
+from robust_accel.recipe import load_recipe
+from robust_accel.run_folder import RunFolder
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name[0] != "_")
@@ -87,6 +92,68 @@ def test_comm_counts_what_the_interface_sends_and_cleans_up() -> None:
         # a small model: gloo's own headers weigh more than with a real one
         assert float(row[header.index("wire / sent")]) == pytest.approx(1, abs=0.05)
     assert not [name for name in namespaces() if f"-{process.pid}-" in name]
+
+
+def options_of_autoattack(folder: Path) -> argparse.Namespace:
+    about = {"run": folder, "threads": 1, "images": 8, "version": "quick", "batch_size": 4}
+    return argparse.Namespace(**about)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_autoattack_is_timed_on_the_cpu_where_there_is_a_gpu_too(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("autoattack.py")
+    environments: list[dict[str, str]] = []
+
+    def started(command: list[str], env: dict[str, str], **_: Any) -> None:
+        environments.append(env)
+        raise StopIteration
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(module.subprocess, "run", started)
+    with pytest.raises(StopIteration):
+        module.ours(options_of_autoattack(tmp_path), RunFolder(tmp_path / "out"), number, "fp32")
+    assert environments[0]["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_autoattack_compares_only_what_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("autoattack.py")
+    in_l1 = load_recipe("quickstart", ["evaluate.norm=l1", "evaluate.eps=3"])
+    monkeypatch.setattr(module, "recipe_of", lambda *_, **__: in_l1)
+    with pytest.raises(SystemExit, match=r"evaluate\.norm: l1 is not compared: linf and l2 are"):
+        module.plain(options_of_autoattack(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["autoattack.py", "runs/x", "--version", "rand"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "invalid choice: 'rand'" in capsys.readouterr().err
+
+
+def staying(rank: int, world_size: int) -> tuple[int, int]:
+    """As the benchmark counts it, and by what the profiler saw allocated and not freed."""
+    x = torch.rand(4, 512)
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        model = DistributedDataParallel(torch.nn.Linear(512, 512))
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(2):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    events = profile.profiler.kineto_results.events()
+    allocated = sum(e.nbytes() for e in events if e.name() == "[memory]")
+    return load("fsdp2.py").staying(model, optimizer), allocated
+
+
+def test_fsdp2_counts_all_that_stays_between_two_steps(tmp_path: Path) -> None:
+    for found in processes.run([staying], 2, tmp_path):
+        assert "error" not in found, found["error"]
+        counted, allocated = found["staying"]
+        assert counted == pytest.approx(allocated, rel=0.01)
 
 
 def agreement_case(module: ModuleType, norm: str, eps: float) -> Any:

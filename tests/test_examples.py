@@ -36,11 +36,54 @@ def test_measure_a_model() -> None:
     assert 1 >= found["radius 0.1"] >= found["radius 0.5"] > 0.2
 
 
+def test_measure_a_model_has_the_same_model_on_each_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each process begins with a seed of its own; the measurement refuses different models."""
+    example = load("measure_a_model")
+    models: list[torch.nn.Module] = []
+
+    class Enough(Exception): ...
+
+    def evaluate(model: torch.nn.Module, *_: Any) -> None:
+        models.append(model)
+        raise Enough
+
+    monkeypatch.setattr(example, "evaluate", evaluate)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with pytest.raises(Enough):
+            example.main()
+    one, other = (model.state_dict() for model in models)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.long
 def test_transformers_trainer(tmp_path: Path) -> None:
     found = load("transformers_trainer").main(str(tmp_path), epochs=1)
-    assert found["eval_clean_accuracy"] > 0.2  # one in ten would be chance
-    assert found["eval_clean_accuracy"] >= found["eval_robust_accuracy"] > 0
+    assert found["test_clean_accuracy"] > 0.2  # one in ten would be chance
+    assert found["test_clean_accuracy"] >= found["test_robust_accuracy"] > 0
+
+
+def test_transformers_trainer_measures_images_that_nothing_was_chosen_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("transformers_trainer")
+    images: dict[str, set[int]] = {}
+
+    class Recorded(example.Trainer):  # type: ignore[name-defined, misc]
+        def train(self) -> None:
+            images["seen"] = {*map(id, self.train_dataset), *map(id, self.eval_dataset)}
+
+        def save_model(self) -> None: ...
+
+        def evaluate(self, rows: Any = None, **_: Any) -> dict[str, float]:
+            images["measured"] = {*map(id, self.eval_dataset if rows is None else rows)}
+            return {}
+
+    monkeypatch.setattr(example, "Trainer", Recorded)
+    example.main(str(tmp_path))
+    assert images["measured"] and not images["measured"] & images["seen"]
 
 
 @pytest.mark.launch

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from robust_accel.__main__ import main
 from robust_accel.commands.certify import certify_model
@@ -15,7 +16,7 @@ from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.commands.pseudo_label import pseudo_label
 from robust_accel.plain_yaml import dump, read_plain
 from robust_accel.recipe import USED, load_recipe
-from robust_accel.trained_model import load_model, recipe_of
+from robust_accel.trained_model import _classifier_of, load_model, recipe_of
 from robust_accel.training.run import train
 
 CODE = """
@@ -149,6 +150,26 @@ def test_what_only_the_code_knows_is_asked_for(
     )
     evaluate = recipe_of(str(folder), (), required=EVALUATE).evaluate
     assert (evaluate.norm, evaluate.eps) == ("l2", 0.1)
+
+
+def test_a_run_is_found_by_its_path_from_home(
+    run: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(run.parent))
+    name, own = f"~/{run.name}", load_model(run).state_dict()
+    recipe = recipe_of(name, (), required=("model",))
+    assert recipe.output == run
+    for found in (load_model(name), _classifier_of(recipe, name)):
+        torch.testing.assert_close(found.state_dict(), own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("null", ["null", "~", ""])
+def test_no_checkpoint_means_no_random_weights(run: Path, untouched: Path, null: str) -> None:
+    recipe = recipe_of(str(run), [f"model.checkpoint={null}"], required=("model",))
+    found = _classifier_of(recipe, str(run)).state_dict()
+    torch.testing.assert_close(found, load_model(run).state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"model\.checkpoint: null is no file"):
+        recipe_of("resnet18", [f"model.checkpoint={null}"], required=("model",))
 
 
 def test_trust_imports_it(run: Path, code: Path, tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ class APGD(Ball):
         num_steps: Number of steps, >= 1; one gradient more looks at where the last one led.
 
     Source: Croce and Hein 2020 (arXiv 2003.01690), Algorithm 1; in L1 Croce and Hein 2021 (arXiv
-    2103.01208). Theirs leaves an image at its first success; here all images of a batch take all
-    steps. In L1 theirs starts at noise that is projected to the ball, here uniformly in it.
+    2103.01208). Theirs returns the last wrong point and goes back to that of the highest loss;
+    here both are the wrong one of the highest loss. Theirs starts at noise that is as long as eps,
+    in L1 at noise that is projected to the ball; here uniformly in it. Once an image has gone
+    back, its next step gains here if it beats the best loss, there if it beats the point it left.
     """
 
     num_steps: Annotated[Whole, Ge(1)] = 20

@@ -66,7 +66,6 @@ def certify_model(model: str, overrides: Sequence[str] = (), *, trust: bool = Fa
             batch_size=1,
             seed=settings.seed,
             ledger=Ledger(folder.path, accelerator, folder.absent),
-            class_names=classifier.class_names,
             source=recipe.data.source(),
             kind=subject.selection,
         )

@@ -19,13 +19,14 @@ from robust_accel.planning.estimate import (
     at_speed,
     engines,
     estimates,
-    gathered_bytes,
 )
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.reporting.tables import Table
 from robust_accel.settings import listed
 from robust_accel.training.accelerator import choose_precision
+from robust_accel.training.launcher import Sharding
 from robust_accel.training.parts import read_data
+from robust_accel.training.shards import check_recipe
 
 logger = logging.getLogger(__name__)
 _MB, _GIB = 1e6, 2**30
@@ -56,11 +57,12 @@ def run(options: argparse.Namespace) -> int:
     how = f"{here} here, {cost.images} images at a time"
     if is_named:
         device = DEVICES[options.device]
-        rate = device.flops[kind] * options.efficiency
-        cost, space, timed_on = at_speed(cost, rate), device.memory, None
-        how = (
-            f"{options.device} at {rate / 1e12:.3g} TFLOPS ({options.efficiency:.0%} of published)"
-        )
+        rates = [r * options.efficiency for r in (flops[kind], device.of_convolutions(kind))]
+        cost, space, timed_on = at_speed(cost, *rates), device.memory, None
+        at = f"{rates[0] / 1e12:.3g}"
+        if rates[1] != rates[0]:
+            at += f", of convolutions {rates[1] / 1e12:.3g}"
+        how = f"{options.device} at {at} TFLOPS ({options.efficiency:.0%} of published)"
         how += ", where neither the optimizer nor a quantiser takes time"
     elif here.type == "cuda":
         space = float(torch.cuda.get_device_properties(here).total_memory)
@@ -73,10 +75,14 @@ def run(options: argparse.Namespace) -> int:
     )
     say(_heading(options.recipe, recipe, cost, machines, images))
     say(_steps(found, recipe.train.batch_size).markdown())
-    gathered = gathered_bytes(cost, recipe.communication, half=precision != "no")
-    held = engines(cost, machines, images, accumulation, gathered)
-    say(_engines(held, cost.kept * images, images, options.link, space).markdown())
-    for line in _advice(found, held, machines, space):
+    half = precision != "no"
+    held = engines(cost, machines, images, accumulation, recipe.communication, half=half)
+    refusal = _refusal(recipe, cost, "fp16" if kind == "fp16" else precision)
+    fits = [_fits(one, space, bool(refusal)) for one in held]
+    say(_engines(held, fits, cost.kept * images, images, options.link).markdown())
+    if refusal:
+        say(f"FSDP2 and HSDP refuse this recipe: {refusal}.")
+    for line in _advice(found, held, fits, machines, space):
         say(line)
     say(f"Assumed: {how}; every machine's link at {options.link * 8 / 1e9:g} Gbit/s both ways, and")
     hides = "a CPU hides nothing" if timed_on == torch.device("cpu") else "the backward hides it"
@@ -144,8 +150,25 @@ def _steps(found: list[Estimate], batch: int) -> Table:
     return Table(head, rows)
 
 
+def _refusal(recipe: Recipe, cost: Cost, precision: str) -> str:
+    """Why the recipe cannot be trained in pieces; empty where it can."""
+    try:
+        check_recipe(recipe, Sharding((), True, False), precision)
+    except RecipeError as error:
+        return str(error)
+    if precision == "bf16" and cost.has_batch_norm:
+        return "train.precision: bf16 is not possible with FSDP2 and BatchNorm; allowed: fp32"
+    return ""
+
+
+def _fits(engine: Engine, space: float | None, refused: bool) -> str:
+    if refused and engine.is_in_pieces:
+        return "refused"
+    return "" if space is None else "yes" if engine.memory < space else "no"
+
+
 def _engines(
-    held: list[Engine], of_images: float, images: int, rate: float, space: float | None
+    held: list[Engine], fits: list[str], of_images: float, images: int, rate: float
 ) -> Table:
     head = ["engine", "memory of a worker (GiB), at least", f"of it for {images} images", "fits"]
     head += ["weights a machine sends (MB)", "link (s)"]
@@ -154,17 +177,21 @@ def _engines(
             one.name,
             f"{one.memory / _GIB:.2f}",
             f"{of_images / _GIB:.2f}",
-            "" if space is None else "yes" if one.memory < space else "no",
+            fit,
             f"{one.leaving / _MB:.2f}",
             f"{one.leaving / rate:.3g}",
         ]
-        for one in held
+        for one, fit in zip(held, fits, strict=True)
     ]
     return Table(head, rows)
 
 
 def _advice(
-    found: list[Estimate], held: list[Engine], machines: Machines, space: float | None
+    found: list[Estimate],
+    held: list[Engine],
+    fits: list[str],
+    machines: Machines,
+    space: float | None,
 ) -> list[str]:
     """What to choose, in words."""
     by_name = {one.protocol: one for one in found}
@@ -177,7 +204,7 @@ def _advice(
         )
         lines = [f"Compressing gradients does not pay here: {why}, or the step is longer by far."]
     if space is not None:
-        fitting = [one.name for one in held if one.memory < space]
+        fitting = [one.name for one, fit in zip(held, fits, strict=True) if fit == "yes"]
         said = f"{fitting[0]} fits into {space / _GIB:.0f} GiB" if fitting else "no engine fits"
         more = "" if fitting else ": fewer images a micro-batch (train.gradient_accumulation)"
         lines.append(f"{said}{more}.")

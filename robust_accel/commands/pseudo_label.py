@@ -1,12 +1,14 @@
 """The pseudo-label command: a teacher labels images, for ``data.unlabeled`` to read."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets.table import embed_table_storage
@@ -22,6 +24,7 @@ from robust_accel.data import (
     load_to_label,
 )
 from robust_accel.data.array_files import write_npz
+from robust_accel.data.array_images import CLASS_NAMES
 from robust_accel.evaluation import predictions
 from robust_accel.files import check_path, written_whole
 from robust_accel.messages import shown
@@ -47,10 +50,12 @@ def pseudo_label(
         out: A ``.parquet`` file: the images as they were, ``pseudo_label`` (with the classes'
             names, where the model knows them) and ``confidence`` (the probability of that class,
             in [0, 1]). Or a ``.npz`` file, which training maps and does not hold in memory:
-            ``image`` (uint8, [N, H, W, C], as the model saw them), ``label`` (int64, [N]) and
-            ``confidence``. Written by one process in one move, never over another.
-        data: What ``data.unlabeled.path`` takes, but no pickle. Not given: the images that the
-            run's ``data.train_size`` left out of its training split.
+            ``image`` (uint8, [N, H, W, C], as the model saw them), ``label`` (int64, [N]),
+            ``confidence`` and ``class_names`` (a list in JSON, as bytes). Written by one process in
+            one move, never over another.
+        data: A data set of the hub, a folder, or a file of rows, as ``data.unlabeled.path`` takes
+            them; no pickle, arrays or shards. Not given: the images that the run's
+            ``data.train_size`` left out of its training split.
         overrides: ``section.key=value``, such as ``data.unlabeled.split=test``.
 
     Returns:
@@ -78,7 +83,8 @@ def pseudo_label(
         optional=("evaluate",),
         defaults={"data": {"path": data}},
     )
-    rows, images = recipe.checked("data", lambda: load_to_label(recipe.data))
+    number = recipe.model.num_classes
+    rows, images = recipe.checked("data", lambda: load_to_label(recipe.data, num_classes=number))
     classifier = load_classifier(recipe, model, images, 2)
     accelerator = Accelerator()
     recipe.checked(
@@ -115,18 +121,19 @@ def _write_parquet(rows: datasets.Dataset, _: ImageSet, labels: _Labels, out: Pa
 
 
 def _write_npz(_: datasets.Dataset, images: ImageSet, labels: _Labels, out: Path) -> None:
-    classes, confidence, _names = labels
+    classes, confidence, names = labels
     batches = images.batches(torch.arange(len(images)).split(_AT_A_TIME), torch.device("cpu"))
     pixels = (x.mul(255).round().byte().permute(0, 2, 3, 1).numpy() for x, _ in batches)
     channels, height, width = images.shape
-    write_npz(
-        out,
-        {
-            "image": ((len(images), height, width, channels), pixels),
-            "label": (tuple(classes.shape), [classes.long().numpy()]),
-            "confidence": (tuple(confidence.shape), [confidence.numpy()]),
-        },
-    )
+    arrays: dict[str, Any] = {
+        "image": ((len(images), height, width, channels), pixels),
+        "label": (tuple(classes.shape), [classes.long().numpy()]),
+        "confidence": (tuple(confidence.shape), [confidence.numpy()]),
+    }
+    if names is not None:
+        text = np.frombuffer(json.dumps(list(names)).encode(), dtype=np.uint8)
+        arrays[CLASS_NAMES] = (text.shape, [text])
+    write_npz(out, arrays)
 
 
 _WRITERS = dict(zip(LABELED_FILES, (_write_parquet, _write_npz), strict=True))

@@ -95,9 +95,10 @@ class StoredArray:
             return Mapped(np.asarray(found), file, offset, crc)
 
 
-def holds_arrays(path: str) -> bool:
-    """Whether a path is a ``.npz`` or a folder of arrays."""
-    return Path(path).suffix == ".npz" or Path(path, FOLDER_HAS).is_file()
+def holds_arrays(path: str, image: str | None = None) -> bool:
+    """Whether a path is a ``.npz`` or a folder of arrays, of which one has this name."""
+    named = FOLDER_HAS if image is None else f"{image}{_NPY}"
+    return Path(path).suffix == ".npz" or Path(path, named).is_file()
 
 
 def array_names(path: str) -> list[str]:

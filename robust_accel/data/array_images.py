@@ -1,5 +1,7 @@
 """Images that others have published as arrays: in pickles, ``.npz`` files and folders of arrays."""
 
+import json
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from robust_accel.data.array_files import Mapped, array_names, stored_array
 from robust_accel.data.array_pickle import load_arrays
 from robust_accel.data.augmentation import image_transform
-from robust_accel.data.classes import shown
+from robust_accel.data.classes import Classes, shown, tell
 from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, batch_augment
 from robust_accel.data.labels import checked_labels
 from robust_accel.data.mapped import MappedImages
@@ -17,17 +19,19 @@ from robust_accel.data.reading import LeftOut, left_out_of
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 
 _CHUNK = 2**16  # labels at a time
+_MOST_NAMES = 2**24  # bytes
 # Names of the images and of their labels: EDM's files and Carmon et al.'s, and of a folder.
+CLASS_NAMES = "class_names"  # of what `pseudo-label` writes: a list in JSON, as bytes
 NAMES = {"image": "label", "images": "labels", "data": "extrapolated_targets"}
 
 
 def images_of_arrays(
-    path: str, own: UnlabeledSettings, settings: DataSettings, seed: int, number: int
+    path: str, own: UnlabeledSettings, settings: DataSettings, seed: int, classes: Classes
 ) -> MappedImages:
     """The images of a ``.npz`` or of a folder of arrays, which stay there.
 
     Args:
-        number: Of classes.
+        classes: Those of the training data, whose numbers the labels must be.
 
     Raises:
         ValueError: ``key: ...``: an array is missing, or not as it must be; a label is of no class;
@@ -50,14 +54,14 @@ def images_of_arrays(
         raise ValueError(f"{what} holds no image: {found}")
     labels = None
     if label is not None:
-        _check_numbers(path, label, settings)
+        _check_classes(path, label, settings, classes)
         targets = stored_array(path, label)
         if targets.shape != (rows,) or targets.dtype.kind not in "iu":
             raise ValueError(
                 f"path: {label!r} of {path} must be one integer an image, [{rows}], found {targets}"
             )
         labels = targets.mapped()
-        _check_labels(labels, number, f"path: {label!r}", path)
+        _check_labels(labels, classes.number, f"path: {label!r}", path)
     augment = batch_augment(settings)
     transform = image_transform(settings, (channels, height, found.shape[2]))
     return MappedImages(found.mapped(), labels, augment=augment, transform=transform, seed=seed)
@@ -113,6 +117,39 @@ def _check_labels(labels: Mapped, number: int, key: str, path: str) -> None:
 def _check_in_memory(path: str, settings: DataSettings) -> None:
     if not settings.in_memory:
         raise ValueError(f"path: {path} is read with data.in_memory: true only")
+
+
+def _check_classes(path: str, label: str, settings: DataSettings, train: Classes) -> None:
+    """Refuse labels, which stay in the file as they are, that are numbers of other classes."""
+    names = _class_names(path)
+    if names is None:
+        _check_numbers(path, label, settings)
+        return
+    own = Classes(len(names), names, path)
+    try:
+        positions, doubt = own.positions_in(train)
+    except ValueError as error:
+        raise ValueError(f"path: {error}") from None
+    if positions is not None:
+        raise ValueError(
+            f"path: {label!r} of {path} numbers the classes {shown(names)}, the training data "
+            f"{shown(train.names or ())}: let pseudo-label write a .parquet, whose labels are "
+            "found by name"
+        )
+    if doubt and (own.named or train.named):
+        tell(doubt)
+
+
+def _class_names(path: str) -> tuple[str, ...] | None:
+    """Names that stand beside labels, as ``pseudo-label`` writes them; None without such."""
+    names: Any = None
+    with suppress(ValueError, KeyError):
+        array = stored_array(path, CLASS_NAMES).mapped().array
+        if array.dtype == np.uint8 and array.size < _MOST_NAMES:
+            names = json.loads(array.tobytes())
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return None
 
 
 def _check_numbers(path: str, name: str, settings: DataSettings) -> None:

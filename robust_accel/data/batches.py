@@ -194,6 +194,11 @@ class TrainingBatches:
             key = "data.unlabeled.fraction" + f" (number {i})" * (len(data.mixed_in) > 1)
             numbers.append(self._number_of(share, key, batch_size, num_micro, world_size))
             own_seed = derived_seed(seed, 7, i)
+            if numbers[-1] > len(images):
+                raise ValueError(
+                    f"batch_size: {batch_size} x {key} {share:g} makes {numbers[-1]} images a "
+                    f"step, and there are {len(images)}"
+                )
             kind = MappedSampler if isinstance(images, MappedImages) else Sampler
             others.append((images, kind(len(images), numbers[-1], seed=own_seed, **about)))
         if sum(numbers) >= batch_size:

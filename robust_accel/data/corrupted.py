@@ -46,7 +46,13 @@ class Corrupted:
 
 
 def check_published(
-    path: str, names: Sequence[str], severities: Sequence[int], like: ImageSet, num_classes: int
+    path: str,
+    names: Sequence[str],
+    severities: Sequence[int],
+    *,
+    like: ImageSet,
+    num_classes: int,
+    labels_of: Labels,
 ) -> None:
     """Look for all that is to be measured, without reading images.
 
@@ -55,7 +61,8 @@ def check_published(
         num_classes: Of the data.
 
     Raises:
-        ValueError: ``path: ...``: a corruption or severity is not there, or not as it must be.
+        ValueError: ``path: ...``: a corruption or severity is not there, not as it must be, of
+            classes that the model has not, or without images.
     """
     if not os.path.isdir(path):
         raise ValueError(f"path: {path!r} is no folder: CIFAR-10-C's or ImageNet-C's is wanted")
@@ -64,7 +71,7 @@ def check_published(
             _numbers(path, _pixels(path, name, like).shape[0], num_classes)
         else:
             for severity in severities:
-                _folder(path, name, severity)
+                next(_listed(_folder(path, name, severity), labels_of))
 
 
 def published(
@@ -106,7 +113,8 @@ def labels_by_folder(
     positions: Sequence[int] | None,
     path: str,
 ) -> Labels:
-    """Labels of folders by the model's class names; ImageNet's folders also by their order.
+    """Labels of folders by the model's class names; ImageNet's folders also by their order, where
+    the model does not call its classes like these.
 
     Args:
         class_names: Of the model.
@@ -119,14 +127,17 @@ def labels_by_folder(
 
     def labels(names: Sequence[str]) -> Tensor:
         known = list(class_names or map(str, range(num_classes)))
-        if all(name in known for name in names):
-            return torch.tensor([known.index(name) for name in names])
-        if len(names) == num_classes and all(map(_WNID.fullmatch, names)):
-            return renumbered_labels(torch.arange(num_classes), positions)
         other = [name for name in names if name not in known]
+        if not other:
+            return torch.tensor([known.index(name) for name in names])
+        by_order = not any(map(_WNID.fullmatch, known))
+        if by_order and len(names) == num_classes and all(map(_WNID.fullmatch, names)):
+            return renumbered_labels(torch.arange(num_classes), positions)
         raise ValueError(
             f"path: {path} has the classes {shown(other)}, which the model has not: allowed are "
-            f"{shown(known)}, and all of ImageNet's folders (n01440764, ...) for its classes"
+            f"{shown(known)}"
+            + ", and all of ImageNet's folders (n01440764, ...) for its classes"
+            * by_order
         )
 
     return labels
@@ -180,6 +191,20 @@ def _folder(path: str, name: str, severity: int) -> Path:
     return folder
 
 
+def _listed(folder: Path, labels_of: Labels) -> Iterator[tuple[str, str, int]]:
+    """The images of a severity: file, class folder and label of each."""
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    is_empty = True
+    for place, label in zip(classes, labels_of(classes).tolist(), strict=True):
+        for file in os.listdir(folder / place):
+            if Path(file).suffix.lower() in ImageFolder.EXTENSIONS:
+                is_empty = False
+                yield file, place, label
+    if is_empty:
+        raise ValueError(f"path: {folder} holds no image: CLASS/IMAGE is wanted")
+
+
 def _of_folders(
     path: str,
     name: str,
@@ -194,17 +219,8 @@ def _of_folders(
     parts, severity = [], []
     for each in severities:
         folder = _folder(path, name, each)
-        with os.scandir(folder) as entries:
-            classes = sorted(entry.name for entry in entries if entry.is_dir())
-        files = [
-            (file, place, label)
-            for place, label in zip(classes, labels_of(classes).tolist(), strict=True)
-            for file in os.listdir(folder / place)
-            if Path(file).suffix.lower() in ImageFolder.EXTENSIONS
-        ]
-        if not files:
-            raise ValueError(f"path: {folder} holds no image: CLASS/IMAGE is wanted")
-        files = sorted(files)[:number]  # by their names: those of ImageNet are in its own order
+        # by their names: those of ImageNet are in its own order
+        files = sorted(_listed(folder, labels_of))[:number]
         names = [str(folder / place / file) for file, place, _ in files]
         rows = datasets.Dataset.from_dict(
             {"image": names}, features=datasets.Features({"image": datasets.Image()})
@@ -238,7 +254,7 @@ def generator_version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
             f"path: not given, so images are corrupted here, which needs the package {GENERATOR}: "
-            "pip install robust-accel[corruptions], or give published images"
+            'pip install -e ".[corruptions]", or give published images'
         ) from None
 
 
@@ -273,6 +289,7 @@ class GeneratedImages:
         self, images: ImageSet, name: str, severities: Sequence[int], number: int, seed: int
     ) -> None:
         self.clean, self.name, self.severities = images, name, tuple(severities)
+        self.files = images if isinstance(images, FileImages) else None
         self.number, self.seed = number, seed
         self.shape = images.shape
         self.labels = images.labels[:number].repeat(len(severities))
@@ -293,9 +310,8 @@ class GeneratedImages:
         """See ``ImageSet``; images from files are corrupted by the workers that decode them."""
         asked = [indices.tolist() for indices in index_batches]
         new = [torch.tensor(part) for part in asked if not self._made.keys() >= set(part)]
-        from_files = isinstance(self.clean, FileImages)
-        workers = self.clean.settings.num_workers if isinstance(self.clean, FileImages) else 0
-        made = loaded(_Made(self, from_files), new, workers, torch.device("cpu"))
+        workers = 0 if self.files is None else self.files.settings.num_workers
+        made = loaded(_Made(self), new, workers, torch.device("cpu"))
         for part in asked:
             if self._made.keys() >= set(part):
                 pixels = torch.stack([self._made[index] for index in part])
@@ -309,9 +325,9 @@ class GeneratedImages:
 class _Made(Dataset):
     """Generated images as uint8, one at a time."""
 
-    def __init__(self, images: GeneratedImages, from_files: bool) -> None:
+    def __init__(self, images: GeneratedImages) -> None:
         self.images = images
-        self.decoded = Decoded(images.clean, None) if from_files else None  # type: ignore[arg-type]
+        self.decoded = None if images.files is None else Decoded(images.files, None)
 
     def __getitem__(self, index: int) -> "tuple[Tensor, int] | UnusableImage":
         own = self.images

@@ -152,6 +152,7 @@ def load_data(
     mixed_in, left_out = [], {"train": train_left_out, "test": test.left_out}
     for i, own in enumerate(settings.extra):
         key = f"unlabeled.{i}" if isinstance(settings.unlabeled, tuple) else "unlabeled"
+        _check_apart(own, settings, key)
         images, left_out[_name(i)] = load_unlabeled(
             own, settings, train, rest, classes, seed, number=i, key=key
         )
@@ -172,6 +173,22 @@ def load_data(
         tuple(mixed_in[1:]),
         shards_of(splits[settings.train_split]),
     )
+
+
+def _check_apart(own: UnlabeledSettings, settings: DataSettings, key: str) -> None:
+    """Refuse a source that has the images held out; say of one that it has the test images."""
+    if (own.path, own.config) != (settings.path, settings.config):
+        return
+    if own.split == settings.train_split and settings.validation_size:
+        raise ValueError(
+            f"{key}.split: {own.split} of {own.path} has the images that data.validation_size "
+            f"holds out as well: leave {key}.path out for those that data.train_size leaves over"
+        )
+    if own.split == settings.test_split:
+        tell(
+            f"data.{key}: {own.split} of {own.path} are the test images: what is measured on them "
+            "says little about other images"
+        )
 
 
 def _name(number: int) -> str:
@@ -244,16 +261,22 @@ def _listed(rows: LabeledRows, settings: DataSettings, ids: str | Sequence[int])
     return rows
 
 
-def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
+def load_to_label(
+    settings: DataSettings, *, num_classes: int | None = None
+) -> tuple[datasets.Dataset, ImageSet]:
     """The images that ``data.unlabeled`` means, as rows of one column and as an image set.
 
+    Args:
+        num_classes: As of ``load_data``: the same images are left out as in training.
+
     Raises:
-        ValueError: As ``load_data``; also for a pickle, which has no rows.
+        ValueError: As ``load_data``; also for pickles, arrays and shards, which have no such rows.
     """
     if len(settings.extra) > 1:
         raise ValueError(f"unlabeled: one set is labelled at a time, found {len(settings.extra)}")
     own = next(iter(settings.extra), UnlabeledSettings())
-    rows, images = _to_label(own, settings.model_copy(update={"augment": "none"}))
+    plain = settings.model_copy(update={"augment": "none"})
+    rows, images = _left_out(plain, num_classes) if own.path is None else _to_label(own, plain)
     if own.size is not None:
         images, _ = drawn(images, own.size, "unlabeled.size")
         rows = rows.select(drawn_order(len(rows))[: own.size])
@@ -261,10 +284,9 @@ def load_to_label(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
 
 
 def _to_label(own: UnlabeledSettings, plain: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
-    if own.path is None:
-        return _left_out(plain)
     try:
         rows, column, where = rows_to_label(own, plain.on_bad)
+        _check_rows(rows)
         numbers = torch.arange(len(rows))
         pictures = Pictures.of(Source(rows, column, where), numbers)
         read = read_images(pictures, torch.full_like(numbers, NO_LABEL), plain, 0)
@@ -273,21 +295,26 @@ def _to_label(own: UnlabeledSettings, plain: DataSettings) -> tuple[datasets.Dat
     return _one_column(rows, column, numbers[read.kept]), read.images
 
 
-def _left_out(settings: DataSettings) -> tuple[datasets.Dataset, ImageSet]:
+def _left_out(settings: DataSettings, num_classes: int | None) -> tuple[datasets.Dataset, ImageSet]:
     """What ``train_size`` leaves out of the training split."""
     splits = load_splits(settings.path, settings.config, settings.on_bad)
-    rows = labeled_rows(splits, settings, "train_split").of_classes(settings.classes)
+    rows = labeled_rows(splits, settings, "train_split", num_classes=num_classes)
+    rows = rows.of_classes(settings.classes)
+    all_rows = rows_of(splits, settings.train_split, "train_split", settings.path)
+    _check_rows(all_rows)
     read = read_images(rows.pictures, rows.labels, settings, 0, rows.bad)
     rest = drawn_order(len(read.images))[settings.train_size :]
     if settings.train_size is None or len(rest) == 0:
         raise ValueError(f"unlabeled.{NONE_LEFT_OUT}")
     images = read.images.subset(rest)
     images.labels = torch.full((len(rest),), NO_LABEL)
-    all_rows = rows_of(splits, settings.train_split, "train_split", settings.path)
     return _one_column(all_rows, rows.source.column, rows.numbers[read.kept][rest]), images
 
 
-def _one_column(rows: datasets.Dataset, column: str, numbers: Tensor) -> datasets.Dataset:
+def _check_rows(rows: datasets.Dataset) -> None:
     if PLACE in rows.features:
         raise ValueError("path: images in shards are not written as parquet: unpack them first")
+
+
+def _one_column(rows: datasets.Dataset, column: str, numbers: Tensor) -> datasets.Dataset:
     return rows.select_columns([column]).select(numbers)

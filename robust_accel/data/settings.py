@@ -196,6 +196,11 @@ class DataSettings(Settings):
                 "unlabeled.path is not given, so the images that data.train_size leaves out are "
                 "meant, but data.train_size is not given either"
             )
+        if sum(own.path is None for own in self.extra) > 1:
+            raise ValueError(
+                "unlabeled: the images that data.train_size leaves out are one source: give the "
+                "others a path"
+            )
         if isinstance(self.unlabeled, tuple):
             _check_shares([own.fraction for own in self.unlabeled])
         return self

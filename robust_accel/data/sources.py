@@ -37,12 +37,15 @@ def load_splits(path: str, config: str | None, on_bad: str = "refuse") -> datase
     Raises:
         ValueError: ``path: ...``: it cannot be loaded, or files of one split disagree on names.
     """
+    suffix = Path(path).suffix
+    if config is not None and (path == DIGITS or suffix in (SUFFIX, *_FILES)):
+        raise ValueError(f"config: {config!r} is one of a data set's, and {path} has none")
     if path == DIGITS:
         return _digits()
     check_address(path)
-    if Path(path).suffix == SUFFIX:
+    if suffix == SUFFIX:
         return _of_shards(split_shards(path), on_bad)
-    loader = _FILES.get(Path(path).suffix)
+    loader = _FILES.get(suffix)
     if loader is None and Path(path).is_file():
         raise ValueError(
             f"path: {path!r} is no file that is read here: allowed are {', '.join(_FILES)}, "

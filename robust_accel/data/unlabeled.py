@@ -82,8 +82,8 @@ def _read(
     if Path(path).suffix in (".pickle", ".pkl"):
         own.refuse(_OF_ROWS, f"a pickle as {path}")
         return images_of_pickle(path, settings, seed, classes.number)
-    if holds_arrays(path):
-        return images_of_arrays(path, own, settings, seed, classes.number), None
+    if holds_arrays(path, own.image_column):
+        return images_of_arrays(path, own, settings, seed, classes), None
     rows, image_column, where = rows_to_label(own, settings.on_bad)
     labels = torch.full((len(rows),), NO_LABEL)
     bad: dict[int, str] = {}

@@ -3,14 +3,19 @@
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
 from robust_accel.data import ImageSet
-from robust_accel.evaluation.accuracy import attacker_of, correct_flags, predictions, under_attack
-from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation.accuracy import (
+    attacker_of,
+    check_loss,
+    correct_flags,
+    predictions,
+    under_attack,
+)
+from robust_accel.evaluation.autoattack import AutoAttackEvaluation, check_classes
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.corruptions import CorruptionEvaluation
 from robust_accel.evaluation.examples import keep_examples
@@ -53,10 +58,10 @@ def evaluate(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    num_data_classes: int | None = None,
     folder: RunFolder | None = None,
     other: PixelClassifier | None = None,
     train: ImageSet | None = None,
-    class_names: Sequence[str] | None = None,
     source: dict[str, Any] | None = None,
     train_source: dict[str, Any] | None = None,
     kind: str = "all",
@@ -68,12 +73,12 @@ def evaluate(
         classifier: On [0, 1] pixels, the same weights and buffers on all processes; measured in
             eval mode and fp32.
         images: The test images.
-        num_classes: Of the data, for AutoAttack's targets.
+        num_classes: The classifier's logits, among which AutoAttack has its targets.
+        num_data_classes: Of the data, where these are fewer.
         folder: Where records and the work under way are kept (what is there is not done again),
             and some adversarial images to look at.
         other: Of ``settings.sanity``: a model whose adversarial images are tried on this one.
         train: Of ``settings.train_images``.
-        class_names: Of the classifier's outputs.
         source, kind: Where the images are from, and which of them they are, see ``Bench``.
         train_source: The same of ``train``.
         positions: The classifier's number of each class of the data, see ``match_classes``.
@@ -97,32 +102,34 @@ def evaluate(
             logger.warning(f"{name}: {len(found)} images met NaN or Inf in {where}: {found[:10]}")
         return record
 
-    def bench_of(images: ImageSet, draws: int | None, **about: Any) -> Bench:
-        return Bench(
-            classifier,
-            images,
-            accelerator,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            draws=draws,
-            ledger=ledger,
-            class_names=class_names,
-            **about,
-        )
-
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     models = settings.threat_models()
-    autoattacks = []  # made first: what they refuse, they refuse before anything is spent
-    if settings.autoattack is not None:
-        autoattacks = [AutoAttackEvaluation(one, num_classes) for one in models]
+    # first: what they refuse, they refuse before anything is spent
+    check_classes(settings.autoattack, num_classes)
+    check_loss("evaluate.pgd.loss", settings.pgd, num_classes)
     corruptions = None
     if settings.corruptions:
-        own: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names}
-        own |= {"positions": positions, "source": source, "kind": kind}
-        corruptions = CorruptionEvaluation(settings, images, **own)
+        corruptions = CorruptionEvaluation(
+            settings,
+            images,
+            num_classes=num_classes if num_data_classes is None else num_data_classes,
+            class_names=classifier.class_names,
+            positions=positions,
+            source=source,
+            kind=kind,
+        )
     absent = () if folder is None else folder.absent
     ledger = Ledger(None if folder is None else folder.path, accelerator, absent)
-    bench = bench_of(images, None, source=source, kind=kind)
+    bench = Bench(
+        classifier,
+        images,
+        accelerator,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        ledger=ledger,
+        source=source,
+        kind=kind,
+    )
     if bench.is_randomised(settings.batch_size):
         bench.draws = settings.draws or DRAWS
         logger.info(f"the model is randomised: each verdict is of {bench.draws} draws")
@@ -133,6 +140,11 @@ def evaluate(
     elif (settings.draws or 1) > 1:
         logger.warning(
             f"evaluate.draws: {settings.draws}, but the model always answers the same: one is taken"
+        )
+    if settings.autoattack is None and settings.search != "fp32":
+        logger.warning(
+            f"evaluate.search: {settings.search}, but evaluate.autoattack is null: it changes "
+            "nothing"
         )
     result: dict[str, Any] = {"function": bench.function}
     pgds = [] if settings.pgd is None else [attacker_of(one) for one in models]
@@ -174,17 +186,17 @@ def evaluate(
     if train is not None and settings.train_images is not None:
         if bool((train.labels < 0).any()):  # pooled with images without labels
             train = train.subset((train.labels >= 0).nonzero().flatten())
-        of_train = bench_of(train, bench.draws, source=train_source)
+        of_train = bench.on(train, train_source)
         clean_and_pgd(of_train, settings.train_images, "train_", "train")
     if settings.sweep is not None:
         result["sweep"] = sweep(bench, right, settings)
     by_autoattack: list[Part] = []
-    if autoattacks:
+    if settings.autoattack is not None:
         limit = min(settings.autoattack_images or len(right.index), len(images))
         before = (right if limit <= len(right.index) else bench.clean(limit)).first(limit)
-        for one in autoattacks:
-            left, more = one.run(bench, before)
-            by_autoattack.append(Part(one.about, left, more))
+        for autoattack in (AutoAttackEvaluation(one, num_classes) for one in models):
+            left, more = autoattack.run(bench, before)
+            by_autoattack.append(Part(autoattack.about, left, more))
         name = "autoattack_accuracy"
         keep(bench, "accuracy", name, before, by_autoattack, name)
     if settings.sanity:
@@ -196,7 +208,7 @@ def evaluate(
         ]
         result["sanity"] = checked[0] if len(checked) == 1 else checked
     if corruptions is not None:
-        result |= corruptions.run(partial(bench_of, draws=bench.draws))
+        result |= corruptions.run(bench)
     if folder is not None:
         keep_examples(bench, models[0], folder.examples)
     return result

@@ -16,6 +16,21 @@ from robust_accel.models import PixelClassifier
 from robust_accel.objectives import AttackLoss, climbed, predicted
 
 
+def check_loss(key: str, part: object, num_classes: int) -> None:
+    """Refuse a loss that so few classes do not have.
+
+    Args:
+        key: Where it is named, like ``evaluate.pgd.loss``.
+        part: The settings that hold it, if there are such.
+        num_classes: The classifier's logits.
+
+    Raises:
+        ValueError: ``key: ...``.
+    """
+    if getattr(part, key.split(".")[-1], None) == "dlr" and num_classes < 3:
+        raise ValueError(f"{key}: dlr ranks three classes, the model has {num_classes}: try cw")
+
+
 def attacker_of(
     settings: EvaluateSettings,
     *,

@@ -104,7 +104,6 @@ def measure(
             num_classes=ready.num_classes,
             folder=ready.folder,
             other=foreign,
-            class_names=ready.classifier.class_names,
         )
         return {"model": ready.about(result["function"])} | result
 
@@ -154,7 +153,6 @@ class _Ready:
             batch_size=1,
             seed=seed,
             ledger=Ledger(folder, self.accelerator),
-            class_names=self.classifier.class_names,
         )
 
     def about(self, function: str) -> dict[str, Any]:

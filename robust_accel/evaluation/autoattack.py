@@ -51,25 +51,36 @@ def stages_of(settings: EvaluateSettings) -> list[Stage]:
     return [Stage(a, bf16=True) for a in search] + [Stage(a, bf16=False) for a in attacks]
 
 
+def check_classes(version: str | None, num_classes: int) -> None:
+    """Refuse a version whose losses rank more classes than there are.
+
+    Args:
+        version: ``evaluate.autoattack``; None asks for nothing.
+        num_classes: The classifier's logits.
+
+    Raises:
+        ValueError: ``evaluate.autoattack: ...``.
+    """
+    if version is None:
+        return
+    needed = max(_MIN_CLASSES.get(attack, 2) for attack in ATTACKS_OF[version])
+    if num_classes < needed:
+        raise ValueError(
+            f"evaluate.autoattack: {version} needs at least {needed} classes (its loss ranks "
+            f"them), the model has {num_classes}; set it to null"
+        )
+
+
 class AutoAttackEvaluation:
     """AutoAttack on the images that a classifier gets right.
 
     Args:
         settings: With ``autoattack``, the norm and eps.
-        num_classes: Of the data.
-
-    Raises:
-        ValueError: The data have fewer classes than the attacks need.
+        num_classes: The classifier's logits, among which targets are chosen, as upstream does.
     """
 
     def __init__(self, settings: EvaluateSettings, num_classes: int) -> None:
         self.settings, self.stages = settings, stages_of(settings)
-        needed = max(_MIN_CLASSES.get(stage.attack, 2) for stage in self.stages)
-        if num_classes < needed:
-            raise ValueError(
-                f"evaluate.autoattack: {settings.autoattack} needs at least {needed} classes (its "
-                f"loss ranks them), the data have {num_classes}; set it to null"
-            )
         self._num_classes = num_classes
         assert settings.autoattack is not None
         self.about: dict[str, Any] = {
@@ -89,18 +100,27 @@ class AutoAttackEvaluation:
 
         Returns:
             The outcomes, and about them: ``after``: the accuracy after each attack, and how many
-            images it broke; ``warnings``: what the reference's checks say; ``wall_seconds``: of
-            this call, and of the units that a ledger knew, as if dealt to these processes.
+            images it broke; ``warnings``: what the reference's checks say, which is logged, too;
+            ``wall_seconds``: of this call, and of the units that a ledger knew, as if dealt to
+            these processes.
         """
         outcomes, after, start = before, [], time.perf_counter()
         known = bench.seconds_known
-        warnings = self._warnings(bench, before)
+        warnings: list[str] = []
+
+        def warn(text: str) -> None:
+            warnings.append(text)
+            if bench.accelerator.is_main_process:
+                logger.warning("autoattack: %s", text)
+
+        for text in self._said(bench, before):
+            warn(text)
         for stage in self.stages:
             name = stage.attack + (" (bf16)" if stage.bf16 else "")
             found = bench.attacked(self._attacker(stage), outcomes, even=True, title=name)
             broken = int((outcomes.right & ~found.right).sum())
             if stage.attack == "square" and outcomes.accuracy - found.accuracy > _SQUARE_GAIN:
-                warnings.append(
+                warn(
                     f"Square broke {broken} images that the gradient attacks had not: gradients "
                     "may be masked, and more queries or another attack may break more"
                 )
@@ -156,7 +176,7 @@ class AutoAttackEvaluation:
         is_less = self._is_thorough and attack == "apgd-t"
         return min(_L1["targets"] if is_less else _MAX_TARGETS, self._num_classes - 1)
 
-    def _warnings(self, bench: Bench, before: Outcomes) -> list[str]:
+    def _said(self, bench: Bench, before: Outcomes) -> list[str]:
         """The reference's checks: randomised, probabilities for logits, gradients in forward."""
 
         def compute(unit: Unit, x: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ not depend on how many processes there are. What a ledger has of a unit is not d
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from robust_accel.evaluation.outcomes import (
     by_class,
     counted,
     global_state_kept,
+    joined,
     without_tf32,
 )
 from robust_accel.models import PixelClassifier
@@ -70,7 +72,6 @@ class Bench:
         seed: Of the attacks, and of a randomised classifier's draws.
         draws: Forward passes a verdict; None for a classifier that always answers the same.
         ledger: Where outcomes are kept; nowhere when not given.
-        class_names: Of the classifier's outputs.
         source: Where the images are from, plain values: said in records, no part of identities.
         kind: Which of that source's images they are: ``all``, ``ids of NAME (DIGEST)``.
 
@@ -88,17 +89,24 @@ class Bench:
         seed: int = 0,
         draws: int | None = None,
         ledger: Ledger | None = None,
-        class_names: Sequence[str] | None = None,
         source: dict[str, Any] | None = None,
         kind: str = "all",
     ) -> None:
         self.classifier, self.images, self.accelerator = classifier, images, accelerator
         self.batch_size, self.seed, self.draws = batch_size, seed, draws
         self.ledger = Ledger(None, accelerator) if ledger is None else ledger
-        self.class_names = None if class_names is None else list(class_names)
         self.source, self.kind = source or {}, kind
         self._digests: dict[int, str] = {}
         self.seconds_known = 0.0
+
+    def on(self, images: ImageSet, source: dict[str, Any] | None, kind: str = "all") -> "Bench":
+        """The same classifier, digested once, on other images of this shape."""
+        assert images.shape == self.images.shape
+        bench = copy(self)
+        bench.function, bench.images = self.function, images
+        bench.source, bench.kind = source or {}, kind
+        bench._digests, bench.seconds_known = {}, 0.0
+        return bench
 
     # ---- verdicts ------------------------------------------------------------------------------
 
@@ -112,10 +120,8 @@ class Bench:
             return self._judged(x, labels, unit, {})
 
         found = self.share({"name": "none"}, units, compute, "clean")
-        prediction = torch.tensor([p for f in found for p in f["prediction"]])
-        share, chosen = (torch.tensor([s for f in found for s in f[k]]).double() for k in _SHARES)
-        labels = self.images.labels[index]
-        return Outcomes(index, labels, prediction, share, chosen).spent(found)
+        verdict, chosen = joined(found)
+        return Outcomes(index, self.images.labels[index], *verdict, chosen).spent(found)
 
     def attacked(
         self, attacker: Attacker, before: Outcomes, *, even: bool = False, title: str = ""
@@ -147,11 +153,7 @@ class Bench:
             return self._judged(x_adv, labels, unit, met)
 
         found = self.share(attacker.about, units, compute, title or attacker.about["name"])
-        outcomes = before
-        for (_, part), one in zip(held, found, strict=True):
-            verdict = Verdict(torch.tensor(one["prediction"]), torch.tensor(one["share"]).double())
-            outcomes = outcomes.after(part, verdict, torch.tensor(one["chosen"]).double())
-        return outcomes.spent(found)
+        return before.after(torch.cat(parts), *joined(found)).spent(found)
 
     def _judged(
         self, x: Tensor, labels: Tensor, unit: Unit, non_finite: dict[str, Tensor]
@@ -328,7 +330,7 @@ class Bench:
         if self.draws is not None:
             result["majority_accuracy"] = outcomes.right.double().mean().item()
             per_image["share"] = outcomes.share.tolist()
-        result |= by_class(outcomes, self.class_names)
+        result |= by_class(outcomes, self.classifier.class_names)
         if outcomes.non_finite:
             result["non_finite"] = outcomes.non_finite
         spent = {"seconds": outcomes.seconds, "forward_passes": outcomes.forward_passes}
@@ -359,7 +361,7 @@ class Bench:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "draws": self.draws or 1,
-            "class_names": self.class_names,
+            "class_names": self.classifier.class_names,
         }
         identity |= {"point": result["point"]} if "point" in result else {}
         digest = digest_of_json([digests[i] for i in index.tolist()])
@@ -390,6 +392,3 @@ class Bench:
             },
         }
         return self.ledger.record(key, about)
-
-
-_SHARES = ("share", "chosen")

@@ -5,7 +5,7 @@ of its parts.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from robust_accel.data.corrupted import (
 )
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import digest_of_json
-from robust_accel.evaluation.ledger import Record
+from robust_accel.evaluation.ledger import Ledger, Record
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.statistics import wilson_interval
 
@@ -69,12 +69,11 @@ class CorruptionEvaluation:
         self.own, self.images, self.seed = settings.corruption_settings, images, settings.seed
         self.number = self.own.images or settings.images
         self.source, self.kind, self.by = source or {}, kind, "published images"
-        path, number = self.own.path, num_classes if positions is None else len(positions)
+        path, self._positions = self.own.path, positions
         self._about: dict[str, Any] = {
             "like": images,
-            "num_classes": number,
-            "positions": positions,
-            "labels_of": labels_by_folder(class_names, number, positions, str(path)),
+            "num_classes": num_classes,
+            "labels_of": labels_by_folder(class_names, num_classes, positions, str(path)),
         }
         try:
             if path is None:
@@ -86,24 +85,24 @@ class CorruptionEvaluation:
                     f"path: {path} has images of all classes, of which data.classes chooses some"
                 )
             self.source, self.kind = {"path": path}, "all"
-            check_published(path, self.own.names, self.own.severities, images, number)
+            check_published(path, self.own.names, self.own.severities, **self._about)
         except ValueError as error:
             raise ValueError(f"evaluate.corruptions.{error}") from error
         finally:
             self.kind = first_of_each(self.number, self.kind)
 
-    def run(self, bench_of: Callable[..., Bench]) -> dict[str, Record | dict[str, Record]]:
+    def run(self, bench: Bench) -> dict[str, Record | dict[str, Record]]:
         """The records: ``corruption``, by name, and ``corruptions``, their mean.
 
         Args:
-            bench_of: The bench of images, and of where they are from as ``source``.
+            bench: Of the test images.
         """
         found: dict[str, Record] = {}
         for name in self.own.names:
-            found[name] = self._record(name, bench_of)
+            found[name] = self._record(name, bench)
             error = 100 - 100 * found[name]["accuracy"]
             logger.info("%s: error %.2f%%, %s", name, error, self.by)
-        mean = self._mean(found, bench_of(self.images))
+        mean = self._mean(found, bench.ledger)
         logger.info("corruptions: %s", mean_text(mean))
         return {"corruption": found, "corruptions": mean}
 
@@ -111,16 +110,23 @@ class CorruptionEvaluation:
         severities = self.own.severities
         if self.own.path is not None:
             try:
-                return published(self.own.path, name, severities, self.number, **self._about)
+                return published(
+                    self.own.path,
+                    name,
+                    severities,
+                    self.number,
+                    positions=self._positions,
+                    **self._about,
+                )
             except ValueError as error:
                 raise ValueError(f"evaluate.corruptions.{error}") from error
         number = min(self.number or len(self.images), len(self.images))
         made = GeneratedImages(self.images, name, severities, number, self.seed)
         return Corrupted(made, torch.tensor(severities).repeat_interleave(number))
 
-    def _record(self, name: str, bench_of: Callable[..., Bench]) -> Record:
+    def _record(self, name: str, bench: Bench) -> Record:
         corrupted = self._corrupted(name)
-        bench = bench_of(corrupted.images, source=self.source, kind=self.kind)
+        bench = bench.on(corrupted.images, self.source, self.kind)
         outcomes = bench.clean()
         by_severity: list[dict[str, Any]] = []
         for severity in self.own.severities:
@@ -138,7 +144,7 @@ class CorruptionEvaluation:
         about |= {"by_severity": by_severity}
         return bench.record("corruption", attack, outcomes, outcomes, **about)
 
-    def _mean(self, parts: dict[str, Record], bench: Bench) -> Record:
+    def _mean(self, parts: dict[str, Record], ledger: Ledger) -> Record:
         """Means over corruptions, each the mean over its severities."""
         reference, first = self.own.reference, next(iter(parts.values()))
         rows, errors = [], {name: 1 - record["accuracy"] for name, record in parts.items()}
@@ -167,7 +173,7 @@ class CorruptionEvaluation:
         about |= {"by_corruption": rows, "versions": first["versions"]}
         for name in ("seconds", "forward_passes"):
             about[name] = sum(record[name] for record in parts.values())
-        return bench.ledger.record(key, about | {"outcomes": {"image": first["outcomes"]["image"]}})
+        return ledger.record(key, about | {"outcomes": {"image": first["outcomes"]["image"]}})
 
 
 def mean_text(record: Record) -> str:

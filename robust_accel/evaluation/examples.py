@@ -21,7 +21,8 @@ def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
     """Attack the first images, right or not, and write them as safetensors.
 
     ``x`` and ``x_adv`` [n, C, H, W] in [0, 1], ``labels``, ``clean_predictions`` and
-    ``adversarial_predictions`` [n]; the metadata say of which model they are and by which attack.
+    ``adversarial_predictions`` [n]; the metadata say of which model and source they are, and by
+    which attack.
     """
     function = bench.function
     if not bench.accelerator.is_main_process:
@@ -42,7 +43,7 @@ def keep_examples(bench: Bench, settings: EvaluateSettings, path: Path) -> None:
     }
     attack = dict(attacker.about)
     threat_model = {key: attack.pop(key) for key in ("norm", "eps")}
-    about = {"attack": attack, "threat_model": threat_model}
+    about = {"attack": attack, "threat_model": threat_model, "source": bench.source}
     metadata = {name: json.dumps(value) for name, value in about.items()}
     of = "" if bench.kind == "all" else f" of {bench.kind}"
     metadata |= {"function": function, "selection": f"first {len(indices)}{of}"}

@@ -4,7 +4,8 @@ A record's key is the digest of its identity: the function measured, the images 
 threat model, the attack with all its settings, the seed and the versions. The work of a measurement
 that is not finished is kept in the same way, a unit of images a line: a unit's key is the digest of
 what decides its outcome and nothing else. So whatever was interrupted goes on, a larger measurement
-begins with what a smaller one has done, and nothing is ever taken from another identity.
+begins with what a smaller one has done, and nothing is ever taken from another identity. Not so
+AutoAttack's: its units are cut from all survivors, so that of more images all are others.
 
 Tables, reports, cards and pictures show what ``shown`` picks of the records.
 """

@@ -96,6 +96,15 @@ class Outcomes:
         )
 
 
+def joined(found: Sequence[dict[str, Any]]) -> tuple[Verdict, Tensor]:
+    """Verdicts of units one after another, and the shares by which they are chosen: [N]."""
+    prediction, share, chosen = (
+        torch.tensor([value for one in found for value in one[name]])
+        for name in ("prediction", "share", "chosen")
+    )
+    return Verdict(prediction, share.double()), chosen.double()
+
+
 _CONFUSION = 200  # classes: the matrix of more is longer than what it tells
 
 
@@ -170,7 +179,8 @@ def global_state_kept(seed: int | None = None) -> Iterator[None]:
     """The global generators, seeded if so, and tracing: put back after attacks that change them."""
     trace = sys.gettrace()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    # torch warns of several CUDA devices that nobody has named
+    with torch.random.fork_rng(range(torch.cuda.device_count()) or None):
         if seed is not None:
             torch.manual_seed(seed)
             random.seed(seed)

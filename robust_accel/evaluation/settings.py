@@ -70,7 +70,8 @@ class SanitySettings(Settings):
 
     Args:
         images: The first so many test images.
-        transfer_from: A run or timm model whose adversarial images are tried on this one.
+        transfer_from: A run or timm model whose adversarial images are tried on this one; of
+            ``robust-accel evaluate``, not of a training.
     """
 
     images: Annotated[Whole, Ge(1)] = 200
@@ -94,8 +95,8 @@ class CorruptionSettings(Settings):
         path: Published images: a folder with ``NAME.npy`` of each corruption (its severities one
             after another) and ``labels.npy``, as CIFAR-10-C; or with ``NAME/SEVERITY/CLASS/IMAGE``,
             as ImageNet-C. Not given: the test images are corrupted here, by the package
-            ``imagecorruptions-imaug`` (``pip install robust-accel[corruptions]``), whose images are
-            not the published ones.
+            ``imagecorruptions-imaug`` (``pip install -e ".[corruptions]"``), whose images are not
+            the published ones.
         names: Of the corruptions; the fifteen of the benchmark unless given.
         severities: From 1 to 5.
         images: The first so many images of each severity; ``evaluate.images`` when not given.

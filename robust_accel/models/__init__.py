@@ -9,6 +9,7 @@ from robust_accel.models.creation import (
     check_name,
     create_classifier,
     timm_name,
+    with_classes_of,
 )
 from robust_accel.models.timm_folder import (
     beyond_timm,
@@ -30,4 +31,5 @@ __all__ = [
     "read_config",
     "save_model",
     "timm_name",
+    "with_classes_of",
 ]

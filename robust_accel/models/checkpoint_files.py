@@ -24,6 +24,7 @@ State = dict[str, Tensor]
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"(^|[^a-z])(ema|swa)([^a-z]|$)")
 _STATISTICS = (("mean", "std"), ("mu", "sigma"))
+_OF_PIXELS = re.compile(r"((image|input|pixel)_)?(mean|std|mu|sigma)")
 _DEPTH = 5  # of mappings in mappings that are looked into
 
 
@@ -144,9 +145,10 @@ def _beside(
     pairs = list(_pairs(rest))
     known = {key for pair in pairs for key in pair}
     found = [(rest[mean].flatten(), rest[std].flatten()) for mean, std in pairs]
-    for key in taken.where:  # a mean and a std around the weights
+    for key in taken.where:  # a mean and a std around the weights; acc_mean is another's
         around = _listed_statistics(content)
-        found += [(around[mean], around[std]) for mean, std in _pairs(around)]
+        named = {k: v for k, v in around.items() if _OF_PIXELS.fullmatch(k)}
+        found += [(named[mean], named[std]) for mean, std in _pairs(named)]
         content = content[key]
     if any(not (a.equal(mean) and b.equal(std)) for a, b in found for mean, std in found[:1]):
         raise ValueError("holds several means and stds of the pixels: keep one of each in the file")

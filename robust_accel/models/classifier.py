@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from robust_accel.pixels import per_channel
+from robust_accel.pixels import pixel_statistics
 
 Numbers = float | Sequence[float] | Tensor
 
@@ -51,8 +51,7 @@ class PixelClassifier(nn.Module):
         statistics_source: str | None = None,
     ) -> None:
         super().__init__()
-        if (mean is None) != (std is None):
-            raise ValueError(f"mean and std go together, got mean {mean} and std {std}")
+        means, stds = pixel_statistics(mean, std)
         self.statistics_source = statistics_source or _told(model, mean)
         self.weights_source: str | None = None
         self.model = model
@@ -62,15 +61,8 @@ class PixelClassifier(nn.Module):
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise ValueError(f"size must be a number of pixels >= 1, or two, got {size}")
         # not persistent: the state dict holds the model's own keys and nothing else
-        mean, std = (0.0, 1.0) if mean is None or std is None else (mean, std)
-        self.register_buffer("mean", per_channel(mean, "mean"), persistent=False)
-        self.register_buffer("std", per_channel(std, "std"), persistent=False)
-        if not bool((self.std > 0).all()):
-            raise ValueError(f"std must be > 0 in each channel, got {std}")
-        if not bool(self.mean.isfinite().all()):
-            raise ValueError(f"mean must be finite, got {mean}")
-        if len({1, self.mean.numel(), self.std.numel()}) > 2:
-            raise ValueError(f"mean and std are of different numbers of channels: {mean}, {std}")
+        self.register_buffer("mean", means, persistent=False)
+        self.register_buffer("std", stds, persistent=False)
         self._frozen = freeze_backbone
         if freeze_backbone:
             trained = {id(p) for module in self._heads() for p in module.parameters()}
@@ -140,7 +132,7 @@ def normalized(
     for source, known in (*sources, (whose, cfg)):
         for key in ("mean", "std"):
             if key not in found and (value := known.get(key)) is not None:
-                found[key], averaged = _for_channels(value, channels)
+                found[key], averaged = _for_channels(value, channels, f"{key} of {source}")
                 said[key] = source + (" (averaged over the channels)" if averaged else "")
     if len({*said.values()}) > 1:
         said = {"": "; ".join(f"{key}: {source}" for key, source in said.items())}
@@ -160,11 +152,13 @@ def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
     return cfg if isinstance(cfg, Mapping) else {}
 
 
-def _for_channels(value: Numbers, channels: int | None) -> tuple[Numbers, bool]:
-    """Statistics of so many channels: ImageNet's three on grey images, say, are averaged."""
+def _for_channels(value: Numbers, channels: int | None, what: str) -> tuple[Numbers, bool]:
+    """Statistics of so many channels: three on grey images, say ImageNet's, are averaged."""
     flat = torch.as_tensor(value, dtype=torch.float64).flatten()
     if channels is None or flat.numel() in (1, channels):
         return value, False
+    if flat.numel() != 3:
+        raise ValueError(f"{what} has {flat.numel()} numbers, the images {channels} channels")
     return flat.mean().item(), True
 
 

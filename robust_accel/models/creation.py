@@ -3,7 +3,7 @@
 import copy
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from robust_accel.data import ImageSet
+from robust_accel.data.classes import match_classes, tell
 from robust_accel.files import check_path
 from robust_accel.hub import asked_in_vain_once
 from robust_accel.models.checkpoint_files import FoundWeights, few, find_weights
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 _HUB = ("hf-hub:", "hf_hub:")
 _LOCAL = "local-dir:"
 _ASKED_BY_TIMM = ("pretrained_cfg", "num_classes", "num_features")  # where it keeps a network
+# options that change what weights do and none of their shapes, and our own networks' values
+_UNSEEN = ("act_layer", "global_pool", "norm_layer", "num_heads", "output_stride", "stem_stride")
+_OWN_DEFAULTS = {"act_layer": "relu", "global_pool": "avg", "stem_stride": 1}
 _NEW_STEM = "the plain network's, below a new stem"
 
 
@@ -129,8 +133,7 @@ def create_classifier(
     if settings.checkpoint is not None:
         start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint)
         _check_same(settings, in_file)
-        if isinstance(model, CifarResNet):
-            _check_activation(start, _args_of_folder(name) | options)
+        _check_options(model, start, (named.model_args or {}) | options)
     if settings.new_head:
         model.reset_classifier(model.num_classes)
     given = {"mean": settings.mean, "std": settings.std}
@@ -147,7 +150,7 @@ def create_classifier(
     loaded = weights_source is not None and not settings.new_head
     if loaded and start.class_names is not None and len(start.class_names) == model.num_classes:
         classifier.class_names = start.class_names
-    classifier.model_args = _args_of_folder(name) | options
+    classifier.model_args = (named.model_args or {}) | options
     classifier.model_args.pop("num_classes", None)  # timm's folder has it elsewhere
     return classifier
 
@@ -236,13 +239,6 @@ def _surroundings(name: str, model: Any) -> Surroundings:
     return Surroundings(class_names=names_of(model.pretrained_cfg.get("label_names")))
 
 
-def _args_of_folder(name: str) -> dict[str, Any]:
-    """The arguments with which the model of a ``local-dir:`` was built."""
-    if not name.startswith(_LOCAL):
-        return {}
-    return dict(read_config(name.removeprefix(_LOCAL)).get("model_args") or {})
-
-
 def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[str, Any], str]:
     """Load weights in place; a classifier of another number of classes is left out.
 
@@ -317,6 +313,29 @@ def _head_keys(model: Any) -> list[str]:
     return [key for key in keys if key in model.state_dict()]
 
 
+def with_classes_of(classifier: PixelClassifier, names: Sequence[str] | None) -> None:
+    """Let a classifier's outputs be the data's classes, by name where both are known.
+
+    Rows of a classifier that numbers the same classes otherwise are put into the data's order; of
+    one with other classes this is said.
+    """
+    own, known = names or (), classifier.class_names or ()
+    classifier.class_names = None if names is None else tuple(names)
+    if len(own) != len(known) or not own:
+        return
+    try:
+        order = match_classes(own, known)
+        said = "numbers its classes otherwise: put into the data's order"
+    except ValueError:
+        order, said = (), "is of other classes: model.new_head=true starts with a fresh one"
+    if order is not None:
+        tell(f"model: the classifier of {classifier.weights_source} {said}")
+    if order:
+        weights = classifier.model.state_dict()
+        for key in _head_keys(classifier.model):
+            weights[key].copy_(weights[key][list(order)])
+
+
 def _check_same(settings: ModelSettings, in_file: dict[str, Any]) -> None:
     """Raise ValueError where the recipe says another mean or std than the weights come with."""
     for key, value in in_file.items():
@@ -331,16 +350,22 @@ def _check_same(settings: ModelSettings, in_file: dict[str, Any]) -> None:
             )
 
 
-def _check_activation(start: Surroundings, args: dict[str, Any]) -> None:
-    """Raise ValueError where weights, which fit all the same, are known to be of another one."""
+def _check_options(model: nn.Module, start: Surroundings, args: dict[str, Any]) -> None:
+    """Raise ValueError where weights, which fit all the same, are known to be of other options."""
+    defaults = _OWN_DEFAULTS if isinstance(model, CifarResNet) else {}
     if start.model_args is None:
         return
-    named = [str(known.get("act_layer", "relu")) for known in (start.model_args, args)]
-    if len({"silu" if name == "swish" else name for name in named}) > 1:
-        raise ValueError(
-            f"checkpoint: the network of {start.said} has act_layer {named[0]}, the one here "
-            f"{named[1]}: give model.options.act_layer"
-        )
+    for key in _UNSEEN:
+        named = [known.get(key, defaults.get(key)) for known in (start.model_args, args)]
+        if key == "global_pool" and None in named:  # timm's files name it, asked for or not
+            continue
+        there, here = ("silu" if value == "swish" else value for value in named)
+        if there != here:
+            said = ["its default" if value is None else value for value in named]
+            raise ValueError(
+                f"checkpoint: the network of {start.said} has {key} {said[0]}, the one here "
+                f"{said[1]}: give model.options.{key} as it is there"
+            )
 
 
 def check_fits(classifier: PixelClassifier, images: ImageSet, num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """What a training step takes of one worker, measured on a few images: seconds, work, memory."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -23,6 +25,12 @@ from robust_accel.robust_model import RobustModel
 _FEW = 2  # images that memory and work are counted on
 _SECONDS = 1.0  # beyond which a step is long enough to be timed
 _REPEATS = 3
+_aten, _ATTENTION = torch.ops.aten, "_scaled_dot_product_flash_attention"
+# attention on CPUs is not in torch's registry
+_FORMULAS = flop_registry | {
+    getattr(_aten, f"{_ATTENTION}_for_cpu{way}"): flop_registry[getattr(_aten, _ATTENTION + way)]
+    for way in ("", "_backward")
+}
 
 
 @dataclass(frozen=True)
@@ -31,34 +39,41 @@ class Cost:
 
     Attributes:
         shapes: Of the trained parameters.
+        all_shapes: Of these and of the frozen ones.
         weights, gradients, state, average: Bytes of all parameters and buffers, of the gradients,
             of the optimizer's state, of averaged weights.
         kept: Bytes that an image keeps for the backward, at the worst moment of attack and step.
         flops: Of an image in a step, its attack included.
+        convolutions: Of these, what convolutions take.
         forward, backward: Seconds an image: attack and outer loss; and the outer loss's backward.
         update: Seconds of the optimizer's step.
         images: That the seconds were measured on, at a time.
         fixed: Bytes that are kept for any number of images: weights as autocast casts them.
         gathers: Passes of a step, each forward and each backward one, that need the weights.
+        has_batch_norm: Which FSDP2 cannot compute in half precision.
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    all_shapes: tuple[tuple[int, ...], ...]
     weights: int
     gradients: int
     state: int
     average: int
     kept: float
     flops: float
+    convolutions: float
     forward: float
     backward: float
     update: float
     images: int
     fixed: float = 0.0
     gathers: int = 2
+    has_batch_norm: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.gradients // 4
+        """How many, the frozen ones included."""
+        return sum(map(math.prod, self.all_shapes))
 
 
 def measure(
@@ -117,18 +132,21 @@ def measure(
     state = (t for values in optimizer.state.values() for t in values.values())
     return Cost(
         shapes=tuple(tuple(p.shape) for p in trained),
+        all_shapes=tuple(tuple(p.shape) for p in model.parameters()),
         weights=_bytes(tensors),
         gradients=_bytes(trained),
         state=_bytes(t for t in state if isinstance(t, Tensor)),
         average=_bytes(tensors) if is_averaged else 0,
         kept=an_image,
         flops=operations.flops / _FEW,
+        convolutions=operations.convolutions / _FEW,
         forward=forward / images,
         backward=backward / images,
         update=update,
         images=images,
         fixed=max(0.0, saved.most - an_image * _FEW),
         gathers=len(passes),
+        has_batch_norm=any(isinstance(m, _BatchNorm) for m in classifier.modules()),
     )
 
 
@@ -174,15 +192,17 @@ class _Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.convolutions = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            own = formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += own
+            self.convolutions += own * ("conv" in func._overloadpacket.__name__)
         return out
 
 

@@ -26,20 +26,25 @@ class Device:
     """A published device.
 
     Attributes:
-        flops: A second, by precision: dense, of its tensor cores where they have it.
+        flops: A second, by precision: dense, of its tensor cores where torch uses them for it.
         memory: Bytes.
+        tf32: A second, of convolutions in fp32, which torch leaves to TF32 where there is one.
     """
 
     flops: Mapping[str, float]
     memory: float
+    tf32: float
+
+    def of_convolutions(self, precision: str) -> float:
+        return self.tf32 if precision == "fp32" else self.flops[precision]
 
 
 DEVICES = {
-    "v100": Device({"fp32": 15.7e12, "bf16": 15.7e12, "fp16": 125e12}, 32 * 2**30),
-    "a100": Device({"fp32": 156e12, "bf16": 312e12, "fp16": 312e12}, 80 * 2**30),
-    "h100": Device({"fp32": 495e12, "bf16": 989e12, "fp16": 989e12}, 80 * 2**30),
+    "v100": Device({"fp32": 15.7e12, "bf16": 15.7e12, "fp16": 125e12}, 32 * 2**30, 15.7e12),
+    "a100": Device({"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12}, 80 * 2**30, 156e12),
+    "h100": Device({"fp32": 67e12, "bf16": 989e12, "fp16": 989e12}, 80 * 2**30, 495e12),
 }
-"""NVIDIA's data sheets, SXM, without sparsity; fp32 as TF32 where there is one."""
+"""NVIDIA's data sheets, SXM, without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -98,35 +103,44 @@ class Engine:
     Attributes:
         memory: Bytes of a worker.
         leaving: Bytes of weights that leave a machine in a step; none where each worker has all.
+        is_in_pieces: Whether the weights are shared out, by FSDP2.
     """
 
     name: str
     memory: float
     leaving: float = 0.0
+    is_in_pieces: bool = False
 
 
 def engines(
-    cost: Cost, machines: Machines, images: int, micro_batches: int, gathered: float
+    cost: Cost,
+    machines: Machines,
+    images: int,
+    micro_batches: int,
+    collective: Collective,
+    *,
+    half: bool,
 ) -> list[Engine]:
     """Weights, gradients, state, and what the backward needs.
 
     DDP has its gradients twice (its buckets). ZeRO 1 shares out the state, and has a copy of its
-    share of the weights; ZeRO 2 the gradients as well. FSDP2 shares out all, and gathers the
-    weights for each pass, or once a step (``train.keep_gathered``), round a ring of all workers; as
-    HSDP it does so within each machine. What kernels, caches and the communication library take is
-    not in it.
+    share of the weights; ZeRO 2 the gradients as well. FSDP2 shares out all, and gathers a layer's
+    weights for each pass, or all once a step (``train.keep_gathered``), round a ring of all
+    workers; as HSDP it does so within each machine. What kernels, caches, gathered layers and the
+    communication library take is not in it.
 
     Args:
-        gathered: Bytes of all weights as they are gathered, see ``gathered_bytes``.
+        half: Whether the network computes in half precision.
     """
-    passing = cost.fixed + cost.kept * images
-    rest = cost.average + passing
-    kept = cost.state + cost.gradients + cost.weights
+    passing = cost.kept * images
+    rest = cost.average + cost.fixed + passing
+    kept = cost.state + cost.gradients + cost.weights + cost.average
+    sent = gathered_bytes(cost, collective, half=half)
 
-    def in_pieces(name: str, workers: int, gathers: int) -> Engine:
-        pieces = cost.weights + (kept + cost.average) / workers + passing
+    def in_pieces(name: str, workers: int, gathers: int, copy: float = 0.0) -> Engine:
         share = (workers - 1) / workers if workers > machines.per_node else 0.0
-        return Engine(name, pieces, micro_batches * gathers * share * gathered)
+        leaving = micro_batches * gathers * share * sent
+        return Engine(name, kept / workers + passing + copy, leaving, True)
 
     state, gradients, weights = (
         n / machines.workers for n in (cost.state, cost.gradients, cost.weights)
@@ -140,7 +154,7 @@ def engines(
         found.append(in_pieces("HSDP", machines.per_node, cost.gathers))
     return [
         *found,
-        in_pieces("FSDP2, keep_gathered", machines.workers, 1),
+        in_pieces("FSDP2, keep_gathered", machines.workers, 1, _weights_bytes(cost, half)),
         in_pieces("FSDP2", machines.workers, cost.gathers),
     ]
 
@@ -149,12 +163,17 @@ def gathered_bytes(cost: Cost, collective: Collective, *, half: bool) -> float:
     """Of all weights as FSDP2 gathers them: in fp32 or half precision, or quantised."""
     quantizer = getattr(collective, "weight_quantizer", None)
     if quantizer is not None:
-        return float(quantizer.num_bytes([segment(shape, 0) for shape in cost.shapes]))
+        return float(quantizer.num_bytes([segment(shape, 0) for shape in cost.all_shapes]))
+    return _weights_bytes(cost, half)
+
+
+def _weights_bytes(cost: Cost, half: bool) -> float:
+    """Of all weights as the network computes with them."""
     return cost.parameters * (2.0 if half else 4.0)
 
 
-def at_speed(cost: Cost, flops: float) -> Cost:
+def at_speed(cost: Cost, flops: float, of_convolutions: float) -> Cost:
     """The same work at so many operations a second; the update counts nothing then."""
     share = cost.backward / (cost.forward + cost.backward)
-    seconds = cost.flops / flops
+    seconds = (cost.flops - cost.convolutions) / flops + cost.convolutions / of_convolutions
     return replace(cost, forward=(1 - share) * seconds, backward=share * seconds, update=0.0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from robust_accel.files import opened
 from robust_accel.reporting.views import (
     Row,
     Run,
+    about,
     attack_text,
+    images_text,
+    settings_text,
     threat_text,
     tidy,
+    which_images,
 )
 from robust_accel.statistics import wilson_interval
 
@@ -104,14 +109,6 @@ class Examples:
 Chart = Lines | Waterfall | Matrix | Surface | Examples
 
 
-def about(run: Run, row: Row) -> str:
-    """``PGD-20, linf, eps 8/255, 200 images``: the part of a title that tells the measurement."""
-    attack = row["attack"]["name"]
-    parts = ["clean" if attack == "none" else attack_text(row["attack"])]
-    parts += [threat_text(row.get("threat_model")), f"{row['images']['n']} images"]
-    return f"{run.name}: " + ", ".join(filter(None, parts))
-
-
 def training_charts(run: Run) -> list[Chart]:
     """Loss and accuracies over training; nothing where nothing was trained."""
     metrics = tidy(run.folder.read_metrics())
@@ -163,10 +160,19 @@ def _training_attack(run: Run) -> str:
 
 @dataclass(frozen=True)
 class SweepCurve:
-    """Rows of one sweep: the same images, and the same attack but for the point."""
+    """Rows of one sweep: the same images, and the same attack but for the point.
+
+    Attributes:
+        name: What all points have in common.
+    """
 
     key: str
+    name: str
     rows: Sequence[Row]
+
+    @property
+    def axis(self) -> str:
+        return {"num_steps": "steps"}.get(self.key, self.key)
 
     @property
     def points(self) -> list[tuple[float, Row]]:
@@ -178,26 +184,32 @@ def sweep_curves(run: Run) -> list[SweepCurve]:
     groups: dict[str, list[Row]] = {}
     for row in run.of("sweep"):
         key = row["point"]["key"]
-        # what follows from the point itself
-        varies = {"eps": ("step_size",), "num_steps": ("num_steps", "step_size")}.get(key, ())
-        attack = {k: v for k, v in row["attack"].items() if k not in varies}
         threat = {k: v for k, v in row["threat_model"].items() if k != key}
-        about = [row["images"].get("digest"), row["point"].get("of"), row.get("seed")]
-        group = json.dumps([key, attack, threat, about], sort_keys=True)
+        others = [row["images"].get("digest"), row["point"].get("of"), row.get("seed")]
+        group = json.dumps([key, _common_attack(row), threat, others], sort_keys=True)
         groups.setdefault(group, []).append(row)
     curves = [sorted(rows, key=lambda row: row["point"]["value"]) for rows in groups.values()]
-    return [SweepCurve(rows[0]["point"]["key"], rows) for rows in curves]
+    names = Counter((rows[0]["point"]["key"], _sweep_name(run, rows[0])) for rows in curves)
+    found = []
+    for rows in curves:
+        key, name = rows[0]["point"]["key"], _sweep_name(run, rows[0])
+        if names[key, name] > 1:
+            name += f" ({settings_text(_common_attack(rows[0]))}; seed {rows[0].get('seed')})"
+        found.append(SweepCurve(key, name, rows))
+    return found
 
 
-def sweep_name(curve: SweepCurve) -> str:
-    """What all points of a sweep have in common."""
-    row = curve.rows[0]
-    attack, threat = attack_text(row["attack"]), threat_text(row["threat_model"])
-    if curve.key == "eps":
-        threat = row["threat_model"]["norm"]
-    elif curve.key == "num_steps":
-        attack = "PGD"
-    return f"{attack}, {threat}, {row['images']['n']} images"
+def _common_attack(row: Row) -> dict[str, Any]:
+    """The attack of a sweep, but for what follows from the point itself."""
+    varies = {"eps": ("step_size",), "num_steps": ("num_steps", "step_size")}
+    own = varies.get(row["point"]["key"], ())
+    return {key: value for key, value in row["attack"].items() if key not in own}
+
+
+def _sweep_name(run: Run, row: Row) -> str:
+    threat = row["threat_model"]
+    ball = threat["norm"] if row["point"]["key"] == "eps" else threat_text(threat)
+    return f"{attack_text(_common_attack(row))}, {ball}, {images_text(run, row)}"
 
 
 def sweep_charts(run: Run) -> list[Chart]:
@@ -209,14 +221,12 @@ def sweep_charts(run: Run) -> list[Chart]:
     charts: list[Chart] = []
     for (key, norm), curves in groups.items():
         scale = 255 if norm == "linf" and all(map(_in_levels, curves)) else 1
-        label = {
-            "eps": f"eps, {norm} ({'1/255 of' if scale > 1 else 'of'} the pixels' range)",
-            "num_steps": "steps of PGD",
-        }.get(key, key)
+        axis = label = curves[0].axis
+        if key == "eps":
+            label = f"eps, {norm} ({'1/255 of' if scale > 1 else 'of'} the pixels' range)"
         lines = [_sweep_line(curve, scale, number) for number, curve in enumerate(curves)]
         name = {"eps": f"sweep_eps_{norm}", "num_steps": "sweep_steps"}.get(key, f"sweep_{key}")
-        against = {"num_steps": "steps"}.get(key, key)
-        title = f"{run.name}: accuracy against {against}"
+        title = f"{run.name}: accuracy against {axis}"
         if len(lines) == 1:
             title += f", {lines[0].name}"
         charts.append(Lines(name, title, label, "accuracy (%)", lines))
@@ -234,7 +244,7 @@ def _sweep_line(curve: SweepCurve, scale: float, color: int) -> Line:
         points.insert(0, (0.0, clean, wilson_interval(clean, n)))
     x, y, bands = zip(*points, strict=True)
     return Line(
-        sweep_name(curve),
+        curve.name,
         x,
         [100 * share for share in y],
         [100 * band[0] for band in bands],
@@ -253,7 +263,8 @@ def waterfalls(run: Run) -> list[Chart]:
             labels = ["clean", *(found["attack"] for found in after)]
             values = [row["clean_accuracy"], *(found["accuracy"] for found in after)]
             shares = [100 * value for value in values]
-            charts.append(Waterfall(f"autoattack_{number}", about(run, row), labels, shares))
+            title = f"{run.name}: {about(run, row)}"
+            charts.append(Waterfall(f"autoattack_{number}", title, labels, shares))
     return charts
 
 
@@ -262,11 +273,11 @@ def certified_chart(run: Run) -> list[Chart]:
     lines = []
     for number, row in enumerate(run.of("certificate")):
         if curve := row.get("curve"):
-            n = row["images"]["n"]
+            n, of = row["images"]["n"], attack_text(row["attack"]).removeprefix("certificate, ")
             bands = [wilson_interval(share, n) for share in curve["accuracy"]]
             lines.append(
                 Line(
-                    f"{attack_text(row['attack']).removeprefix('certificate, ')}, {n} images",
+                    f"{of}, {images_text(run, row)}",
                     curve["radius"],
                     [100 * share for share in curve["accuracy"]],
                     [100 * low for low, _ in bands],
@@ -286,7 +297,7 @@ def confusions(run: Run, rows: Sequence[Row]) -> list[Chart]:
     return [
         Matrix(
             f"confusion_{number}",
-            about(run, row),
+            f"{run.name}: {about(run, row)}",
             run.class_names(len(row["confusion"])),
             row["confusion"],
         )
@@ -297,18 +308,14 @@ def confusions(run: Run, rows: Sequence[Row]) -> list[Chart]:
 
 def surfaces(run: Run) -> list[Chart]:
     """The loss about some images, of each sanity suite."""
-    return [
-        Surface(
-            f"loss_surface_{number}",
-            f"{run.name}: loss about the images, {threat_text(row.get('threat_model'))}".rstrip(
-                ", "
-            ),
-            row["surface"]["axis"],
-            row["surface"]["loss"],
-        )
-        for number, row in enumerate(run.of("sanity"))
-        if row.get("surface")
-    ]
+    charts: list[Chart] = []
+    for number, row in enumerate(run.of("sanity")):
+        if surface := row.get("surface"):
+            images = f"{run.name}: loss about the images{which_images(run, row['images'])}"
+            title = ", ".join(filter(None, [images, threat_text(row.get("threat_model"))]))
+            name = f"loss_surface_{number}"
+            charts.append(Surface(name, title, surface["axis"], surface["loss"]))
+    return charts
 
 
 def examples(run: Run) -> list[Chart]:
@@ -330,10 +337,11 @@ def examples(run: Run) -> list[Chart]:
     }
     words = [attack_text(json.loads(metadata["attack"]))]
     words += [threat_text(json.loads(metadata["threat_model"]))]
+    which = which_images(run, {"source": json.loads(metadata.get("source", "{}"))})
     return [
         Examples(
             "examples",
-            f"{run.name}: {', '.join(words)}; {metadata['selection']} images, right or not",
+            f"{run.name}: {', '.join(words)}; {metadata['selection']} images{which}, right or not",
             found["x"],
             found["x_adv"],
             names["labels"],

@@ -50,27 +50,20 @@ def saved_figure(
 ) -> Iterator[Any]:
     """Axes to draw into, then saved under the title, broken to the figure's width."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     # names from data sets may hold dollars: nothing is set as mathematics
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "robust-accel"}):
-        figure, axes = pyplot.subplots(
-            figsize=(width, height), layout="constrained", squeeze=False, **options
-        )
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(squeeze=False, **options)
         figure.suptitle("\n".join(wrap(title, int(13 * width))), fontsize=10)
-        try:
-            yield axes
-            with written_whole(path) as temporary:
-                figure.savefig(temporary, dpi=150, facecolor="white")
-            figure.set_layout_engine(
-                "none"
-            )  # all has its place: to find it anew takes half the time
-            with written_whole(path.with_suffix(".svg")) as temporary:
-                figure.savefig(temporary, facecolor="white", metadata={"Date": None})
-        finally:
-            pyplot.close(figure)
+        yield axes
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=150, facecolor="white")
+        # all has its place: to find it anew takes half the time
+        figure.set_layout_engine("none")
+        with written_whole(path.with_suffix(".svg")) as temporary:
+            figure.savefig(temporary, facecolor="white", metadata={"Date": None})
 
 
 def tidy(axis: Any) -> None:

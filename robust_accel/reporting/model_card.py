@@ -17,6 +17,7 @@ from robust_accel.reporting.views import (
     Run,
     accuracy_text,
     attack_text,
+    attack_title,
     finding,
     known_points,
     settings_text,
@@ -72,8 +73,7 @@ def _quotable(run: Run) -> list[Row]:
 
 def _result(row: Row) -> EvalResult:
     threat = threat_text(row.get("threat_model")).replace(",", "")
-    attack = "clean" if row["attack"]["name"] == "none" else attack_text(row["attack"])
-    name = ", ".join(filter(None, [f"{attack} accuracy", threat]))
+    name = ", ".join(filter(None, [f"{attack_title(row)} accuracy", threat]))
     return _eval_result(row, name, row["accuracy"], row.get("interval"))
 
 

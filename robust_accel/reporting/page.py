@@ -90,8 +90,6 @@ def _model(run: Run) -> str:
         parts.append(str(model["dtype"]))
     if model.get("size"):
         parts.append(f"resized inside to {' x '.join(map(str, model['size']))}")
-    if model.get("randomized"):
-        parts.append("randomised")
     return ", ".join(filter(None, parts))
 
 

@@ -15,7 +15,6 @@ from robust_accel.reporting.charts import (
     surfaces,
     sweep_charts,
     sweep_curves,
-    sweep_name,
     training_charts,
     waterfalls,
 )
@@ -23,10 +22,13 @@ from robust_accel.reporting.tables import Table, measurement_table
 from robust_accel.reporting.views import (
     Row,
     Run,
+    about,
     accuracy_text,
     attack_text,
+    attack_title,
     difference,
     finding,
+    images_text,
     interval_text,
     percent,
     plain,
@@ -35,6 +37,7 @@ from robust_accel.reporting.views import (
     settings_text,
     source_text,
     threat_text,
+    which_images,
 )
 from robust_accel.settings import eps_text
 
@@ -81,11 +84,6 @@ def sections(run: Run) -> list[Section]:
     return [section for section in found if not section.is_empty]
 
 
-def _title(row: Row) -> str:
-    parts = [attack_text(row["attack"]), threat_text(row.get("threat_model"))]
-    return ", ".join(filter(None, parts))
-
-
 def _non_finite(run: Run) -> Section:
     texts = []
     for row in run.rows:
@@ -96,10 +94,9 @@ def _non_finite(run: Run) -> Section:
                 for kind, positions in row["non_finite"].items()
                 if positions
             )
-            title = "clean" if row["attack"]["name"] == "none" else _title(row)
             texts.append(
-                f"{title} ({row['purpose']}, n={row['images']['n']}): {finding(row)} (positions of "
-                f"images: {where})"
+                f"{about(run, row)} ({row['purpose']}): {finding(row)} (positions of images: "
+                f"{where})"
             )
     return Section("Numbers that were not finite", texts, alert=True)
 
@@ -107,17 +104,16 @@ def _non_finite(run: Run) -> Section:
 def _autoattack(run: Run) -> Section:
     tables = []
     for row in run.of("accuracy", "autoattack"):
-        n = row["images"]["n"]
         if after := row.get("after"):
             lines = [["clean, the same images", percent(row["clean_accuracy"]), ""]]
             lines += [[a["attack"], percent(a["accuracy"]), str(a["broken"])] for a in after]
             head = ["after", "accuracy (%)", "images broken"]
-            tables.append(Table(head, lines, f"{_title(row)}, {n} images"))
+            tables.append(Table(head, lines, about(run, row)))
     return Section("AutoAttack, attack by attack", tables=tables, charts=waterfalls(run))
 
 
 def _warnings(run: Run) -> Section:
-    texts = [f"{_title(row)}: {text}" for row in run.rows for text in row.get("warnings", ())]
+    texts = [f"{about(run, row)}: {text}" for row in run.rows for text in row.get("warnings", ())]
     return Section("Warnings of the attacks", texts, alert=True)
 
 
@@ -128,7 +124,8 @@ def _randomized(run: Run) -> Section:
     for row in rows:
         majority = row.get("majority_accuracy")
         line = [attack_text(row["attack"]), threat_text(row.get("threat_model"))]
-        line += [str(row["images"]["n"]), str(row["draws"]), accuracy_text(row)]
+        number = f"{row['images']['n']}{which_images(run, row['images'])}"
+        line += [number, str(row["draws"]), accuracy_text(row)]
         lines.append([*line, "" if majority is None else percent(majority)])
     text = (
         "The model answers at random: each accuracy is the mean over draws of its noise, beside "
@@ -141,7 +138,7 @@ def certified_tables(run: Run) -> list[Table]:
     """Certified accuracy at each radius, a table a certificate."""
     tables = []
     for row in run.of("certificate"):
-        attack, n = row["attack"], row["images"]["n"]
+        attack = row["attack"]
         lines = [
             [
                 eps_text(p["radius"]) if p["radius"] else "0",
@@ -152,7 +149,7 @@ def certified_tables(run: Run) -> list[Table]:
         ]
         if "abstained" in row:
             lines.append(["abstained", percent(row["abstained"]), ""])
-        caption = f"{settings_text(attack)}, {n} images"
+        caption = f"{settings_text(attack)}, {images_text(run, row)}"
         if "samples_per_image" in row:
             most = attack["n0"] + attack["n"]
             caption += f"; {row['samples_per_image']:.0f} samples an image of at most {most}"
@@ -190,8 +187,7 @@ def _sweeps(run: Run) -> Section:
             [eps_text(x) if curve.key == "eps" else f"{x:.4g}", accuracy_text(row)]
             for x, row in curve.points
         ]
-        head = [{"num_steps": "steps"}.get(curve.key, curve.key), "accuracy (%)"]
-        tables.append(Table(head, points, sweep_name(curve)))
+        tables.append(Table([curve.axis, "accuracy (%)"], points, curve.name))
     return Section("Accuracy against eps and steps", (), tables, sweep_charts(run))
 
 
@@ -214,12 +210,10 @@ def _classes(run: Run) -> Section:
                 own = classes.get(found["class"])
                 line.append(f"{percent(own['accuracy'])} (n={own['n']})" if own else "")
             lines.append(line)
-        head = [
-            "class",
-            *(f"{'clean' if r is entry.clean else attack_text(r['attack'])} (%)" for r in rows),
-        ]
+        head = ["class", *(f"{attack_title(row)} (%)" for row in rows)]
         number = len(by_class[-1])
         chosen = f"the {_WORST} worst of {number} classes" if number > _WORST else "all classes"
+        chosen += which_images(run, rows[-1]["images"])
         caption = ", ".join(filter(None, [threat_text(entry.threat), chosen, "the worst first"]))
         tables.append(Table(head, lines, caption))
     return Section("Classes", (), tables, confusions(run, matrices))
@@ -230,7 +224,7 @@ def _sanity(run: Run) -> list[Section]:
     for row in run.of("sanity"):
         lines = [[c["name"], c["status"], c["sentence"]] for c in row.get("checks", ())]
         threat = threat_text(row.get("threat_model"))
-        caption = ", ".join(filter(None, [threat, f"{row['images']['n']} images"]))
+        caption = ", ".join(filter(None, [threat, images_text(run, row)]))
         found.append(Table(["check", "verdict", "what was seen"], lines, caption))
     return [Section("Is the number too good?", (), found, surfaces(run))]
 
@@ -254,7 +248,7 @@ def _gap(run: Run) -> Section:
             gap, low, high = difference(row, test)
             lines.append(
                 [
-                    "clean" if row["attack"]["name"] == "none" else attack_text(row["attack"]),
+                    attack_title(row),
                     threat_text(row.get("threat_model")),
                     f"{accuracy_text(row)} (n={row['images']['n']})",
                     f"{accuracy_text(test)} (n={test['images']['n']})",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Run:
     @property
     def model(self) -> dict[str, Any]:
         return self.report.get("model") or {}
+
+    @cached_property
+    def sources(self) -> Counter[str]:
+        """How many sets of images from each source were measured on."""
+        return Counter(source for source, _ in {image_set(row) for row in self.rows})
 
     def of(self, purpose: str, attack: str | None = None) -> list[Row]:
         """Rows of a purpose, and of an attack if one is named."""
@@ -153,13 +159,14 @@ def threat_text(threat: dict[str, Any] | None) -> str:
 
 
 def attack_text(attack: dict[str, Any]) -> str:
-    """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``."""
+    """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``; ``PGD`` of no number of steps."""
     name = attack["name"]
     if name in ("pgd", "apgd"):
         restarts, loss = attack.get("restarts", 1), attack.get("loss", "cross_entropy")
         times = f" x{restarts}" if restarts > 1 else ""
         of = "" if loss == "cross_entropy" else f" {loss.upper()}"
-        return f"{name.upper()}-{attack['num_steps']}{of}{times}"
+        steps = f"-{attack['num_steps']}" if "num_steps" in attack else ""
+        return f"{name.upper()}{steps}{of}{times}"
     if name == "autoattack":
         search = attack.get("search", "fp32")
         about = f", {search} search" if search != "fp32" else ""
@@ -171,6 +178,11 @@ def attack_text(attack: dict[str, Any]) -> str:
     if name == "corruptions":
         return f"mean of {len(attack['corruptions'])} corruptions"
     return {"none": "none", "sanity": "sanity checks"}.get(name, name)
+
+
+def attack_title(row: Row) -> str:
+    """A row's attack in short, ``clean`` where there is none."""
+    return "clean" if row["attack"]["name"] == "none" else attack_text(row["attack"])
 
 
 def settings_text(attack: dict[str, Any]) -> str:
@@ -191,6 +203,27 @@ def source_text(images: dict[str, Any]) -> str:
     words = [str(source.pop(key)) for key in ("path", "config", "split") if key in source]
     rest = ", ".join(f"{key} {plain(value)}" for key, value in source.items())
     return " ".join(words) + (f" ({rest})" if rest else "")
+
+
+def which_images(run: Run, images: dict[str, Any]) -> str:
+    """`` of sklearn:digits test``; empty where the run was measured on one set of images alone."""
+    source = source_text(images)
+    if run.sources == {source: 1}:
+        return ""
+    selection = images.get("selection") if run.sources[source] > 1 else None
+    words = ", ".join(filter(None, [source, selection]))
+    return f" of {words}" if words else ""
+
+
+def images_text(run: Run, row: Row) -> str:
+    """``200 images``, and which where the run was measured on several sets."""
+    return f"{row['images']['n']} images{which_images(run, row['images'])}"
+
+
+def about(run: Run, row: Row) -> str:
+    """``PGD-20, linf, eps 8/255, 200 images``: what tells a measurement in titles and captions."""
+    parts = [attack_title(row), threat_text(row.get("threat_model")), images_text(run, row)]
+    return ", ".join(filter(None, parts))
 
 
 def finding(row: Row) -> str:

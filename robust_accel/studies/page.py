@@ -16,7 +16,7 @@ from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.study_file import FigureSettings
 from robust_accel.studies.trial import Cell
 
-_X_LABELS = {"eps": "eps (1/255)", "num_steps": "steps of PGD", "radius": "L2 radius"}
+_X_LABELS = {"eps": "eps (1/255)", "num_steps": "steps", "radius": "L2 radius"}
 
 
 def write_page(results: Results, folder: Path, name: str, command: str) -> Path:

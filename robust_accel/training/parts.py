@@ -2,20 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 
 from robust_accel.attacks import remembers
 from robust_accel.data import Data, Mixing, TrainingBatches, load_data
-from robust_accel.evaluation.autoattack import AutoAttackEvaluation
+from robust_accel.evaluation import evaluate
+from robust_accel.evaluation.accuracy import check_loss
+from robust_accel.evaluation.autoattack import check_classes
 from robust_accel.evaluation.corruptions import CorruptionEvaluation
-from robust_accel.models import PixelClassifier, check_fits, create_classifier
+from robust_accel.models import PixelClassifier, check_fits, create_classifier, with_classes_of
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import Recipe
 from robust_accel.recipe_checks import clashes
 from robust_accel.recipe_file import origin_of
+from robust_accel.run_folder import RunFolder
 from robust_accel.training.accelerator import choose_precision
 from robust_accel.training.launcher import as_launched
 from robust_accel.training.start import Start, check_same_data
@@ -66,15 +68,16 @@ def read_data(recipe: Recipe) -> Data:
 
 def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], object]]:
     """What each raises a ValueError where the recipe does not go with its images."""
+    number = number_of_logits(recipe, data)
     found: list[Callable[[], object]] = [
         lambda: recipe.checked("train", lambda: batches(recipe, data, 0, num_processes)),
         lambda: recipe.checked("data", lambda: check_labels(recipe, data)),
-        lambda: check_losses(recipe, data.num_classes),
+        lambda: check_loss("objective.attack_loss", recipe.objective, number),
+        lambda: check_loss("evaluate.pgd.loss", recipe.evaluate.pgd, number),
+        lambda: check_classes(recipe.evaluate.autoattack, number),
+        lambda: recipe.checked("evaluate", lambda: check_transfer(recipe)),
         lambda: recipe.checked("data", lambda: check_kept_images(recipe, num_processes)),
     ]
-    if recipe.evaluate.autoattack is not None:  # what it refuses, it refuses before training
-        models = recipe.evaluate.threat_models()
-        found += [partial(AutoAttackEvaluation, one, data.num_classes) for one in models]
     if recipe.evaluate.corruptions:
         about: Any = {"num_classes": data.num_classes, "class_names": data.class_names}
         about |= {"source": recipe.data.source()}
@@ -82,12 +85,14 @@ def checks(recipe: Recipe, data: Data, num_processes: int) -> list[Callable[[], 
     return found
 
 
-def check_losses(recipe: Recipe, num_classes: int) -> None:
-    """Raise ValueError where an attack is to climb a loss that so few classes do not have."""
-    losses = {"objective.attack_loss": recipe.objective, "evaluate.pgd.loss": recipe.evaluate.pgd}
-    for key, part in losses.items():
-        if getattr(part, key.split(".")[-1], None) == "dlr" and num_classes < 3:
-            raise ValueError(f"{key}: dlr ranks three classes, the data have {num_classes}: try cw")
+def check_transfer(recipe: Recipe) -> None:
+    """Refuse another model's images: a training measures its own model alone."""
+    source = recipe.evaluate.sanity_settings.transfer_from
+    if source is not None:
+        raise ValueError(
+            f"sanity.transfer_from: {source} is for robust-accel evaluate, on the run that this "
+            "makes: leave it out here"
+        )
 
 
 def check_kept_images(recipe: Recipe, num_processes: int) -> None:
@@ -131,6 +136,29 @@ def number_of_logits(recipe: Recipe, data: Data) -> int:
     return int(model.options.get("num_classes") or model.num_classes or data.num_classes)
 
 
+def measure(
+    recipe: Recipe,
+    data: Data,
+    classifier: PixelClassifier,
+    folder: RunFolder,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What ``evaluate`` finds of a run's classifier on the run's images."""
+    return evaluate(
+        classifier,
+        data.test,
+        recipe.evaluate,
+        accelerator,
+        num_classes=number_of_logits(recipe, data),
+        num_data_classes=data.num_classes,
+        folder=folder,
+        train=data.train,
+        source=recipe.data.source(),
+        train_source=recipe.data.source("train"),
+        kind=data.selection,
+    )
+
+
 def check_labels(recipe: Recipe, data: Data) -> None:
     """Refuse unlabelled images where the objective, or mixing, needs labels."""
     if recipe.data.mix is not None and not data.all_labeled:
@@ -152,5 +180,5 @@ def classifier_for(recipe: Recipe, data: Data) -> PixelClassifier:
         recipe.model, num_classes=data.num_classes, in_chans=data.shape[0]
     )
     check_fits(classifier, data.train, data.num_classes)
-    classifier.class_names = data.class_names
+    with_classes_of(classifier, data.class_names)
     return classifier

@@ -14,7 +14,7 @@ from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
 from robust_accel.console import is_main
 from robust_accel.data import Data
-from robust_accel.evaluation import evaluate, under_attack
+from robust_accel.evaluation import under_attack
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
@@ -44,7 +44,7 @@ from robust_accel.training.launcher import Sharding, read_launcher
 from robust_accel.training.loop import Loop
 from robust_accel.training.memory import Memory
 from robust_accel.training.metrics import Averages, Metrics
-from robust_accel.training.parts import batches, checked_data, classifier_for, in_precision
+from robust_accel.training.parts import batches, checked_data, classifier_for, in_precision, measure
 from robust_accel.training.peers import joining, watched
 from robust_accel.training.rollback import Collapse
 from robust_accel.training.shards import Shards, check_recipe
@@ -367,19 +367,7 @@ class _Run:
             metrics,
             steps_per_epoch=self.batches.steps_per_epoch,
         )
-        result = evaluate(
-            classifier,
-            self.data.test,
-            self.recipe.evaluate,
-            self.accelerator,
-            num_classes=self.data.num_classes,
-            folder=self.folder,
-            train=self.data.train,
-            class_names=self.data.class_names,
-            source=self.recipe.data.source(),
-            train_source=self.recipe.data.source("train"),
-            kind=self.data.selection,
-        )
+        result = measure(self.recipe, self.data, classifier, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
             about = facts_of(classifier, self.folder.path.name)
             refresh_report(

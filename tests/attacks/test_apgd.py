@@ -59,7 +59,7 @@ def test_it_breaks_what_the_authors_code_breaks(trained, norm, loss):
     ours = APGD(norm=norm, eps=eps)(climbed(model, y, loss), x)
     broken = [predicted(model(z)) != y for z in (ours, x_adv)]
     assert 0.2 < broken[0].float().mean() < 0.98  # else nothing would be compared
-    more = broken[0].float().mean() - broken[1].float().mean()  # ours goes on after a success
+    more = broken[0].float().mean() - broken[1].float().mean()  # starts and gains differ
     assert -0.02 <= more <= (0.05 if norm == "l1" else 0.02)
     assert (broken[0] == broken[1]).float().mean() >= 0.92
 
@@ -139,7 +139,7 @@ def test_training_climbs_the_loss_that_was_asked_for(trained):
 def test_too_few_classes_are_refused_before_training(key: str, tmp_path: Path) -> None:
     settings = [f"output={tmp_path / 'run'}", "data.classes=[3, 8]", "evaluate.autoattack=null"]
     recipe = load_recipe("quickstart", [*settings, f"{key}=dlr"])
-    with pytest.raises(ValueError, match=f"{key}: dlr ranks three classes, the data have 2"):
+    with pytest.raises(ValueError, match=f"{key}: dlr ranks three classes, the model has 2"):
         train(recipe)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -28,6 +28,18 @@ def test_what_would_be_trained_is_told(capsys: pytest.CaptureFixture[str]) -> No
             ["data.classes=[0,1]", "evaluate.autoattack=standard", "train.batch_size=5000"],
             ["train.batch_size: 5000", "needs at least 4 classes"],  # as train says
         ),
+        (
+            [
+                "evaluate.sanity.transfer_from=runs/other",
+                "data.classes=[0,1]",
+                "evaluate.pgd.loss=dlr",
+            ],
+            [
+                "evaluate.sanity.transfer_from: runs/other is for robust-accel evaluate",
+                "evaluate.pgd.loss: dlr",
+                "evaluate.autoattack: quick needs",
+            ],
+        ),
         (["train.batch_size=5000"], ["train.batch_size: 5000 exceeds the 1293 training images"]),
         (
             ["model.name=wide_resnet10_2x", "train.batch_size=5000"],

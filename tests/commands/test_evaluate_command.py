@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import quick_run
 
 from robust_accel.__main__ import main
 from robust_accel.commands.evaluate import evaluate_model
@@ -87,6 +88,17 @@ def test_data_without_a_training_split_are_measured(
     assert "has no split 'train'" in capsys.readouterr().err
 
 
+def test_targets_are_of_the_models_classes_whoever_measures(tmp_path: Path) -> None:
+    """Ten logits, five of whose classes the data have."""
+    own = ["data.classes=[0, 1, 2, 3, 4]", "model.num_classes=10", "evaluate.autoattack_images=2"]
+    quick_run(tmp_path, *own, "train.epochs=1", "evaluate.autoattack=quick", "evaluate.images=2")
+    other = ["evaluate.seed=1", "evaluate.batch_size=2"]
+    evaluate_model(str(tmp_path), other)
+    found = [row for row in rows(RunFolder(tmp_path)) if row["attack"]["name"] == "autoattack"]
+    assert {row["seed"] for row in found} == {0, 1}
+    assert [row["attack"]["num_targets"] for row in found] == [9, 9]
+
+
 def test_a_later_attack_does_not_stand_under_an_earlier_ones_name(run: Path) -> None:
     evaluate_model(str(run), ["evaluate.eps=0.02", "evaluate.autoattack=null"])
     evaluate_model(str(run), ["evaluate.eps=0.2", "evaluate.pgd.num_steps=5"])
@@ -122,6 +134,7 @@ def test_pictures_say_whose_they_are_and_are_not_chosen_by_success(run: Path) ->
         moved = (file.get_tensor("x_adv") - file.get_tensor("x")).abs().amax()
     assert about["function"] == report["model"]["function"]
     assert about["selection"] == "first 8"
+    assert json.loads(about["source"]) == report["measurements"][0]["images"]["source"]
     assert moved <= json.loads(about["threat_model"])["eps"] + 1e-6
     assert labels.tolist() == [0] * 8  # of the folder, right or not
     assert "figures/examples.png" in (run / "report.md").read_text()

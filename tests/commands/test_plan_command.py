@@ -41,6 +41,35 @@ def test_auto_is_half_precision_where_the_device_is_faster_by_it(
 
 
 @pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (["train.precision=bf16"], "bf16 is not possible with FSDP2 and BatchNorm"),
+        (["train.precision=fp16"], "fp16 is not possible with FSDP2"),
+        (["train.precision=fp32"], None),
+    ],
+)
+def test_what_fsdp2_refuses_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    refused: str | None,
+) -> None:
+    monkeypatch.setattr(cost_module, "_SECONDS", 1e9)
+    words = ["--quiet", "--nodes", "2", "--gpus", "2", "--link", "1gbit", "--device", "a100"]
+    assert main(["plan", "quickstart", *FEW, *settings, *words]) == 0
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")] for line in said.splitlines()]
+    fits = {row[1]: row[4] for row in rows if len(row) == 8}
+    assert fits["DDP"] == fits["ZeRO 2"] == "yes"
+    in_pieces = {fits[name] for name in ("FSDP2", "FSDP2, keep_gathered", "HSDP")}
+    assert in_pieces == ({"refused"} if refused else {"yes"})
+    assert ("FSDP2 and HSDP refuse this recipe" in said) == bool(refused)
+    assert refused is None or refused in said
+    tf32 = "at 2.34, of convolutions 18.7 TFLOPS (12% of published)"
+    assert (tf32 in said) == (settings == ["train.precision=fp32"])
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--link", "fast"], "a rate as 100mbit, 1gbit or 25gbit is wanted, got 'fast'"),

@@ -1,5 +1,6 @@
 """A teacher's labels: what is written, that training reads it, and what is refused."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from robust_accel.__main__ import main
 from robust_accel.commands.pseudo_label import pseudo_label
-from robust_accel.data import load_data
+from robust_accel.data import DataSettings, load_data, load_to_label
 from robust_accel.models import create_classifier, model_folder
 from robust_accel.recipe import load_recipe
 from robust_accel.trained_model import load_classifier
@@ -97,6 +98,54 @@ def test_a_students_classes_are_found_by_name(tmp_path: Path) -> None:
     assert found == [2 - label for label in labels]
     with pytest.raises(ValueError, match=r"^unlabeled.label_column: .*emu"):
         load_data(load_recipe("quickstart", [*student, "data.classes=[0, 1]"]).data)
+
+
+def write_rows(path: Path, labels: list[int], of: datasets.ClassLabel | datasets.Value) -> Path:
+    images = [Image.new("L", (8, 8), 5 * i) for i in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": of})
+    rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    rows.to_parquet(path)
+    return path
+
+
+def test_arrays_whose_classes_are_numbered_otherwise_are_refused(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """They stay in their file, so their labels cannot be put in order."""
+    out, names = tmp_path / "pseudo.npz", ["cat", "dog", "emu"]
+    feature = datasets.ClassLabel(names=names)
+    path = write_rows(tmp_path / "images.parquet", [0, 1, 2] * 4, feature)
+    pseudo_label(str(teacher), out)
+    with np.load(out) as archive:
+        content = dict(archive)
+    assert json.loads(content.pop("class_names").tobytes()) == [str(i) for i in range(10)]
+    content["label"] = content["label"] % 2
+
+    def student(of: list[str], classes: tuple[int, ...] | None = None) -> list[int]:
+        text = np.frombuffer(json.dumps(of).encode(), dtype=np.uint8)
+        np.savez(out, class_names=text, **content)
+        unlabeled = {"path": str(out), "fraction": 0.5}
+        about = {"test_split": "train", "unlabeled": unlabeled, "classes": classes}
+        return load_data(DataSettings(path=str(path), **about)).unlabeled.labels[:].tolist()
+
+    assert student(names) == content["label"].tolist() == student(names[:2])
+    assert student(names[1:], (1, 2)) == content["label"].tolist()
+    for other, said in ((["dog", "cat"], "found by name"), (["cat", "eel"], "which .* has not")):
+        with pytest.raises(ValueError, match=rf"^unlabeled.path: .*pseudo\.npz.*{said}"):
+            student(other)
+
+
+def test_what_was_left_out_is_what_training_left_out(tmp_path: Path) -> None:
+    """Also where labels that are no class are left out, so that fewer images are drawn from."""
+    labels = [255 if i % 7 == 0 else i % 2 for i in range(40)]
+    path = write_rows(tmp_path / "images.parquet", labels, datasets.Value("int64"))
+    about = {"path": str(path), "test_split": "train", "train_size": 10, "on_bad": "skip"}
+    settings = DataSettings(validation_size=0, unlabeled={}, **about)
+    data = load_data(settings, num_classes=2)
+    rows, images = load_to_label(settings, num_classes=2)
+    assert data.train.images[:, 0, 0, 0].unique().numel() + len(images) == 34 == 10 + len(rows)
+    used = set(data.train.images[:10, 0, 0, 0].tolist())
+    assert used.isdisjoint(images.images[:, 0, 0, 0].tolist())
 
 
 def rows_of(path: Path) -> datasets.Dataset:

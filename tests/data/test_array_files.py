@@ -82,6 +82,15 @@ def test_a_folder_of_arrays_is_read(tmp_path: Path) -> None:
     assert (numbers(images), images.labels.tolist()) == ([100, 101, 102, 103], [0, 1, 2, 0])
 
 
+def test_a_folder_of_arrays_of_other_names_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    np.save(folder / "x.npy", pixels(4))
+    np.save(folder / "y.npy", np.arange(4) % 3)
+    images = load(folder, image_column="x", label_column="y")
+    assert (numbers(images), images.labels.tolist()) == ([100, 101, 102, 103], [0, 1, 2, 0])
+
+
 def test_images_alone_have_no_labels(tmp_path: Path) -> None:
     for path in (write(tmp_path, image=pixels(4)), write_folder(tmp_path / "made", pixels(4))):
         assert load(path).labels.tolist() == [-1] * 4

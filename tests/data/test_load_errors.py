@@ -31,6 +31,21 @@ def test_another_name_of_a_local_pipe_is_not_waited_for(tmp_path: Path, address:
         load_splits(path, None)
 
 
+@pytest.mark.parametrize("path", ["sklearn:digits", "a/b.parquet", "a/{0..3}.tar", "b.arrow"])
+def test_a_configuration_of_what_has_none_is_refused(path: str) -> None:
+    said = f"^config: 'clean' is one of a data set's, and {re.escape(path)}"
+    with pytest.raises(ValueError, match=said):
+        load_splits(path, "clean")
+
+
+def test_braces_may_name_more_than_one_name_has_room_for(tmp_path: Path) -> None:
+    numbers = ",".join(f"{number:04}" for number in range(0, 300, 5))
+    path = f"{tmp_path}/train-{{{numbers}}}.tar"
+    assert settings(Path(path)).path == path
+    with pytest.raises(ValueError, match=r"no shard .*train-0000.tar \(and 59 more of 60"):
+        load_splits(path, None)
+
+
 # ---- errors of datasets ------------------------------------------------------------------------
 
 

@@ -336,3 +336,28 @@ def test_images_that_do_not_go_with_the_labeled_ones_are_refused(
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         DataSettings(path="x", **settings)
+
+
+def test_the_images_held_out_are_in_no_source(
+    labeled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = r"^unlabeled.split: train of .* has the images that data.validation_size holds out"
+    with pytest.raises(ValueError, match=said):
+        load(labeled, labeled, train_size=6, validation_size=2)
+    own = {"split": "test", "fraction": 0.5}
+    load(labeled, labeled, validation_size=2, own=own)
+    assert "are the test images" in caplog.text
+    caplog.clear()
+    load(labeled, labeled, validation_size=0)
+    load(labeled, None, train_size=6, validation_size=2)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="leaves out are one source"):
+        DataSettings(path="x", train_size=6, unlabeled=({"fraction": 0.2}, {"fraction": 0.3}))
+
+
+def test_a_source_of_fewer_images_than_a_step_has_is_named(labeled: Path, unlabeled: Path) -> None:
+    data = load(labeled, unlabeled, own={"size": 3, "fraction": 0.5})
+    about: Any = {"num_micro": 1, "rank": 0, "world_size": 1, "seed": 0, "sharding": "global"}
+    said = "batch_size: 8 x data.unlabeled.fraction 0.5 makes 4 images a step, and there are 3"
+    with pytest.raises(ValueError, match=said):
+        TrainingBatches(data, batch_size=8, fraction=0.5, **about)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, evaluate
+from robust_accel.evaluation.any_module import measure
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.ledger import Ledger
@@ -320,18 +321,62 @@ def test_rand_averages_gradients_of_a_randomised_model(monkeypatch: pytest.Monke
     assert seen == [("ce", 20), ("dlr", 20)]
 
 
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_too_few_classes_are_refused_before_anything_is_spent(num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "given", "said"),
+    [
+        (2, {}, r"evaluate\.autoattack: quick needs at least 4 classes .* the model has 2;"),
+        (3, {}, r"evaluate\.autoattack: quick needs at least 4 classes .* the model has 3;"),
+        (2, {"autoattack": "rand"}, r"evaluate\.autoattack: rand needs at least 3 classes"),
+        (
+            2,
+            {"autoattack": None, "pgd": {"loss": "dlr"}},
+            r"evaluate\.pgd\.loss: dlr ranks three classes, the model has 2",
+        ),
+    ],
+)
+def test_too_few_classes_are_refused_before_anything_is_spent(
+    num_classes: int, given: dict[str, Any], said: str
+) -> None:
     class Untouchable(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("something was spent")
 
-    _, images = fitted(4)
-    with pytest.raises(ValueError, match=rf"evaluate\.autoattack: .* at least 4 .* {num_classes};"):
+    classifier, (_, images) = PixelClassifier(Untouchable()), fitted(4)
+    with pytest.raises(ValueError, match=said):
         evaluate(
-            PixelClassifier(Untouchable()),
+            classifier,
             images,
-            settings(),
+            settings(**given),
             Accelerator(cpu=True),
             num_classes=num_classes,
         )
+
+
+class Probabilities(nn.Module):
+    """Two classes by the first pixel, as shares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :1].mul(torch.tensor([[1.0, 0, 0, -1]])).softmax(dim=1)
+
+
+def test_alarms_of_the_reference_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.linspace(0.4, 0.6, 8).reshape(8, 1, 1, 1)
+    given = settings(pgd=None)
+    found = measure(Probabilities(), x, torch.zeros(8, dtype=torch.int64), given)
+    (said,) = found["autoattack_accuracy"]["warnings"]
+    assert "probability distribution" in said
+    logged = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert logged == [f"autoattack: {said}"]
+
+
+def test_what_autoattack_alone_reads_is_said_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    classifier, images = fitted()
+    plain = settings(autoattack=None, pgd=None)
+    for more in ({}, {"search": "bf16"}):
+        caplog.clear()
+        given = plain.model_copy(update=more)
+        evaluate(classifier, images, given, Accelerator(cpu=True), num_classes=5)
+        said = [text for text in caplog.messages if "evaluate.autoattack is null" in text]
+        assert [text.split(",")[0] for text in said] == [
+            f"evaluate.{key}: {value}" for key, value in more.items()
+        ]

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from robust_accel.data import DataSettings, FileImages, MemoryImages, load_data
 from robust_accel.data import corrupted as corrupted_module
 from robust_accel.data.corrupted import GeneratedImages, check_published, published
-from robust_accel.evaluation import evaluate
+from robust_accel.evaluation import bench, evaluate
 from robust_accel.evaluation.ledger import read_records, refresh_report
 from robust_accel.evaluation.settings import CORRUPTIONS, Corruption, EvaluateSettings
 from robust_accel.models import PixelClassifier
@@ -31,6 +32,7 @@ needs_generator = pytest.mark.skipif(
 )
 NAMES = ("fog", "snow")
 SIZE, N = 4, 10  # pixels a side; images a severity
+WNIDS = ("n00000001", "n00000002", "n12345678")
 
 
 class Brightness(nn.Module):
@@ -88,14 +90,13 @@ test_images.__test__ = False  # type: ignore[attr-defined]
 
 def run(corruptions: Any, folder: Path | None = None, **about: Any) -> dict[str, Any]:
     images = about.pop("images", test_images())
-    settings = EvaluateSettings(
-        pgd=None, norm="linf", eps=0.1, corruptions=corruptions, batch_size=4
-    )
-    classifier = PixelClassifier(Brightness()).eval()
+    given = EvaluateSettings(pgd=None, norm="linf", eps=0.1, corruptions=corruptions, batch_size=4)
+    classifier = about.pop("classifier", PixelClassifier(Brightness()).eval())
+    classifier.class_names = about.pop("class_names", None)
     return evaluate(
         classifier,
         images,
-        settings,
+        given,
         Accelerator(cpu=True),
         num_classes=3,
         folder=None if folder is None else RunFolder(folder),
@@ -106,11 +107,11 @@ def run(corruptions: Any, folder: Path | None = None, **about: Any) -> dict[str,
 @pytest.mark.parametrize("layout", ["arrays", "folders", "kinds", "wnids"])
 def test_errors_are_those_of_the_published_images(tmp_path: Path, layout: str) -> None:
     """Fog is wrong on s of 10 images at severity s, snow on 2s: means 0.3 and 0.6."""
-    about: dict[str, Any] = {"class_names": ["ant", "bee", "cat"]}
+    about: dict[str, Any] = {"class_names": ("ant", "bee", "cat")}
     if layout == "arrays":
         path = write_arrays(tmp_path / "c")
     elif layout == "wnids":  # whatever the model calls ImageNet's classes
-        path = write_folders(tmp_path / "c", ("n00000001", "n00000002", "n12345678"))
+        path = write_folders(tmp_path / "c", WNIDS)
     else:
         kind = "weather" if layout == "kinds" else ""
         path = write_folders(tmp_path / "c", ("ant", "bee", "cat"), kind)
@@ -136,27 +137,19 @@ def test_classes_that_the_model_numbers_otherwise(tmp_path: Path) -> None:
     """Labels of arrays are the data's numbers; folders are known by name."""
     images = test_images()
     images.labels = torch.tensor([2, 0, 1])[images.labels]
-    turned = {"images": images, "class_names": ["bee", "cat", "ant"], "positions": [2, 0, 1]}
 
     class Turned(Brightness):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, [1, 2, 0]]
 
+    turned = {"images": images, "class_names": ("bee", "cat", "ant"), "positions": [2, 0, 1]}
     for path in (
         write_arrays(tmp_path / "a"),
         write_folders(tmp_path / "f", ("ant", "bee", "cat")),
-        write_folders(tmp_path / "w", ("n00000001", "n00000002", "n12345678")),
+        write_folders(tmp_path / "w", WNIDS),
     ):
-        settings = EvaluateSettings(
-            pgd=None, norm="linf", eps=0.1, corruptions={"path": str(path), "names": ["fog"]}
-        )
-        found = evaluate(
-            PixelClassifier(Turned()).eval(),
-            settings=settings,
-            accelerator=Accelerator(cpu=True),
-            num_classes=3,
-            **turned,
-        )
+        own = {"path": str(path), "names": ["fog"]}
+        found = run(own, classifier=PixelClassifier(Turned()).eval(), **turned)
         assert found["corruptions"]["mean_error"] == pytest.approx(0.3)
 
 
@@ -190,6 +183,14 @@ def test_a_second_evaluation_does_nothing_anew_and_the_report_shows_errors(tmp_p
     other = run(own, folder.path)["corruption"]
     assert other["fog"]["key"] != first["corruption"]["fog"]["key"]
     assert other["snow"] == first["corruption"]["snow"]
+
+
+def test_the_classifier_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = Mock(side_effect=bench.digest_of_function)
+    monkeypatch.setattr(bench, "digest_of_function", digest)
+    found = run({"path": str(write_arrays(tmp_path / "c")), "names": NAMES}, tmp_path / "run")
+    assert digest.call_count == 1
+    assert {one["function"] for one in found["corruption"].values()} == {found["function"]}
 
 
 def test_arrays_stay_in_their_file(tmp_path: Path) -> None:
@@ -238,6 +239,7 @@ REFUSED: dict[str, Any] = {
         {},
         r"path: .* has the classes \[dog\], which the model has not: .*\[ant, bee, cat\]",
     ),
+    "wnids": ({}, r"path: .* has the classes \[n00000003\], .* are \[n\d+, n\d+, n\d+\]$"),
     "empty": ({}, r"path: .*1 holds no image"),
     "chosen": ({}, r"has images of all classes, of which data\.classes chooses some"),
 }
@@ -246,7 +248,7 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_there_or_not_as_published_is_refused(tmp_path: Path, case: str) -> None:
     more, said = REFUSED[case]
-    path, about = write_arrays(tmp_path / "c"), {"class_names": ["ant", "bee", "cat"]}
+    path, about = write_arrays(tmp_path / "c"), {"class_names": ("ant", "bee", "cat")}
     if case == "no labels":
         (path / "labels.npy").unlink()
     elif case == "no folder":
@@ -261,8 +263,11 @@ def test_what_is_not_there_or_not_as_published_is_refused(tmp_path: Path, case: 
         np.save(path / "fog.npy", np.zeros((50, 4, 4, 3)))
     elif case == "chosen":
         about["source"] = {"classes": [0, 1]}
-    elif case in ("severity", "class", "empty"):
-        path = write_folders(tmp_path / "f", ("ant", "bee", "dog" if case == "class" else "cat"))
+    elif case in ("severity", "class", "wnids", "empty"):
+        classes = {"class": ("ant", "bee", "dog"), "wnids": (*WNIDS[:2], "n00000003")}
+        path = write_folders(tmp_path / "f", classes.get(case, ("ant", "bee", "cat")))
+        if case == "wnids":
+            about["class_names"] = WNIDS
         if case == "severity":
             (path / "fog" / "4").rename(path / "fog" / "no")
         if case == "empty":
@@ -270,8 +275,7 @@ def test_what_is_not_there_or_not_as_published_is_refused(tmp_path: Path, case: 
                 image.unlink()
     with pytest.raises(ValueError, match=rf"^evaluate\.corruptions\..*{said}"):
         run({"path": str(path), "names": NAMES} | more, tmp_path / "run", **about)
-    if case not in ("class", "empty"):  # these are seen when the folder is listed
-        assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -393,4 +397,4 @@ def test_a_file_that_is_cut_off_is_seen_before_anything_is_measured(tmp_path: Pa
     content = bytearray((path / "fog.npy").read_bytes())
     (path / "fog.npy").write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"path: .* wants \d+ bytes, found"):
-        check_published(str(path), NAMES, (1,), test_images(), 3)
+        check_published(str(path), NAMES, (1,), like=test_images(), num_classes=3, labels_of=len)

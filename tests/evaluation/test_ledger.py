@@ -64,12 +64,17 @@ def pictures() -> MemoryImages:
     return MemoryImages(images, classifier(images.float() / 255).argmax(dim=1))
 
 
+def named(classifier: PixelClassifier) -> PixelClassifier:
+    classifier.class_names = ("ant", "bee", "cat", "dog", "eel")
+    return classifier
+
+
 @dataclass
 class Case:
     """All that decides a measurement."""
 
     classifier: PixelClassifier = field(
-        default_factory=lambda: PixelClassifier(network(), mean=0.5, std=0.25)
+        default_factory=lambda: named(PixelClassifier(network(), mean=0.5, std=0.25))
     )
     images: MemoryImages = field(default_factory=pictures)
     settings: dict[str, Any] = field(
@@ -85,7 +90,6 @@ class Case:
     certify: dict[str, Any] = field(
         default_factory=lambda: {"sigma": 0.1, "n0": 10, "n": 40, "alpha": 0.05, "radii": (0.05,)}
     )
-    class_names: tuple[str, ...] = ("ant", "bee", "cat", "dog", "eel")
 
     def measured(self, folder: Path) -> dict[str, Any]:
         accelerator = Accelerator(cpu=True)
@@ -96,7 +100,6 @@ class Case:
             accelerator,
             num_classes=5,
             folder=RunFolder(folder),
-            class_names=self.class_names,
         )
         on = Bench(
             self.classifier,
@@ -105,7 +108,6 @@ class Case:
             batch_size=1,
             seed=self.settings["seed"],
             ledger=Ledger(folder, accelerator),
-            class_names=self.class_names,
         )
         given = CertifySettings(**self.certify | {"seed": self.settings["seed"]})
         result["certified"] = certify_images(on, torch.arange(len(self.images)), given)
@@ -144,11 +146,11 @@ def swap_images(case: Case) -> None:
 
 
 def change_statistics(case: Case) -> None:
-    case.classifier = PixelClassifier(network(), mean=0.5, std=0.250001)
+    case.classifier = named(PixelClassifier(network(), mean=0.5, std=0.250001))
 
 
 def change_size(case: Case) -> None:
-    case.classifier = PixelClassifier(network(), mean=0.5, std=0.25, size=(6, 6))
+    case.classifier = named(PixelClassifier(network(), mean=0.5, std=0.25, size=(6, 6)))
 
 
 def change_option(case: Case) -> None:
@@ -168,7 +170,8 @@ def change_hook(case: Case) -> None:
 
 
 def reorder_classes(case: Case) -> None:
-    case.class_names = (*case.class_names[1:], case.class_names[0])
+    first, *rest = case.classifier.class_names or ()
+    case.classifier.class_names = (*rest, first)
 
 
 ALL = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "certified"}

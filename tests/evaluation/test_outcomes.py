@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation import EvaluateSettings, evaluate
 from robust_accel.evaluation.bench import Attacker, Bench
-from robust_accel.evaluation.outcomes import by_class
+from robust_accel.evaluation.outcomes import by_class, global_state_kept
 from robust_accel.models import PixelClassifier
 from robust_accel.objectives import NOT_A_NUMBER, predicted
 from robust_accel.statistics import wilson_interval
@@ -110,6 +110,21 @@ def test_verdicts_are_in_fp32(allowed: bool, monkeypatch: pytest.MonkeyPatch) ->
     bench.clean()
     assert model.seen == {False}
     assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+def test_generators_of_several_gpus_are_kept_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    states: dict[int, Tensor] = {i: torch.tensor([i]) for i in range(2)}
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda i: states[i])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, i: states.update({i: state}))
+    with global_state_kept():
+        states[1] = torch.tensor([5])
+    assert states == {0: torch.tensor([0]), 1: torch.tensor([1])}
+    assert not recwarn.list
 
 
 def test_a_model_that_answers_the_same_needs_one_draw() -> None:

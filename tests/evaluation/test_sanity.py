@@ -163,6 +163,13 @@ def test_alignment_is_of_directions_and_of_images_that_have_one() -> None:
     assert gradient_alignment(bench, SETTINGS, 3) == 0
 
 
+def test_a_training_refuses_another_models_images_before_anything_is_spent(tmp_path: Path) -> None:
+    given = [f"output={tmp_path / 'run'}", "evaluate.sanity.transfer_from=runs/other"]
+    with pytest.raises(ValueError, match=r"evaluate\.sanity\.transfer_from: runs/other is for"):
+        train(load_recipe("quickstart", given))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.long
 def test_the_command_sweeps_checks_and_draws(run: Path, pictures: None) -> None:
     settings = [

@@ -274,7 +274,7 @@ def test_images_that_are_not_normalised_as_said_fail_at_the_first_batch():
         model(images())
     model(normalised(images()))
     model(images().clamp(min=0.01))  # bright ones, once that is seen
-    make_robust(small(), ATTACK, mean=0.0, std=2.0)(images() / 2)
+    make_robust(small(), ATTACK, mean=0.0, std=0.5)(images() * 2)
 
 
 def test_images_normalised_otherwise_than_said_fail_at_the_first_batch():

@@ -209,6 +209,18 @@ def test_statistics_in_the_file_are_applied(
             load(path, **{key: 0.5})
 
 
+def test_numbers_of_something_else_around_the_weights_are_none_of_the_pixels(
+    network: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    found = {"acc_mean": [0.91, 0.92, 0.9], "acc_std": [0.01] * 3, "loss.mean": [0.3]}
+    found |= {"loss.std": [0.1], "state_dict": network.state_dict()}
+    plain = logits(normalized(network), x)
+    torch.testing.assert_close(logits(load(saved(found, tmp_path)), x), plain)
+    named = found | {"image_mean": list(MEAN), "image_std": list(STD)}
+    expected = logits(nn.Sequential(Normalize((3,)), network), x)
+    torch.testing.assert_close(logits(load(saved(named, tmp_path)), x), expected)
+
+
 def test_several_statistics_are_refused(network: nn.Module, tmp_path: Path) -> None:
     _, state = in_front(network, (3,))
     two = {"normalize2.mean": torch.zeros(3), "normalize2.std": torch.ones(3)}

@@ -1,6 +1,9 @@
 """What is measured of a step: work and memory by hand, and what cannot be planned."""
 
+from typing import Any
+
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +48,53 @@ def test_work_grows_with_the_attacks_steps() -> None:
     assert of_steps[0] == pytest.approx((2 + 3) * of_forward, rel=0.1)
 
 
+def work(module: nn.Module, x: torch.Tensor) -> cost_module._Operations:
+    with cost_module._Operations() as operations:
+        module(x).sum().backward()
+    return operations
+
+
+def test_attention_counts_as_its_products_do() -> None:
+    """Fused, as CPUs have it, it is the same products, and one more: the backward's own scores."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
+    x = torch.rand(2, 3, 32, 32)
+    blocks: Any = model.blocks
+    found = []
+    for fused in (True, False):
+        for block in blocks:
+            block.attn.fused_attn = fused
+        found.append(work(model, x).flops)
+    tokens, width = 5, 192
+    again = len(blocks) * 2 * len(x) * tokens**2 * width
+    assert found[0] - found[1] == again
+    with FlopCounterMode(display=False) as counter:  # unfused: it knows all of these
+        model(x).sum().backward()
+    assert found[1] == counter.get_total_flops()
+
+
+def test_convolutions_are_counted_apart() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    found = work(network, torch.rand(2, 3, 8, 8))
+    convolution = 2 * 2 * 8 * 6 * 6 * 3 * 9  # forward, and as much for the weights
+    assert found.convolutions == 2 * convolution
+    assert found.flops - found.convolutions == 3 * 2 * 2 * 8 * 6 * 6 * 4
+
+
+def test_frozen_parameters_are_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = cost_module.create_classifier
+
+    def frozen(*settings: Any, **options: Any) -> Any:
+        classifier: Any = create(*settings, **options)
+        classifier.model.stem.requires_grad_(False)
+        return classifier
+
+    whole = cost_of()
+    monkeypatch.setattr(cost_module, "create_classifier", frozen)
+    found = cost_of()
+    assert found.parameters == whole.parameters and found.all_shapes == whole.all_shapes
+    assert len(found.shapes) < len(whole.shapes) and found.gradients < whole.gradients
+
+
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
@@ -66,6 +116,7 @@ def test_parts_of_memory_are_the_models_and_the_optimizers() -> None:
     assert found.state == pytest.approx(2 * 4 * number, rel=0.01)
     assert found.kept > 0 and min(found.forward, found.backward, found.update) > 0
     assert found.images == 4
+    assert found.has_batch_norm and 0 < found.convolutions < found.flops
 
 
 def test_what_only_a_training_can_feed_is_refused() -> None:

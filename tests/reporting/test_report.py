@@ -219,6 +219,21 @@ def test_sweeps_of_two_norms_are_two_charts_and_of_two_attacks_two_lines(tmp_pat
     assert list(line.y) == pytest.approx([97.5, 93, 86, 75, 50, 21])
 
 
+def test_sweeps_by_different_attacks_are_told_apart_by_name(tmp_path: Path) -> None:
+    others = [{"restarts": 5}, {"name": "apgd"}, {"loss": "cw"}, {"random_start": False}]
+    rows = [*sweep(), *(r | {"attack": r["attack"] | other} for other in others for r in sweep())]
+    write_run(tmp_path / "run", rows)
+    charts = {c.name: c for c in sweep_charts(*read_runs([tmp_path / "run"]))}
+    for name in ("sweep_eps_linf", "sweep_steps"):
+        chart = charts[name]
+        assert isinstance(chart, Lines)
+        assert len({line.name for line in chart.lines}) == len(chart.lines) == 5
+    steps = charts["sweep_steps"]
+    assert isinstance(steps, Lines) and steps.x_label == "steps"
+    names = [line.name for line in steps.lines]
+    assert names[1:4] == [f"{a}, linf, eps 8/255, 200 images" for a in ("PGD x5", "APGD", "PGD CW")]
+
+
 def test_images_are_shown_of_the_model_that_was_measured_alone(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [clean()])
     write_examples(folder)
