@@ -157,6 +157,7 @@ class MinMax:
         weights_moved, perturbed = None, classifier
         if self.weight_perturbation is not None and self.perturb_weights:
             _refuse_shards(classifier, "adversarial weight perturbation")
+            _refuse_checkpoints(classifier)
             with attack_context(classifier, "train", freeze=False):
                 perturbed = self.weight_perturbation(classifier, lambda: outer(classifier)["loss"])
             if self.applied is None:
@@ -266,4 +267,14 @@ def _refuse_shards(classifier: nn.Module, what: str) -> None:
         raise ValueError(
             f"{what} needs whole weights, got shards (FSDP or ZeRO 3): train by DDP or ZeRO 0 to "
             "2, or without it"
+        )
+
+
+def _refuse_checkpoints(classifier: nn.Module) -> None:
+    """What is computed again in the backward pass would use the weights where they were."""
+    flags = ("grad_checkpointing", "gradient_checkpointing")  # timm's, transformers'
+    if any(getattr(m, flag, None) is True for m in classifier.modules() for flag in flags):
+        raise ValueError(
+            "adversarial weight perturbation does not go with gradient checkpointing, which runs "
+            "blocks again when the weights are back: switch one of them off"
         )

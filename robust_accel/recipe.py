@@ -85,7 +85,8 @@ class TrainSettings(Settings):
         max_rollbacks: How often it does; where robust accuracy falls once more, training ends as by
             ``stop``. The report has ``rollbacks``, the reason of each.
         ema_decay: Keep an exponential moving average of the weights, and evaluate that: 0.995 to
-            0.9999, the longer the training; less at its start. Not with ``swa_start``.
+            0.9999, the longer the training; at step t at most 1 - 1 / t, the mean of all so far.
+            Not with ``swa_start``.
         swa_start: Keep the mean of the weights after each epoch from this one on, the first being
             1, and evaluate that: stochastic weight averaging. BatchNorm's running statistics are
             averaged as the weights are. Before it the weights are measured as they are.

@@ -92,9 +92,9 @@ def _of_eps(train: Any, attack: Any) -> Iterator[_Fault]:
             f"grows eps by steps, and train.eps_warmup_epochs {train.eps_warmup_epochs} by epochs: "
             "choose one",
         )
-    if train.eps_schedule is not None and train.grows_eps > train.epochs:
+    if train.grows_eps > train.epochs:
         yield (
-            "train.eps_schedule.epochs",
+            f"train.{key}" + (".epochs" if train.eps_schedule is not None else ""),
             f"{train.grows_eps:g} is after the last of {train.epochs} epochs: eps would never be "
             "whole",
         )

@@ -79,6 +79,11 @@ class RobustAccuracy(TrainerCallback):
         number = len(dataset) if self.images is None else min(self.images, len(dataset))
         # as many on each process: under FSDP2 the forwards of all wait for one another
         number -= number % accelerator.num_processes
+        if number == 0:
+            raise ValueError(
+                f"RobustAccuracy needs an image for each of {accelerator.num_processes} processes, "
+                f"got {len(dataset) if self.images is None else min(self.images, len(dataset))}"
+            )
         mine = range(accelerator.process_index, number, accelerator.num_processes)
         # each process its own images: a prepared loader would repeat some to fill the last batch
         batches = DataLoader(

@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from robust_accel.settings import Number, Settings, Whole
 
+_SCALE = 1024.0  # of mean losses in fp16, whose gradients underflow
+
 
 class AWP(Settings):
     """Moves each weight tensor up the outer loss by gamma times its norm; the loss is taken there.
@@ -52,7 +54,11 @@ class AWP(Settings):
         weights = {n: p for n, p in parameters.items() if p.requires_grad and p.ndim > 1}
         grads: Sequence[Tensor | None] = ()
         if weights:
-            grads = torch.autograd.grad(loss_fn(), list(weights.values()), allow_unused=True)
+            loss = loss_fn()
+            device = loss.device.type
+            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half:
+                loss = _SCALE * loss  # only directions count
+            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         moved = {
             name: weight + self._step(weight.detach(), grad)
             for (name, weight), grad in zip(weights.items(), grads, strict=True)

@@ -58,7 +58,10 @@ def table(results: Results) -> Table:
         line += [f"{best[key]}" if key in best else "" for key in keys]
         for column in study.columns:
             text = number_text(list(results.values(cell, column).values()))
-            line.append(f"{text} ({lost})" if text and (lost := results.lost(cell)) else text)
+            lost = results.lost(cell)
+            if not text and not results.all_lost(cell):
+                lost = ""  # not measured
+            line.append(f"{text} ({lost})" if text and lost else text or lost)
             if column in published:
                 value = run.published.get(column)
                 line.append("" if value is None else f"{value:g}")
@@ -138,7 +141,7 @@ def _tuning(tuned: Sequence[Tuned]) -> Table:
                 ", ".join(str(value) for _, value in tried)
                 + (": not finite" if accuracy is None else f": {accuracy:.1f}")
             )
-            for tried, accuracy in found.found.items()
+            for tried, accuracy in found.found
         ]
         edge = ", ".join(found.at_the_edge)
         keys = ", ".join(key for key, _ in found.best)
@@ -234,6 +237,7 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
                 "labels": dict(cell.labels),
                 "settings": dict(results.chosen(cell) or ()),
                 "values": {c: results.values(cell, c) for c in plan.study.columns},
+                "lost": results.lost(cell),
                 "published": plan.runs[cell.run].published,
             }
             for cell in results.shown
@@ -258,7 +262,7 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
         "tuning": [
             {
                 "row": found.cell.name,
-                "tried": [{"settings": dict(t), "held_out": a} for t, a in found.found.items()],
+                "tried": [{"settings": dict(t), "held_out": a} for t, a in found.found],
                 "best": dict(found.best),
             }
             for cell in plan.cells

@@ -13,6 +13,7 @@ from robust_accel.studies.plan import Plan, run_of
 from robust_accel.studies.study_file import ClaimSettings
 from robust_accel.studies.trial import Cell, Trial
 
+_ROUNDING = 1e-9  # of differences that are equal but for it
 Tried = tuple[tuple[str, object], ...]
 
 
@@ -21,13 +22,13 @@ class Tuned:
     """How a cell was tuned.
 
     Args:
-        found: Held-out robust accuracy in percent of each combination, None where the training was
-            not finite.
+        found: Each combination, and its held-out robust accuracy in percent, None where the
+            training was not finite.
         best: The combination that is used.
     """
 
     cell: Cell
-    found: dict[Tried, float | None]
+    found: list[tuple[Tried, float | None]]
     best: Tried
 
     @property
@@ -35,7 +36,9 @@ class Tuned:
         """Keys whose best value is the first or the last that was tried."""
         keys = []
         for index, (key, value) in enumerate(self.best):
-            values = list(dict.fromkeys(tried[index][1] for tried in self.found))
+            values: list[object] = []  # as they were tried; some are lists or mappings
+            for tried, _ in self.found:
+                values += [tried[index][1]] if tried[index][1] not in values else []
             if len(values) > 2 and value in (values[0], values[-1]):
                 keys.append(key)
         return keys
@@ -47,7 +50,8 @@ class Verdict:
 
     Args:
         difference: ``run - than`` in the column's unit, paired by seed; None below two pairs.
-        effect: The mean difference in standard deviations of the differences (Cohen's d_z).
+        effect: The mean difference in standard deviations of the differences (Cohen's d_z); None
+            where they are equal.
         outcome: ``holds``, ``does not hold``, ``open`` (the interval has both), ``not measured``.
     """
 
@@ -64,7 +68,7 @@ class Results:
 
     def __init__(self, plan: Plan, done: Done) -> None:
         self.plan, self.done = plan, done
-        self._runs: dict[Trial, Run | None] = {}
+        self._runs: dict[Trial, Run] = {}
         self._tuned: dict[Cell, Tuned] = {}
 
     def run(self, trial: Trial) -> Run | None:
@@ -78,15 +82,15 @@ class Results:
     def tuned(self, cell: Cell) -> Tuned | None:
         """What a cell was tuned to; None while one of its trainings is missing."""
         if cell not in self._tuned:
-            found: dict[Tried, float | None] = {}
+            found: list[tuple[Tried, float | None]] = []
             for tried in self.plan.tries(cell):
                 trial = self.plan.trial(cell, tried, self.plan.seeds[0], self.chosen)
                 run = None if trial is None else self.run(trial)
                 if trial is None or (run is None and not self.done.failed(trial)):
                     return None
-                found[tried] = None if run is None else held_out(run, trial.recipe)
-            finite = {tried: value for tried, value in found.items() if value is not None}
-            best = max(finite, key=lambda tried: finite[tried], default=next(iter(found)))
+                found.append((tried, None if run is None else held_out(run, trial.recipe)))
+            finite = [(value, tried) for tried, value in found if value is not None]
+            _, best = max(finite, key=lambda one: one[0], default=(0.0, found[0][0]))
             self._tuned[cell] = Tuned(cell, found, best)
         return self._tuned[cell]
 
@@ -122,6 +126,11 @@ class Results:
         failed = sum(self.done.failed(trial) for trial in trials)
         return f"{failed} of {len(trials)} not finite" if failed else ""
 
+    def all_lost(self, cell: Cell) -> bool:
+        """Whether no seed's training was finite."""
+        trials = self.trials(cell)
+        return bool(trials) and all(self.done.failed(trial) for trial in trials)
+
     def curve(self, cell: Cell, key: str) -> dict[float, list[float]]:
         """Points of a sweep -> accuracies in percent, one a seed."""
         found: dict[float, list[float]] = {}
@@ -154,31 +163,35 @@ class Results:
         ]
 
     def _verdict(self, claim: ClaimSettings, column: str) -> Verdict:
-        own, other = (self.values(self._cell(side), column) for side in (claim.run, claim.than))
+        cell, against = self.plan.cell(claim.run), self.plan.cell(claim.than)
+        own, other = self.values(cell, column), self.values(against, column)
         seeds = sorted(own.keys() & other.keys())
         if len(seeds) < 2:
             return Verdict(claim, column, len(seeds), None, None, "not measured")
         pairs = [(own[seed], other[seed]) for seed in seeds]
         difference = paired_difference(*zip(*pairs, strict=True))
         spread = stdev([a - b for a, b in pairs])
-        effect = difference.mean / spread if spread else None
+        alike = spread <= _ROUNDING * max(1, abs(difference.mean))
         outcome = _outcome(claim, difference)
-        if outcome == "holds" and self.lost(self._cell(claim.run)):
-            outcome = "open"  # what is left of it is the better part
+        # what is left of a run that was not always finite is the better part
+        flattered = {"holds": cell, "does not hold": against}.get(outcome)
+        if flattered is not None and self.lost(flattered):
+            outcome = "open"
+        effect = None if alike else difference.mean / spread
         return Verdict(claim, column, len(seeds), difference, effect, outcome)
-
-    def _cell(self, text: str) -> Cell:
-        return self.plan.cell(text)
 
 
 def _outcome(claim: ClaimSettings, difference: Interval) -> str:
     low, high = difference.low, difference.high
     if claim.holds_if in ("less", "not_greater"):
         low, high = -high, -low
-    least = -claim.margin if claim.holds_if.startswith("not_") else claim.margin
-    if low > least:
-        return "holds"
-    return "does not hold" if high < least else "open"
+    if claim.holds_if.startswith("not_"):  # a difference of just the margin is allowed
+        return "holds" if low >= -claim.margin else _unless(high < -claim.margin)
+    return "holds" if low > claim.margin else _unless(high <= claim.margin)
+
+
+def _unless(refuted: bool) -> str:
+    return "does not hold" if refuted else "open"
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:

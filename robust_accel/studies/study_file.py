@@ -155,7 +155,8 @@ class ClaimSettings(Settings):
             and ``last`` are the ends of an axis.
         columns: What is compared.
         holds_if: ``greater``: holds where the difference's whole 95% interval is above ``margin``.
-            ``not_less``: where it is above ``-margin``. ``less`` and ``not_greater`` likewise.
+            ``not_less``: where it is nowhere below ``-margin``. ``less`` and ``not_greater``
+            likewise.
         margin: In units of the column.
     """
 

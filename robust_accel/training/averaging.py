@@ -41,7 +41,8 @@ def make_average(
     """
     if settings.ema_decay is not None:
         one_by_one: Any = {"foreach": False} if sharded else {}
-        return ModelEmaV3(classifier, decay=settings.ema_decay, use_warmup=True, **one_by_one)
+        about: Any = {"decay": settings.ema_decay, "use_warmup": True, "warmup_power": 1.0}
+        return ModelEmaV3(classifier, **about, **one_by_one)
     if settings.swa_start is not None:
         return EpochMean(classifier, settings.swa_start, foreach=not sharded)
     return None

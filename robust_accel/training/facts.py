@@ -99,11 +99,13 @@ def held_out_attack(recipe: Recipe) -> str:
 def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[Fall]:
     """Where robust accuracy was lost, see ``collapse.py``.
 
-    Accuracies of mixed batches rise and fall with each step's draw, and tell none.
+    Accuracies of mixed batches, and those in a ball that is drawn, rise and fall with each step's
+    draw, and tell none.
     """
     settings = recipe.train
     assert settings is not None
-    if recipe.data.mix is not None and len(data.validation) == 0:
+    drawn = recipe.data.mix is not None or getattr(recipe.attack, "strategy", None) == "random"
+    if drawn and len(data.validation) == 0:
         return []
     return falls(
         metrics,

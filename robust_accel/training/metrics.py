@@ -178,8 +178,11 @@ class Averages:
     def settle(self, taken: bool) -> None:
         """Count the micro-batches of a step, or leave them out."""
         for found in self._step if taken else []:
+            if self.count == 0:
+                self.sums = {}
             for name, value in found.items():
-                self.sums[name] = self.sums[name].to(value) + value if self.count else value
+                known = name in self.sums
+                self.sums[name] = self.sums[name].to(value) + value if known else value
             self.count += 1
         self._step = []
 
@@ -202,7 +205,7 @@ def count_right(predictions: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels.argmax(dim=1) if labels.ndim > 1 else labels
     labeled = labels != NO_LABEL
-    return torch.stack([(predictions == labels).sum(), labeled.sum()]).float()
+    return torch.stack([((predictions == labels) & labeled).sum(), labeled.sum()]).float()
 
 
 def peak_memory(device: torch.device) -> int:

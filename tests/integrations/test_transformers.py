@@ -119,6 +119,13 @@ def test_what_stops_by_the_metrics_sees_them(tmp_path: Path) -> None:
     assert trainer.state.epoch == 2  # the first evaluation without a gain of 2
 
 
+def test_fewer_images_than_processes_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1)
+    none = torch.utils.data.DataLoader(torch.utils.data.Subset(trainer.eval_dataset, []))
+    with pytest.raises(ValueError, match="an image for each of 1 processes, got 0"):
+        RobustAccuracy(trainer, ATTACK).measure(none)
+
+
 def test_each_of_several_sets_has_its_own_numbers(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=1)
     rows = torch.utils.data.Subset(trainer.eval_dataset, range(40))

@@ -1,6 +1,9 @@
 """AWP: where the loss is taken, what its gradient reaches, and what stays as it was."""
 
+from contextlib import nullcontext
+
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -103,6 +106,35 @@ def test_batchnorm_counts_copies_that_are_computed_twice_once():
         robust(X, LABELS)["loss"].backward()
         counts.append(robust.classifier.model[1].num_batches_tracked.item())
     assert counts == [2, 2]
+
+
+def test_checkpointed_blocks_are_refused():
+    """They would be run again with the weights where they were: another gradient, and no error."""
+    model = timm.create_model("test_vit", num_classes=5)
+    robust = RobustModel(model, NoAttack(), weight_perturbation=AWP())
+    x = torch.rand(2, 3, 160, 160)
+    robust(x, LABELS[:2])
+    for checkpointed in (True, False):
+        model.set_grad_checkpointing(checkpointed)
+        said = pytest.raises(ValueError, match="does not go with gradient checkpointing")
+        with said if checkpointed else nullcontext():
+            robust(x, LABELS[:2])
+
+
+def test_in_fp16_the_direction_is_that_of_fp32():
+    """Of a mean loss so small that its gradient in the activations underflows."""
+    model, found = small_model().eval(), []
+
+    def loss() -> torch.Tensor:
+        return 1e-7 * cross_entropy(model(X).float(), LABELS)
+
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            moved = AWP(gamma=0.1)(model, loss).moved
+        own = dict(model.named_parameters())
+        found.append(torch.cat([(w - own[n]).detach().flatten() for n, w in moved.items()]))
+    assert found[1].norm() == pytest.approx(found[0].norm().item(), rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.95
 
 
 @pytest.mark.parametrize("settings", [{"gamma": 0}, {"warmup_epochs": -1}])

@@ -10,7 +10,7 @@ from studies.conftest import filled, leave
 
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.studies.execution import Done, stale
-from robust_accel.studies.page import _figure, table, write_page
+from robust_accel.studies.page import _figure, as_json, table, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.trial import Trial
@@ -57,8 +57,29 @@ def test_a_training_that_is_not_finite_is_no_choice(plan_of: Callable[..., Plan]
         else:
             leave(trial, done, 0.5, 0.4, dict(trial.tried).get("optimizer.lr", 0.0))
     tuned = Results(plan, Done(plan.root)).tuned(plan.cells[0])
-    assert list(tuned.found.values()) == [10.0, 20.0, None]
+    assert [value for _, value in tuned.found] == [10.0, 20.0, None]
     assert dict(tuned.best) == {"optimizer.lr": 0.2}
+
+
+def test_what_is_tuned_may_be_lists_and_mappings(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    awp, clamp = "train.awp: [null, {gamma: 0.005}, {gamma: 0.01}]", "[[0, 10], [0, 1]]"
+    tune = f"tune: {{{awp}, optimizer.weight_norm_clamp: {clamp}}}"
+    text = f"runs: {{a: {{recipe: quickstart, {tune}}}}}"
+
+    def number(trial: Trial) -> tuple[float, ...]:
+        found = dict(trial.tried)
+        best = found["train.awp"] == {"gamma": 0.01}
+        return 0.5, 0.5, 0.4 if best and found["optimizer.weight_norm_clamp"] == [0, 1] else 0.1
+
+    results = filled(plan_of(text), number)
+    tuned = results.tuned(results.plan.cells[0])
+    assert dict(tuned.best) == {
+        "train.awp": {"gamma": 0.01}, "optimizer.weight_norm_clamp": [0, 1]
+    }  # fmt: skip
+    assert tuned.at_the_edge == ["train.awp"]
+    write_page(results, tmp_path / "page", "study", "")
 
 
 def test_the_edge_of_a_grid_is_told(plan_of: Callable[..., Plan]) -> None:
@@ -78,6 +99,10 @@ def test_the_edge_of_a_grid_is_told(plan_of: Callable[..., Plan]) -> None:
         ((-0.5, -0.51), "{holds_if: not_less, margin: 1}", "holds"),
         ((-1.5, -1.51), "{holds_if: not_less, margin: 1}", "does not hold"),
         ((0.5, 0.51), "{holds_if: not_greater, margin: 1}", "holds"),
+        ((0.0, 0.0), "holds_if: not_less", "holds"),
+        ((0.0, 0.0), "holds_if: not_greater", "holds"),
+        ((0.0, 0.0), "holds_if: greater", "does not hold"),
+        ((0.0, 0.0), "holds_if: less", "does not hold"),
     ],
 )
 def test_a_claim_is_decided_by_differences_within_seeds(
@@ -94,6 +119,8 @@ def test_a_claim_is_decided_by_differences_within_seeds(
     assert verdict.pairs == 2
     assert verdict.difference.mean == pytest.approx(sum(difference) / 2)
     assert verdict.outcome == outcome
+    equal = difference[0] == difference[1]  # but for rounding
+    assert verdict.effect is None if equal else abs(verdict.effect) < 1e6
 
 
 def test_a_claim_about_a_run_that_a_scale_leaves_out_is_not_made(
@@ -228,21 +255,28 @@ def test_a_folder_that_was_deleted_is_made_anew_with_all_that_follows(
     assert [c[0] for c in Done(plan.root).left(trial)] == ["pseudo-label"]
 
 
+@pytest.mark.parametrize("run", ["a", "b"])
+@pytest.mark.parametrize("lost", [1, 3])
 def test_seeds_that_were_not_finite_are_counted_and_decide_no_claim(
-    plan_of: Callable[..., Plan],
+    plan_of: Callable[..., Plan], run: str, lost: int
 ) -> None:
+    """What is left of a run flatters it, on either side of a claim."""
     runs = "runs: {a: {recipe: quickstart, settings: {train.epochs: 2}}, b: {recipe: quickstart}}"
     plan = plan_of(runs + claims("holds_if: greater"), seeds=range(3))
     plan.root.mkdir()
     done = Done(plan.root)
     for trial in plan.known(lambda cell: None):
-        if trial.cell.run == "a" and trial.seed == 2:
+        if trial.cell.run == run and trial.seed >= 3 - lost:
             done.add(trial, ("train",), "not finite", 1.0)
         else:
-            leave(trial, done, 0.9 if trial.cell.run == "a" else 0.5, 0.4)
+            leave(trial, done, 0.9 if trial.cell.run == run else 0.5, 0.4)
     results = Results(plan, done)
-    assert results.verdicts()[0].outcome == "open"
-    assert "(1 of 3 not finite)" in table(results).markdown()
+    assert results.verdicts()[0].outcome == ("open" if lost == 1 else "not measured")
+    text = f"{lost} of 3 not finite"
+    row = next(line for line in table(results).markdown().splitlines() if f"| {run} " in line)
+    assert row.count(f"({text})" if lost == 1 else f"| {text}") == len(plan.study.columns)
+    rows = as_json(results, "")["rows"]
+    assert [one["lost"] for one in rows if one["run"] == run] == [text]
     assert results.missing() == []
 
 

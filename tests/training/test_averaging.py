@@ -8,9 +8,19 @@ from safetensors.torch import load_file
 from small_runs import quick_run, resumes_exactly, same, weights
 from torch import nn
 
-from robust_accel.recipe import RecipeError, load_recipe
+from robust_accel.recipe import RecipeError, TrainSettings, load_recipe
 from robust_accel.run_folder import RunFolder
-from robust_accel.training.averaging import EpochMean
+from robust_accel.training.averaging import EpochMean, make_average
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.995, 0.9999])
+def test_a_moving_average_has_the_decay_that_was_asked_for(decay: float) -> None:
+    """After as many steps as it averages; before, it is the mean of all so far."""
+    average = make_average(TrainSettings(epochs=1, batch_size=1, ema_decay=decay), nn.Linear(1, 1))
+    steps = round(1 / (1 - decay))
+    assert average.get_decay(steps + 1) == decay
+    for step in (1, 2, steps // 2):
+        assert average.get_decay(step) == pytest.approx(1 - 1 / step)
 
 
 def test_it_is_the_plain_mean_from_an_epoch_on_statistics_too() -> None:
@@ -78,6 +88,16 @@ def test_a_perturbation_that_never_begins_is_refused() -> None:
     never = ["train.epochs=3", "train.awp={gamma: 0.01, warmup_epochs: 3}"]
     with pytest.raises(RecipeError, match=r"awp\.warmup_epochs: 3 leaves none of 3 epochs"):
         load_recipe("quickstart", never)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("eps_warmup_epochs", "4"), ("eps_schedule", "{shape: sine, epochs: 4}")]
+)
+def test_an_eps_that_is_never_whole_is_refused(key: str, value: str) -> None:
+    said = rf"train\.{key}.*: 4 is after the last of 3 epochs: eps would never be whole"
+    load_recipe("quickstart", [f"train.{key}={value}", "train.epochs=4"])
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("quickstart", [f"train.{key}={value}", "train.epochs=3"])
 
 
 @pytest.mark.parametrize(

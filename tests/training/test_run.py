@@ -331,6 +331,7 @@ def test_accuracy_of_mixed_labels_is_that_of_the_larger_share() -> None:
     labels = torch.tensor([[0.0, 0.6, 0.4], [1.0, 0.0, 0.0], [0.3, 0.0, 0.7], [0.1, 0.9, 0.0]])
     assert count_right(torch.tensor([1, 0, 0, NOT_A_NUMBER]), labels).tolist() == [2, 4]
     assert count_right(torch.tensor([1, 0, 0]), torch.tensor([1, -1, 2])).tolist() == [1, 2]
+    assert count_right(torch.tensor([NOT_A_NUMBER, 0]), torch.tensor([-1, 0])).tolist() == [1, 1]
 
 
 def test_each_image_with_a_label_counts_alike() -> None:
@@ -340,10 +341,14 @@ def test_each_image_with_a_label_counts_alike() -> None:
     averages.settle(taken=True)
     sums = {"loss": [6, 3], "robust_batch_accuracy": [4, 5]}
     assert {name: pair.tolist() for name, pair in averages.sums.items()} == sums
+    # a part that an objective has only sometimes
+    averages.add(out | {"aux_loss": torch.tensor(5.0)}, torch.tensor([0, 1, 2]))
+    averages.settle(taken=True)
+    assert averages.sums["aux_loss"].tolist() == [5, 1] and averages.sums["loss"].tolist() == [8, 4]
 
 
-def test_accuracies_of_mixed_batches_raise_no_alarm() -> None:
-    """They fall by a draw alone; where nothing is mixed, or on the held-out split, it is told."""
+def test_accuracies_that_fall_by_a_draw_raise_no_alarm() -> None:
+    """Of mixed batches, or of balls in turn; of others, or on the held-out split, it is told."""
     images = torch.zeros(50, 1, 2, 2, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64)
     for held_out, key in ((0, "robust_batch_accuracy"), (50, "validation_robust_accuracy")):
         metrics = [
@@ -354,8 +359,11 @@ def test_accuracies_of_mixed_batches_raise_no_alarm() -> None:
             MemoryImages(*images).subset(torch.arange(held_out)),
         )
         data = Data(train_set, some, train_set, 4)
-        for mix, expected in ((["data.mix={cutmix: 1}"], held_out > 0), ([], True)):
-            assert bool(falls_of(metrics, load_recipe("quickstart", mix), data)) == expected
+        balls = "attack.balls=[{norm: linf, eps: 0.1}, {norm: l2, eps: 0.5}]"
+        random = ["attack.name=multi-norm", balls, "attack.strategy=random"]
+        drawn = (["data.mix={cutmix: 1}"], random)
+        for more, expected in (*((own, held_out > 0) for own in drawn), ([], True)):
+            assert bool(falls_of(metrics, load_recipe("quickstart", more), data)) == expected
 
 
 def test_mixing_needs_labels_and_says_so_before_training(tmp_path: Path) -> None:
