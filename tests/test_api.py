@@ -64,13 +64,13 @@ def test_what_is_quoted_is_what_was_asked_for(run: Run) -> None:
     """Also what was measured before, and where others are of more images."""
     many, few = {"n": 60, "n0": 10, "images": 3}, {"n": 50, "n0": 10, "images": 2}
     asked = [("0.1", many, (0.05,)), ("0.2", few, (0.05,)), ("0.1", many, (0.07, 0))]
-    for sigma, how, radii in [*asked, *asked]:
+    for sigma, how, radii in [*asked, *asked[:2]]:
         found = run.certify(CertifySettings(sigma=sigma, radii=radii, **how)).certificate
         assert found and found.images == how["images"] and found.attack["sigma"] == float(sigma)
         assert [point["radius"] for point in found.record["radii"]] == sorted(radii)
         assert found.threat_model == {"norm": "l2", "eps": min(radii)}
-    for eps, images in ((0.1, 40), (0.05, 40), (0.1, 20), (0.1, 40)):
-        pgd = run.evaluate(EvaluateSettings(eps=eps, images=images)).pgd
+    for eps, images in ((0.1, 9), (0.05, 5), (0.1, 9)):
+        pgd = run.evaluate(EvaluateSettings(eps=eps, images=images, train_images=None)).pgd
         assert pgd and (pgd.threat_model or {})["eps"] == eps and pgd.images == images
 
 

@@ -21,7 +21,8 @@ class Schedule(Settings):
     learning rate, constant within the epoch (section 4.1 of DAT). These epochs belong to the run.
 
     Args:
-        warmup_epochs: Whole epochs at a rate that grows to the base rate, >= 0.
+        warmup_epochs: Whole epochs at a rate that grows to the base rate, >= 0; one, which runs at
+            the base rate, is as good as none.
     """
 
     warmup_epochs: Annotated[Whole, Ge(0)] = 0
@@ -47,6 +48,12 @@ class Schedule(Settings):
         if not self.warmup_epochs < epochs:
             raise ValueError(
                 f"schedule.warmup_epochs must be < epochs = {epochs}, got {self.warmup_epochs}"
+            )
+        if self.warmup_epochs == 1:
+            warnings.warn(
+                "schedule.warmup_epochs: 1 does nothing: its epoch runs at the base rate; from 2 "
+                "on the rate grows, epoch by epoch",
+                stacklevel=3,
             )
 
 

@@ -214,6 +214,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_rounding_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -151,6 +151,10 @@ def test_impossible_settings_are_refused(name, options, message):
 
 
 def test_a_run_too_short_for_its_schedule():
+    with pytest.warns(
+        UserWarning, match="warmup_epochs: 1 does nothing: its epoch runs at the base"
+    ):
+        learning_rates(Cosine(warmup_epochs=1), epochs=5, steps_per_epoch=2)
     with pytest.raises(ValueError, match="warmup_epochs must be < epochs = 5, got 5"):
         learning_rates(Cosine(warmup_epochs=5), epochs=5, steps_per_epoch=2)
     with pytest.raises(ValueError, match=r"milestones must be >= warmup_epochs = 5, got \[3.0\]"):

@@ -106,6 +106,7 @@ def test_a_study_that_is_ended_goes_on(study_of: Callable[..., Path], tmp_path: 
     }
 
 
+@pytest.mark.long
 def test_every_column_has_the_number_that_a_real_training_leaves(
     study_of: Callable[..., Path], tmp_path: Path
 ) -> None:
