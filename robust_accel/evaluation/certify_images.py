@@ -127,8 +127,8 @@ def certify_images(bench: Bench, index: Tensor, settings: CertifySettings) -> Re
         index: [N], of the images.
 
     Returns:
-        The record: ``accuracy`` in the L2 ball of the smallest radius, ``radii``, ``curve``,
-        ``abstained`` where it is known, ``samples_per_image``.
+        The record: ``accuracy`` in the L2 ball of the smallest radius, if it is within reach,
+        ``radii``, ``curve``, ``abstained`` where it is known, ``samples_per_image``.
     """
     assert settings.sigma is not None
     smoothed = SmoothedClassifier(
@@ -204,12 +204,9 @@ def summary(settings: CertifySettings, per_image: dict[str, list[Any]]) -> dict[
         }
         for r, a in zip(asked, certified_accuracy(asked, correct, radius), strict=True)
     ]
-    result = {
-        "accuracy": radii[0]["accuracy"],
-        "interval": radii[0]["interval"],
-        "radii": radii,
-        "samples_per_image": float(np.mean(per_image["samples"])),
-    }
+    result = {"radii": radii, "samples_per_image": float(np.mean(per_image["samples"]))}
+    if radii[0]["reachable"]:
+        result |= {key: radii[0][key] for key in ("accuracy", "interval")}
     if curve:
         shares = certified_accuracy(curve, correct, radius)
         result["curve"] = {"radius": curve, "accuracy": shares}

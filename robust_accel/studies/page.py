@@ -59,9 +59,10 @@ def table(results: Results) -> Table:
         for column in study.columns:
             text = number_text(list(results.values(cell, column).values()))
             lost = results.lost(cell)
-            if not text and not results.all_lost(cell):
-                lost = ""  # not measured
-            line.append(f"{text} ({lost})" if text and lost else text or lost)
+            if text:
+                line.append(f"{text} ({lost})" if lost else text)
+            else:  # else it is not measured
+                line.append(lost if results.all_lost(cell) else "")
             if column in published:
                 value = run.published.get(column)
                 line.append("" if value is None else f"{value:g}")

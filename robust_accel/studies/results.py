@@ -171,12 +171,12 @@ class Results:
         pairs = [(own[seed], other[seed]) for seed in seeds]
         difference = paired_difference(*zip(*pairs, strict=True))
         spread = stdev([a - b for a, b in pairs])
-        alike = spread <= _ROUNDING * max(1, abs(difference.mean))
         outcome = _outcome(claim, difference)
         # what is left of a run that was not always finite is the better part
         flattered = {"holds": cell, "does not hold": against}.get(outcome)
         if flattered is not None and self.lost(flattered):
             outcome = "open"
+        alike = spread <= _ROUNDING * max(1, abs(difference.mean))
         effect = None if alike else difference.mean / spread
         return Verdict(claim, column, len(seeds), difference, effect, outcome)
 
@@ -186,12 +186,10 @@ def _outcome(claim: ClaimSettings, difference: Interval) -> str:
     if claim.holds_if in ("less", "not_greater"):
         low, high = -high, -low
     if claim.holds_if.startswith("not_"):  # a difference of just the margin is allowed
-        return "holds" if low >= -claim.margin else _unless(high < -claim.margin)
-    return "holds" if low > claim.margin else _unless(high <= claim.margin)
-
-
-def _unless(refuted: bool) -> str:
-    return "does not hold" if refuted else "open"
+        holds, is_refuted = low >= -claim.margin, high < -claim.margin
+    else:
+        holds, is_refuted = low > claim.margin, high <= claim.margin
+    return "holds" if holds else "does not hold" if is_refuted else "open"
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:

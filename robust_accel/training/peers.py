@@ -6,11 +6,10 @@ from contextlib import contextmanager, suppress
 
 from accelerate import Accelerator
 
-from robust_accel.comm.heartbeat import Heartbeat, is_collective_failure
+from robust_accel.comm.heartbeat import TIMEOUT, Heartbeat, is_collective_failure
 from robust_accel.data import DataIdentity
 from robust_accel.evaluation.ledger import told_to_all
 from robust_accel.exit_codes import UNAVAILABLE, Unavailable
-from robust_accel.recipe import TrainSettings
 from robust_accel.training.stopping import Stop, Stopped
 
 
@@ -70,10 +69,9 @@ def together() -> Iterator[None]:
 
     A request to stop ends it at once, and one that hangs or is gone is named, as in training.
     """
-    timeout = TrainSettings.model_fields["timeout"].default
-    with joining(timeout):
+    with joining(TIMEOUT):
         Accelerator()
-    with Stop() as stop, watched(timeout, stop) as heartbeat:
+    with Stop() as stop, watched(TIMEOUT, stop) as heartbeat:
         heartbeat.at("evaluation", 0)
         yield
 

@@ -148,6 +148,8 @@ def test_a_sequential_certificate_says_what_was_decided() -> None:
         assert record["curve"]["radius"][0] == (0 if known else 0.1)
         assert record["threat_model"] == {"norm": "l2", "eps": radii[0]}
         assert record["accuracy"] == record["radii"][0]["accuracy"] == 0.25
+    far = any_module.certify(model, x, [1] * 4, CertifySettings(radii=(2.0,), **about))
+    assert far["certificate"].keys().isdisjoint({"accuracy", "interval"})
 
 
 def test_timms_statistics_that_are_not_applied_are_told(
