@@ -11,13 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from robust_accel.models.weight_files import read_weights
 
 State = dict[str, Tensor]
 # Put into the middle of keys by those who wrap parts of a network (compile, FSDP, activations).
@@ -36,11 +33,15 @@ class FoundWeights:
         weights: By the network's own keys.
         statistics: The pixels' ``mean`` and ``std``, [C] each, where the file has them.
         said: Where in the file this was, and what other copy was left.
+        model_args: The network's arguments, where they are known; see ``published.py``.
+        pixels: What such networks do with pixels, where their code is known.
     """
 
     weights: State
     statistics: State
     said: str
+    model_args: dict[str, Any] | None = None
+    pixels: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,22 @@ class _Candidate:
         return self.state[self.prefix + key]
 
 
-def find_weights(path: Path, own: Mapping[str, Tensor]) -> FoundWeights:
+def find_weights(
+    content: Any, own: Mapping[str, Tensor], unused: re.Pattern[str] | None = None
+) -> FoundWeights:
     """Find a network's weights in a file; an average (EMA, SWA) goes before the last iterate.
 
     Args:
-        path: Safetensors, or a torch checkpoint, of which nothing but tensors and plain values is
-            read: no code of a stranger's pickle is executed.
+        content: Of the file, from ``read_weights``.
         own: The network's state dict. Shapes are the caller's to compare.
+        unused: Keys of tensors that its code makes and never uses: they are not looked at.
 
     Raises:
-        ValueError: The file cannot be read, holds no such network, several and no average among
-            them, or tensors besides it that would change what it computes.
+        ValueError: The file holds no such network, several and no average among them, or tensors
+            besides it that would change what it computes.
     """
-    content = read_weights(path)
-    candidates = [c for where, state in _states(content) for c in _candidates(where, state, own)]
+    states = [(where, _used(state, unused)) for where, state in _states(content)]
+    candidates = [c for where, state in states for c in _candidates(where, state, own)]
     whole = [c for c in candidates if c.count == len(own)]
     if not whole:
         raise ValueError(_why_not(content, candidates, own))
@@ -88,6 +91,11 @@ def find_weights(path: Path, own: Mapping[str, Tensor]) -> FoundWeights:
     others = [c.said for c in whole if c is not taken]
     said = taken.said + (f"; also there, and left: {' and '.join(others)}" if others else "")
     return FoundWeights({key: taken.weight(key) for key in own}, statistics, said)
+
+
+def keys_of(content: Any) -> set[str]:
+    """The keys of all tensors in a file's mappings."""
+    return {key for _, state in _states(content) for key in state}
 
 
 def _states(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], State]]:
@@ -108,6 +116,10 @@ def _tensors(content: Mapping[Any, Any]) -> State:
         for key, value in content.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
+
+
+def _used(state: State, unused: re.Pattern[str] | None) -> State:
+    return {k: v for k, v in state.items() if unused is None or not unused.search(k)}
 
 
 def _candidates(
@@ -193,7 +205,8 @@ def _why_not(content: Any, candidates: list[_Candidate], own: Mapping[str, Tenso
     best = max(candidates, key=lambda c: c.count, default=None)
     if best is not None and 2 * best.count >= len(own):
         missing = [f"{key} is missing" for key in own if best.prefix + key not in best.state]
-        extra = [key for key in best.state if key.removeprefix(best.prefix) not in own]
+        extra = [k for k in best.state if k.removeprefix(best.prefix) not in own]
+        extra = [k for k in extra if not _counts(best.state[k])]
         return f"does not fit ({best.said}): {few(missing + _foreign(extra), '; ')}"
     return f"does not fit: it holds {_summary(content)}; looked for were {few([*own])}"
 

@@ -20,23 +20,25 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, get_act_layer
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, vision_transformer
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
+Activation = str | Callable[[], nn.Module] | None
 
 
 class ConvStem(nn.Module):
-    """3 x 3 convolutions, each with LayerNorm and GELU after it.
+    """3 x 3 convolutions, each with LayerNorm and an activation after it.
 
     Args:
         in_chans: Channels of the images.
         widths: Channels after each convolution.
         strides: Of each.
         out_chs: Channels after one more 1 x 1 convolution, with nothing after it; None for none.
+        act_layer: timm's name of the activation, or its class; None for the paper's, GELU.
     """
 
     def __init__(
@@ -45,13 +47,16 @@ class ConvStem(nn.Module):
         widths: Sequence[int],
         strides: Sequence[int],
         out_chs: int | None = None,
+        *,
+        act_layer: Activation = None,
     ) -> None:
         super().__init__()
+        activation = get_act_layer(act_layer) or nn.GELU
         self.stem = nn.Sequential()
         for width, stride in zip(widths, strides, strict=True):
             self.stem.append(nn.Conv2d(in_chans, width, 3, stride=stride, padding=1))
             self.stem.append(LayerNorm2d(width))
-            self.stem.append(nn.GELU())
+            self.stem.append(activation())
             in_chans = width
         if out_chs is not None:
             self.stem.append(nn.Conv2d(in_chans, out_chs, 1))
@@ -67,7 +72,7 @@ class ConvStemConvNeXt(convnext.ConvNeXt):
     Args:
         dims: Channels of each stage. The stem has half as many as the first, then all of them; from
             128 on half, three quarters, and all at stride 1.
-        kwargs: timm's, but for its own stem's.
+        kwargs: timm's, but for its own stem's; ``act_layer`` is the stem's too.
     """
 
     stem_name = "stem"
@@ -82,7 +87,8 @@ class ConvStemConvNeXt(convnext.ConvNeXt):
         widths, strides = [width // 2, width], [2, 2]
         if width >= 128:
             widths, strides = [width // 2, 3 * width // 4, width], [2, 2, 1]
-        self.stem = ConvStem(in_chans, widths, strides)  # type: ignore[assignment]
+        stem = ConvStem(in_chans, widths, strides, act_layer=kwargs.get("act_layer"))
+        self.stem = stem  # type: ignore[assignment]
 
 
 class ConvStemViT(vision_transformer.VisionTransformer):
@@ -91,7 +97,7 @@ class ConvStemViT(vision_transformer.VisionTransformer):
     Args:
         embed_dim: Of the tokens, a multiple of 8. The stem has an eighth, a quarter, half and all
             of it, 384 at most, and ends with a 1 x 1 convolution.
-        kwargs: timm's, but for the patches'.
+        kwargs: timm's, but for the patches'; ``act_layer`` is the stem's too.
     """
 
     stem_name = "patch_embed.proj"
@@ -102,7 +108,8 @@ class ConvStemViT(vision_transformer.VisionTransformer):
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, patch_size=16, **kwargs)
         first = min(embed_dim // 8, 48)
         widths = [first, 2 * first, 4 * first, 8 * first]
-        self.patch_embed.proj = ConvStem(in_chans, widths, [2] * 4, embed_dim)
+        act_layer = kwargs.get("act_layer")
+        self.patch_embed.proj = ConvStem(in_chans, widths, [2] * 4, embed_dim, act_layer=act_layer)
 
 
 CONV_STEMS = (ConvStemConvNeXt, ConvStemViT)

@@ -24,6 +24,7 @@ from robust_accel.models.checkpoint_files import FoundWeights, few, find_weights
 from robust_accel.models.cifar import CifarResNet
 from robust_accel.models.classifier import PixelClassifier, normalized
 from robust_accel.models.conv_stem import CONV_STEMS, keys_of_plain, with_own_stem
+from robust_accel.models.published import find_published, tell_pixels, with_code
 from robust_accel.models.timm_folder import (
     WEIGHTS,
     Surroundings,
@@ -34,6 +35,7 @@ from robust_accel.models.timm_folder import (
     read_config,
     surroundings,
 )
+from robust_accel.models.weight_files import read_weights
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import Flag, Number, PathText, Settings, Whole, listed, not_finite
 
@@ -147,6 +149,7 @@ def create_classifier(
         freeze_backbone=settings.freeze_backbone,
     )
     classifier.weights_source = weights_source
+    tell_pixels(classifier, start)
     loaded = weights_source is not None and not settings.new_head
     if loaded and start.class_names is not None and len(start.class_names) == model.num_classes:
         classifier.class_names = start.class_names
@@ -252,8 +255,8 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
         file = _file_of(path)
         own = model.state_dict()
         found = _found(file, model)
-        around = beside(file)
         said, weights = f"{path} ({found.said})", dict(found.weights)
+        around = with_code(beside(file), found, path)
         new = [key for key in _head_keys(model) if weights[key].shape != own[key].shape]
         if new:
             said += f"; of other classes, and new here: {', '.join(new)}"
@@ -275,17 +278,17 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
 
 
 def _found(file: Path, model: nn.Module) -> FoundWeights:
-    """The model's weights; of a convolutional stem's, also the plain network's below a new stem."""
+    """The model's weights, also by other code's names, or the plain network's below a new stem."""
     own = model.state_dict()
-    plain = keys_of_plain(model, own)
+    plain, content = keys_of_plain(model, own), read_weights(file)
     try:
-        return find_weights(file, own)
+        return find_weights(content, own)
     except ValueError:
-        if plain is None:
-            raise
+        if (published := find_published(content, model)) is not None:
+            return published
         found = None
         with suppress(ValueError):  # then the network's own keys are what is missed
-            found = find_weights(file, plain)
+            found = None if plain is None else find_weights(content, plain)
         if found is None:
             raise
     said = f"{found.said}; {_NEW_STEM}"

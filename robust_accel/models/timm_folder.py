@@ -44,6 +44,7 @@ class Surroundings:
         class_names: In the order of the logits, or None.
         said: Where this stands.
         model_args: The network's arguments, or None.
+        pixels: What networks of such weights do with pixels, where it is not known of this one.
     """
 
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Surroundings:
     class_names: tuple[str, ...] | None = None
     said: str = ""
     model_args: dict[str, Any] | None = None
+    pixels: str = ""
 
 
 def model_folder(run: str | Path) -> Path:

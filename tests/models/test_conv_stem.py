@@ -186,6 +186,22 @@ def test_a_published_checkpoints_keys_are_found(tmp_path: Any) -> None:
         assert found.model.state_dict()[key].equal(value)
 
 
+ACTIVATIONS = [({}, nn.GELU), ({"act_layer": "silu"}, nn.SiLU), ({"act_layer": nn.ELU}, nn.ELU)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("options", "made"), ACTIVATIONS)
+def test_an_activation_that_is_asked_for_is_the_stems_too(
+    name: str, options: dict[str, Any], made: type[nn.Module]
+) -> None:
+    model = timm.create_model(name, **SMALL[name], **options)
+    names = {type(m).__name__ for m in model.modules()}
+    assert names & {"GELU", "SiLU", "ELU"} == {made.__name__}
+    stem = model.get_submodule(model.stem_name).stem
+    activations = [type(module) for module in stem[2::3]]
+    assert activations == [made] * (len(stem) // 3)
+
+
 def test_what_the_stem_would_ignore_is_refused() -> None:
     for name, option in (
         ("convnext_tiny_cvst", {"stem_type": "overlap"}),
