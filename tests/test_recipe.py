@@ -76,14 +76,15 @@ def test_packaged_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> 
     recipe.save(tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert_same(recipe, again)
-    assert recipe.output == Path("runs") / Path(name).name
+    assert recipe.output == Path("runs") / name
 
 
 @pytest.mark.parametrize("name", ["cifar10/dat_pgd.yaml", "cifar10/dat_pgd"])
 def test_a_base_may_be_a_packaged_recipe(name: str, tmp_path: Path) -> None:
     path = tmp_path / "dat_pgd.yaml"
     path.write_text(f"base: {name}\ntrain: {{log_every: 3}}\n")
-    own, packaged = load_recipe(path), load_recipe("cifar10/dat_pgd", ["train.log_every=3"])
+    given = ["train.log_every=3", "output=runs/dat_pgd"]
+    own, packaged = load_recipe(path), load_recipe("cifar10/dat_pgd", given)
     assert own.settings == packaged.settings
     (tmp_path / "cifar10").mkdir()  # what lies beside the file comes first
     (tmp_path / "cifar10/dat_pgd.yaml").write_text("train: {log_every: 7}\nbase: ../q.yaml\n")

@@ -10,14 +10,23 @@ from robust_accel.__main__ import main
 from robust_accel.exit_codes import UNWRITABLE
 from robust_accel.plain_yaml import read_plain
 from robust_accel.recipe import load_recipe
-from robust_accel.recipe_file import RECIPES, SCHEMA, packaged_recipes
+from robust_accel.recipe_file import RECIPES, SCHEMA, launch_configurations, packaged_recipes
 
 
-def test_every_recipe_is_listed_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_is_listed_with_its_sentence_its_cost_and_what_was_reached(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["recipes"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert [line.split()[0] for line in lines] == packaged_recipes()
-    assert all(len(line.split()) > 2 for line in lines), "a recipe without a sentence at its head"
+    listed: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if not line.startswith(" "):
+            name, line = line.split(maxsplit=1)
+        listed.setdefault(name, []).append(line.strip())
+    assert [*listed] == [*packaged_recipes(), *launch_configurations()]
+    assert all(len(said[0].split()) > 1 for said in listed.values()), "no sentence at its head"
+    for name in packaged_recipes():
+        keys = [text.partition(": ")[0] for text in listed[name][1:]]
+        assert keys == ["Cost", "Reached"], name
 
 
 def test_a_word_chooses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +66,8 @@ def test_what_is_shown_of_a_list_is_a_recipe_too(
 def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     copy = tmp_path / f"{Path(name).name}.yaml"
     assert main(["recipe", "copy", name, str(copy)]) == 0
-    assert load_recipe(copy).settings == load_recipe(name).settings
+    own = {"output": f"runs/{copy.stem}"}
+    assert load_recipe(copy).settings == load_recipe(name).settings | own
     head = copy.read_text().partition("\n# From ")
     assert head[0] == (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
     assert f"$schema={SCHEMA.as_uri()}\n" in head[2]  # wherever the copy lies
