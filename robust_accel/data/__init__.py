@@ -1,6 +1,7 @@
 """Images from a hub, a folder or parquet to batches: who trains on which image, and how."""
 
 from robust_accel.data.augmentation import Mixing
+from robust_accel.data.batch_augmentation import augmented
 from robust_accel.data.batches import Sampler, TrainingBatches
 from robust_accel.data.classes import (
     ClassNames,
@@ -15,7 +16,6 @@ from robust_accel.data.images import (
     FileImages,
     ImageSet,
     MemoryImages,
-    augmented,
     derived_seed,
     seeded_generator,
 )

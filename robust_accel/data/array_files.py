@@ -1,7 +1,7 @@
-"""Arrays in ``.npz`` files and folders of ``.npy`` files: found by their headers, and mapped.
+"""Arrays in ``.npz`` files and folders of ``.npy`` files: found by their headers, read by rows.
 
-Nothing is unpickled: arrays of objects are refused by their headers. What is mapped stays in the
-file; its pages are the kernel's, who shares them among all processes and takes them back.
+Nothing is unpickled: arrays of objects are refused by their headers. What is opened stays in the
+file; what the kernel keeps of it is shared among all processes, and part of none's memory.
 """
 
 import errno
@@ -36,29 +36,90 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: ... lengths o
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """An array that lies in a file.
+class FileArray:
+    """An array that stays in its file: rows are read when they are asked for.
+
+    They are read, not mapped: a file that is cut short meanwhile is an error, not the end of the
+    process, and what the kernel keeps of it is not counted as the process's memory.
 
     Attributes:
-        array: Read-only.
+        path: What errors name.
         file, offset: Where its first byte is.
+        shape, dtype: Of the numbers that follow, in C's order.
         crc: The CRC-32 of the ``.npy`` member, where a zip has told one.
     """
 
-    array: np.ndarray
+    path: str
     file: BufferedReader
     offset: int
-    crc: int | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    crc: int | None = None
 
-    def soon(self, rows: np.ndarray) -> None:
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Some rows, [B, ...]; those that follow one another in the file at once.
+
+        Args:
+            numbers: Of the rows, [B].
+
+        Raises:
+            ValueError: ``path: ...``: the file has become shorter, or cannot be read any more.
+        """
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"{self.path} has the rows 0 to {len(self) - 1}")
+        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        content, size = _bytes_of(found), self._bytes_of_row
+        for start, end, first in _runs(numbers):
+            self._read(content[start * size : end * size], first * size)
+        return found
+
+    def whole(self) -> np.ndarray:
+        """All rows; raises as ``rows``."""
+        found = np.empty(self.shape, self.dtype)
+        self._read(_bytes_of(found), 0)
+        return found
+
+    def soon(self, numbers: np.ndarray) -> None:
         """Let the kernel read rows [B] ahead, all at once, while others are worked on."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        size = math.prod(self.array.shape[1:]) * self.array.itemsize
-        for row in rows.tolist():
-            os.posix_fadvise(
-                self.file.fileno(), self.offset + row * size, size, os.POSIX_FADV_WILLNEED
-            )
+        size = self._bytes_of_row
+        for start, end, first in _runs(numbers):
+            place, length = self.offset + first * size, (end - start) * size
+            os.posix_fadvise(self.file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def _bytes_of_row(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _read(self, content: memoryview, place: int) -> None:
+        """Fill ``content`` with what begins at a byte of the array."""
+        place += self.offset
+        while content:
+            try:
+                number = os.preadv(self.file.fileno(), [content], place)
+            except OSError as error:
+                raise ValueError(f"path: {self.path} cannot be read: {error.strerror}") from None
+            if number == 0:
+                raise ValueError(
+                    f"path: {self.path} has been cut short while it was read: it ends at byte "
+                    f"{os.fstat(self.file.fileno()).st_size:,}, and byte {place:,} is wanted"
+                )
+            content, place = content[number:], place + number
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _runs(numbers: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Parts of rows that follow one another: where each begins and ends, and its first row."""
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    ends = [*starts[1:].tolist(), len(numbers)]
+    return zip(starts.tolist(), ends, numbers[starts].tolist(), strict=False)  # of no rows none
 
 
 @dataclass(frozen=True)
@@ -75,24 +136,22 @@ class StoredArray:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-    def mapped(self) -> Mapped:
-        """Map it; unpack it first into the cache of ``datasets`` where it is compressed.
+    def open(self) -> FileArray:
+        """Open it where it lies; unpack it first into the cache of ``datasets`` if compressed.
 
         Raises:
             ValueError: ``path: ...``.
         """
         with refused(self.path):
-            if self.member is None:
-                file, start = opened(Path(self.path, f"{self.name}{_NPY}")), 0
-            elif self.member.compress_type == zipfile.ZIP_STORED:
-                file = opened(self.path)
-                start = _start_of(self.member, file)
-            else:
-                file, start = opened(_unpacked(self.path, self.member)), 0
-            offset = start + self.header
-            crc = self.member.CRC if self.member else None
-            found = np.memmap(file, self.dtype, "r", offset, self.shape)
-            return Mapped(np.asarray(found), file, offset, crc)
+            member, place = self.member, self.path
+            if member is None:
+                place = str(Path(place, f"{self.name}{_NPY}"))
+            elif member.compress_type != zipfile.ZIP_STORED:
+                place = str(_unpacked(place, member))
+            file = opened(place)
+            start = _start_of(member, file) if member is not None and place == self.path else 0
+            crc = member.CRC if member else None
+            return FileArray(place, file, start + self.header, self.shape, self.dtype, crc)
 
 
 def holds_arrays(path: str, image: str | None = None) -> bool:

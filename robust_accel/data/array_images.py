@@ -1,6 +1,7 @@
 """Images that others have published as arrays: in pickles, ``.npz`` files and folders of arrays."""
 
 import json
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -8,15 +9,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from robust_accel.data.array_files import Mapped, array_names, stored_array
-from robust_accel.data.array_pickle import load_arrays
-from robust_accel.data.augmentation import image_transform
+from robust_accel.data.array_files import FileArray, array_names, stored_array
+from robust_accel.data.array_pickle import HELD, load_arrays
+from robust_accel.data.batch_augmentation import BatchAugmentation
 from robust_accel.data.classes import Classes, shown, tell
-from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages, batch_augment
+from robust_accel.data.file_pixels import FilePixels
+from robust_accel.data.images import NO_LABEL, ImageSet, MemoryImages
 from robust_accel.data.labels import checked_labels
-from robust_accel.data.mapped import MappedImages
 from robust_accel.data.reading import LeftOut, left_out_of
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
+from robust_accel.data.stored import StoredImages
 
 _CHUNK = 2**16  # labels at a time
 _MOST_NAMES = 2**24  # bytes
@@ -27,7 +29,7 @@ NAMES = {"image": "label", "images": "labels", "data": "extrapolated_targets"}
 
 def images_of_arrays(
     path: str, own: UnlabeledSettings, settings: DataSettings, seed: int, classes: Classes
-) -> MappedImages:
+) -> StoredImages:
     """The images of a ``.npz`` or of a folder of arrays, which stay there.
 
     Args:
@@ -60,11 +62,10 @@ def images_of_arrays(
             raise ValueError(
                 f"path: {label!r} of {path} must be one integer an image, [{rows}], found {targets}"
             )
-        labels = targets.mapped()
+        labels = targets.open()
         _check_labels(labels, classes.number, f"path: {label!r}", path)
-    augment = batch_augment(settings)
-    transform = image_transform(settings, (channels, height, found.shape[2]))
-    return MappedImages(found.mapped(), labels, augment=augment, transform=transform, seed=seed)
+    shape = channels, height, found.shape[2]
+    return StoredImages(found.open(), labels, BatchAugmentation.of(settings, shape, seed))
 
 
 def _check_settings(path: str, own: UnlabeledSettings) -> None:
@@ -101,10 +102,10 @@ def _names(path: str, own: UnlabeledSettings) -> tuple[str, str | None]:
     return image, label
 
 
-def _check_labels(labels: Mapped, number: int, key: str, path: str) -> None:
+def _check_labels(labels: FileArray, number: int, key: str, path: str) -> None:
     """As ``checked_labels``, some at a time; nothing is left out."""
-    for start in range(0, len(labels.array), _CHUNK):
-        part = labels.array[start : start + _CHUNK]
+    for start in range(0, len(labels), _CHUNK):
+        part = labels.rows(np.arange(start, min(start + _CHUNK, len(labels))))
         wrong = np.flatnonzero((part < NO_LABEL) | (part >= number))
         if len(wrong):
             raise ValueError(
@@ -144,9 +145,9 @@ def _class_names(path: str) -> tuple[str, ...] | None:
     """Names that stand beside labels, as ``pseudo-label`` writes them; None without such."""
     names: Any = None
     with suppress(ValueError, KeyError):
-        array = stored_array(path, CLASS_NAMES).mapped().array
-        if array.dtype == np.uint8 and array.size < _MOST_NAMES:
-            names = json.loads(array.tobytes())
+        array = stored_array(path, CLASS_NAMES)
+        if array.dtype == np.uint8 and math.prod(array.shape) < _MOST_NAMES:
+            names = json.loads(array.open().whole().tobytes())
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
     return None
@@ -163,11 +164,14 @@ def _check_numbers(path: str, name: str, settings: DataSettings) -> None:
 def images_of_pickle(
     path: str, settings: DataSettings, seed: int, number: int
 ) -> tuple[ImageSet, LeftOut | None]:
-    """Carmon et al.'s file: ``data`` [N, H, W, C] uint8 and ``extrapolated_targets`` [N]."""
+    """Carmon et al.'s file: ``data`` [N, H, W, C] uint8 and ``extrapolated_targets`` [N].
+
+    The images stay in it, where it holds their bytes as they are.
+    """
     _check_in_memory(path, settings)
     arrays = load_arrays(path)
     pixels = arrays.get("data")
-    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4:
+    if pixels is None or pixels.dtype != np.uint8 or len(pixels.shape) != 4:
         found = {name: f"{a.dtype} {list(a.shape)}" for name, a in arrays.items()}
         raise ValueError(f"path: {path} must hold 'data', uint8 [N, H, W, C], found {found}")
     targets = arrays.get("extrapolated_targets", np.full(len(pixels), NO_LABEL))
@@ -176,13 +180,26 @@ def images_of_pickle(
             f"path: 'extrapolated_targets' of {path} must be one integer an image, [{len(pixels)}],"
             f" found {targets.dtype} {list(targets.shape)}"
         )
+    if isinstance(targets, FileArray):
+        targets = targets.whole()
     if bool((targets != NO_LABEL).any()):
         _check_numbers(path, "extrapolated_targets", settings)
     column = pa.chunked_array([targets.astype(targets.dtype.newbyteorder("="))])
     about: Any = {"lowest": NO_LABEL, "skip": settings.on_bad == "skip"}
     labels, bad = checked_labels(column, number, "path: 'extrapolated_targets'", path, **about)
-    images = torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
+    images = FilePixels(pixels) if isinstance(pixels, FileArray) else _in_memory(path, pixels)
     every = MemoryImages.of(images, labels, settings, seed)
     if bad:
         every = every.subset(torch.tensor([row for row in range(len(labels)) if row not in bad]))
     return every, left_out_of([*bad.values()], len(every))
+
+
+def _in_memory(path: str, pixels: np.ndarray) -> torch.Tensor:
+    """The images [N, H, W, C] of a pickle as [N, C, H, W]."""
+    if pixels.nbytes > HELD:
+        tell(
+            f"the images of {path} do not lie there as they are (pickle's protocols 0 to 2 write "
+            f"them as text): each process keeps {pixels.nbytes:,} bytes of them in memory; pickled "
+            "anew by protocol 3 or later, in C's order, they stay in the file"
+        )
+    return torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))

@@ -40,28 +40,33 @@ def seeded(*key: int) -> Iterator[None]:
         torch.default_generator.set_state(own)
 
 
-def image_transform(settings: DataSettings, shape: tuple[int, int, int]) -> v2.Transform | None:
-    """``data.policy`` and ``data.cutout`` on an image, uint8 [C, H, W]; None if neither is set.
+def policy_transform(settings: DataSettings) -> v2.Transform | None:
+    """``data.policy`` on an image, uint8 [C, H, W]; None if it is not set."""
+    return None if settings.policy is None else _POLICIES[settings.policy]()
 
-    Args:
-        shape: C, H, W.
 
-    Raises:
-        ValueError: ``cutout: ...``: the square does not fit into the image.
-    """
-    steps: list[v2.Transform] = []
-    if settings.policy is not None:
-        steps.append(_POLICIES[settings.policy]())
-    if settings.cutout is not None:
-        _, height, width = shape
-        if settings.cutout >= min(height, width):
-            raise ValueError(
-                f"cutout: a square of {settings.cutout} x {settings.cutout} is not smaller than "
-                f"the images of {height} x {width}"
-            )
-        share = settings.cutout**2 / (height * width)
+def image_transform(settings: DataSettings) -> v2.Transform | None:
+    """``data.policy`` and ``data.cutout`` on an image from a file; None if neither is set."""
+    policy, side, size = policy_transform(settings), settings.cutout, settings.image_size
+    steps = [] if policy is None else [policy]
+    if side is not None:
+        assert size is not None
+        share = side**2 / size**2
         steps.append(v2.RandomErasing(p=1, scale=(share, share), ratio=(1, 1)))
     return v2.Compose(steps) if steps else None
+
+
+def check_cutout(side: int | None, height: int, width: int) -> None:
+    """Refuse a square that does not fit into images.
+
+    Raises:
+        ValueError: ``cutout: ...``.
+    """
+    if side is not None and side >= min(height, width):
+        raise ValueError(
+            f"cutout: a square of {side} x {side} is not smaller than the images of {height} x "
+            f"{width}"
+        )
 
 
 class Mixing:

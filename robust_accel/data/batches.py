@@ -10,8 +10,8 @@ from torch import Tensor
 from robust_accel.data.augmentation import Mixing
 from robust_accel.data.images import NO_LABEL, Batch, ImageSet, derived_seed, seeded_generator
 from robust_accel.data.loading import Data
-from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.orders import Order
+from robust_accel.data.stored import StoredImages, labels_among
 
 
 class Sampler:
@@ -41,10 +41,12 @@ class Sampler:
         seed: int = 0,
         sharding: Literal["global", "fixed"] = "global",
     ) -> None:
-        if batch_size % (num_micro * world_size):
+        parts = num_micro * world_size
+        if over := batch_size % parts:
+            less = f"{batch_size - over} or " if batch_size > parts else ""
             raise ValueError(
                 f"batch_size: {batch_size} is not divisible by {world_size} processes x "
-                f"{num_micro} micro-batches"
+                f"{num_micro} micro-batches: choose {less}{batch_size - over + parts}"
             )
         if batch_size > num_images:
             raise ValueError(f"batch_size: {batch_size} exceeds the {num_images} training images")
@@ -107,7 +109,7 @@ class Sampler:
         return by_step.view(self.steps_per_epoch, self._world_size, -1)[:, rank].flatten()
 
 
-class MappedSampler(Sampler):
+class StoredSampler(Sampler):
     """A ``Sampler`` without lists of all images: it computes a micro-batch's when its turn comes.
 
     Its orders are others than a ``Sampler``'s, and have the same properties.
@@ -133,7 +135,7 @@ class MappedSampler(Sampler):
         return rank, step, self._num_micro - 1
 
     def num_labeled(self, images: ImageSet, epoch: int, step: int) -> int:
-        assert isinstance(images, MappedImages)
+        assert isinstance(images, StoredImages)
         parts = itertools.product(range(self._world_size), range(self._num_micro))
         dealt = torch.cat([self._dealt(epoch, rank, step, micro) for rank, micro in parts])
         return int((images.labels_at(dealt) != NO_LABEL).sum())
@@ -199,7 +201,7 @@ class TrainingBatches:
                     f"batch_size: {batch_size} x {key} {share:g} makes {numbers[-1]} images a "
                     f"step, and there are {len(images)}"
                 )
-            kind = MappedSampler if isinstance(images, MappedImages) else Sampler
+            kind = StoredSampler if isinstance(images, StoredImages) else Sampler
             others.append((images, kind(len(images), numbers[-1], seed=own_seed, **about)))
         if sum(numbers) >= batch_size:
             raise ValueError(

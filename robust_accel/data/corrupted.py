@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from robust_accel.data.array_files import StoredArray, stored_array
 from robust_accel.data.classes import renumbered_labels, shown
 from robust_accel.data.decoding import Pictures, Source, UnusableImage
 from robust_accel.data.images import Batch, Decoded, FileImages, ImageSet, loaded
-from robust_accel.data.mapped import MappedImages
 from robust_accel.data.reading import by, read_images
 from robust_accel.data.settings import DataSettings
+from robust_accel.data.stored import StoredImages
 
 SEVERITIES = 5  # that a published file holds, one after another
 GENERATOR = "imagecorruptions-imaug"
@@ -101,9 +101,9 @@ def published(
     each = pixels.shape[0] // SEVERITIES
     labels = _numbers(path, pixels.shape[0], num_classes)
     own = renumbered_labels(torch.from_numpy(labels.astype(np.int64)), positions).numpy()
-    mapped, first = pixels.mapped(), torch.arange(min(number or each, each))
+    first = torch.arange(min(number or each, each))
     rows = torch.cat([(severity - 1) * each + first for severity in severities])
-    images = MappedImages(mapped, replace(mapped, array=own), rows=rows, number=len(rows))
+    images = StoredImages(pixels.open(), own, rows=rows, number=len(rows))
     return Corrupted(images, torch.tensor(severities).repeat_interleave(len(first)))
 
 
@@ -167,7 +167,7 @@ def _numbers(path: str, wanted: int, num_classes: int) -> np.ndarray:
         raise ValueError(
             f"path: labels.npy of {path} must be one integer an image, [{wanted}], found {found}"
         )
-    labels = np.asarray(found.mapped().array)
+    labels = found.open().whole()
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise ValueError(

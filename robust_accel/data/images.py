@@ -2,25 +2,24 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.v2 import Transform
 
 from robust_accel.data.augmentation import image_transform, seeded
+from robust_accel.data.batch_augmentation import PAD, PLAIN, BatchAugmentation
 from robust_accel.data.decoding import Pictures, UnusableImage
+from robust_accel.data.file_pixels import FilePixels
 from robust_accel.data.settings import DataSettings
 
 NO_LABEL = -1
 HASHED_WHOLE = 2**30  # bytes of encoded images; of larger sets, this many images:
 HASHED_IMAGES = 1000
-PAD = 4
-Augment = Literal["flip", "crop_flip"]
+_HASHED_AT_ONCE = 2**10  # images
 Batch = tuple[Tensor, Tensor]
 """Images [B, C, H, W] in [0, 1] and labels [B], ``NO_LABEL`` for none, on the device.
 
@@ -54,85 +53,68 @@ class ImageSet(Protocol):
 
 
 class MemoryImages:
-    """Images kept as one uint8 tensor.
+    """Images kept as one uint8 tensor; those of a pickle in their file.
 
     Args:
         images: [N, C, H, W], uint8.
         labels: [N].
-        augment: Whole batches on the device, see ``augmented``; None: not at all.
-        transform: Of each image after that, on the CPU.
-        seed: Of both.
+        augmentation: Of images that are trained on; nothing unless given.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | FilePixels,
         labels: Tensor,
-        *,
-        augment: Augment | None = None,
-        transform: Transform | None = None,
-        seed: int = 0,
+        augmentation: BatchAugmentation = PLAIN,
     ) -> None:
         self.images = images
         self.labels = labels
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.augment, self.transform = augment, transform
-        self.seed = seed
+        self.augmentation = augmentation
 
     @classmethod
     def of(
-        cls, images: Tensor, labels: Tensor, settings: DataSettings, seed: int
+        cls, images: Tensor | FilePixels, labels: Tensor, settings: DataSettings, seed: int
     ) -> "MemoryImages":
         """Augmented as the settings say."""
         _, channels, height, width = images.shape
-        transform = image_transform(settings, (channels, height, width))
-        augment = batch_augment(settings)
-        return cls(images, labels, augment=augment, transform=transform, seed=seed)
+        augmentation = BatchAugmentation.of(settings, (channels, height, width), seed)
+        return cls(images, labels, augmentation)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "MemoryImages":
-        return self._alike(self.images[indices], self.labels[indices])
+        images = self.images
+        some = images[indices] if isinstance(images, Tensor) else images.subset(indices)
+        return MemoryImages(some, self.labels[indices], self.augmentation)
 
     def pooled(self, other: "MemoryImages") -> "MemoryImages":
-        images = torch.cat([self.images, other.images])
-        return self._alike(images, torch.cat([self.labels, other.labels]))
-
-    def _alike(self, images: Tensor, labels: Tensor) -> "MemoryImages":
-        about: Any = {"augment": self.augment, "transform": self.transform, "seed": self.seed}
-        return MemoryImages(images, labels, **about)
+        own, others = self.images, other.images
+        assert isinstance(own, Tensor)  # the labelled ones
+        images = torch.cat([own, others]) if isinstance(others, Tensor) else others.after(own)
+        return MemoryImages(images, torch.cat([self.labels, other.labels]), self.augmentation)
 
     def digest(self) -> str:
         """64 hex digits that tell these images, labels and their order from others."""
         found = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            found.update(tensor.contiguous().numpy().data)
+        for indices in torch.arange(len(self)).split(_HASHED_AT_ONCE):
+            found.update(self.images[indices].contiguous().numpy().data)
+        found.update(self.labels.contiguous().numpy().data)
         return found.hexdigest()
 
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
-        augment = None if epoch is None else self.augment
-        draws = _draw_crops(len(self), self.seed, epoch or 0) if augment else None
-        transform = None if epoch is None else self.transform
-        where = device if transform is None else torch.device("cpu")
+        augmentation, shifts = self.augmentation, None
+        if epoch is not None and augmentation.shifts:
+            shifts = _draw_shifts(len(self), augmentation.seed, epoch)
         for indices in index_batches:
-            x = self.images[indices].to(where)
-            if augment and draws is not None:
-                x = augmented(x, draws[indices].to(where), augment)
-            if transform is not None:
-                x = transformed(x, transform, indices, self.seed, epoch or 0).to(device)
-            yield x.float() / 255, self.labels[indices].to(device)
-
-
-def transformed(x: Tensor, transform: Transform, indices: Tensor, seed: int, epoch: int) -> Tensor:
-    """Each image by its own draw: x [B, C, H, W], uint8, on the CPU."""
-    found = []
-    for image, index in zip(x, indices.tolist(), strict=True):
-        with seeded(seed, epoch, index):
-            found.append(transform(image))
-    return torch.stack(found)
+            x = self.images[indices]
+            if epoch is not None:
+                own = None if shifts is None else shifts[indices]
+                x = augmentation(x, indices, epoch, device, own)
+            yield x.to(device).float() / 255, self.labels[indices].to(device)
 
 
 class FileImages:
@@ -254,10 +236,12 @@ class Decoded(Dataset):
 
     def __init__(self, images: FileImages, epoch: int | None) -> None:
         self.images, self.epoch = images, epoch
-        self.per_image = None if epoch is None else image_transform(images.settings, images.shape)
+        least = images.settings.crop_scale
+        self.per_image = None if epoch is None else image_transform(images.settings)
         self.transform = create_transform(
             images.shape,
             is_training=epoch is not None and images.settings.augment == "timm",
+            scale=None if least is None else (least, 1.0),
             interpolation="bilinear",
             crop_pct=1.0 if images.whole else None,
             color_jitter=None,  # type: ignore[arg-type]
@@ -294,39 +278,9 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*key))
 
 
-def batch_augment(settings: DataSettings) -> Augment | None:
-    """What ``data.augment`` says of images in memory."""
-    augment = settings.augment
-    return None if augment == "none" or augment == "timm" else augment
-
-
-def _draw_crops(num_images: int, seed: int, epoch: int) -> Tensor:
+def _draw_shifts(num_images: int, seed: int, epoch: int) -> Tensor:
     """Row offset, column offset (0 to 2 * PAD) and mirror flag of every image: [N, 3]."""
     generator = seeded_generator(seed, epoch, 1)
     offsets = torch.randint(0, 2 * PAD + 1, (num_images, 2), generator=generator)
     flips = torch.randint(0, 2, (num_images, 1), generator=generator)
     return torch.cat([offsets, flips], dim=1)
-
-
-def augmented(x: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Mirrored where that is drawn, and cropped to the old size after padding by 4 zeros.
-
-    Args:
-        x: [B, C, H, W].
-        draws: Row, column and whether to mirror: [B, 3] of integers.
-        augment: ``flip`` mirrors alone.
-    """
-    batch, channels, height, width = x.shape
-    row, column, flip = draws[:, 0:1], draws[:, 1:2], draws[:, 2:3].bool()  # [B, 1]
-    if augment == "flip":
-        return torch.where(flip[:, :, None, None], x.flip(3), x)
-    rows = row + torch.arange(height, device=x.device)  # [B, H]
-    steps = torch.arange(width, device=x.device)
-    columns = column + torch.where(flip, steps.flip(0), steps)  # [B, W]
-    padded = pad(x, (PAD,) * 4)
-    return padded[
-        torch.arange(batch, device=x.device)[:, None, None, None],
-        torch.arange(channels, device=x.device)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]

@@ -13,7 +13,6 @@ from robust_accel.data.columns import LabeledRows, classes_of_train, labeled_row
 from robust_accel.data.decoding import Pictures, Source
 from robust_accel.data.ids import Ids, IdsError, find_rows, list_text
 from robust_accel.data.images import NO_LABEL, FileImages, ImageSet, MemoryImages
-from robust_accel.data.mapped import MappedImages, labels_among
 from robust_accel.data.reading import (
     LeftOut,
     by,
@@ -26,6 +25,7 @@ from robust_accel.data.reading import (
 from robust_accel.data.settings import DataSettings, UnlabeledSettings
 from robust_accel.data.shards import PLACE, shards_of
 from robust_accel.data.sources import load_splits, rows_of
+from robust_accel.data.stored import StoredImages, labels_among
 from robust_accel.data.unlabeled import NONE_LEFT_OUT, load_unlabeled, rows_to_label
 
 DataIdentity = dict[str, dict[str, Any]]
@@ -102,7 +102,7 @@ def identity_of(**sets: ImageSet | None) -> DataIdentity:
     return {
         name: {"images": len(images), "digest": images.digest()}
         for name, images in sets.items()
-        if isinstance(images, MemoryImages | FileImages | MappedImages) and len(images) > 0
+        if isinstance(images, MemoryImages | FileImages | StoredImages) and len(images) > 0
     }
 
 

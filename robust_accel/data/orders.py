@@ -50,6 +50,12 @@ def draws(indices: Tensor, *key: int) -> Tensor:
     return torch.from_numpy((mixed >> np.uint64(1)).astype(np.int64))
 
 
+def uniforms(indices: Tensor, number: int, *key: int) -> Tensor:
+    """So many draws from [0, 1) an index, as of ``draws``: [B, number] of float64, whole 2^-32."""
+    found = [draws(indices, *key, i) for i in range(1, number + 1)]  # a zero would say nothing
+    return (torch.stack(found, dim=1) >> 31).double() / 2**32
+
+
 def _mixed(values: np.ndarray) -> np.ndarray:
     """splitmix64's step: 64 bits to 64 bits, one to one."""
     values = values + np.uint64(0x9E3779B97F4A7C15)

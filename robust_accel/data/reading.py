@@ -16,8 +16,8 @@ from robust_accel.data.images import (
     seeded_generator,
     unusable,
 )
-from robust_accel.data.mapped import MappedImages
 from robust_accel.data.settings import DataSettings
+from robust_accel.data.stored import StoredImages
 
 _NAMED = 3  # of the images that are left out
 
@@ -107,7 +107,7 @@ def drawn(images: ImageSet, size: int | None, key: str) -> tuple[ImageSet, Image
         return images, images.subset(torch.arange(0))
     if size > len(images):
         raise ValueError(f"{key}: {size} exceeds the {len(images)} images there are")
-    if isinstance(images, MappedImages):  # their order is in no memory
+    if isinstance(images, StoredImages):  # their order is in no memory
         return images.drawn(size, 6), images.subset(torch.arange(0))
     order = drawn_order(len(images))
     return images.subset(order[:size]), images.subset(order[size:])

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import model_validator
 
-from robust_accel.settings import Flag, Number, PathText, Settings, Whole
+from robust_accel.settings import Flag, Number, PathText, Settings, Whole, listed
 
 
 class UnlabeledSettings(Settings):
@@ -15,12 +15,12 @@ class UnlabeledSettings(Settings):
 
     Args:
         path: As ``data.path``, or Carmon et al.'s ``ti_500K_pseudo_labeled.pickle``, of which
-            nothing but arrays is read. Or arrays that stay in their file, however many: a ``.npz``
-            with ``image`` (uint8, [N, H, W, C]) and ``label`` (integers, [N]; -1 is none), as EDM's
-            images are published, or ``data`` and ``extrapolated_targets``; or a folder with
-            ``images.npy`` and ``labels.npy``. A compressed ``.npz`` is unpacked once into the cache
-            of ``datasets``. Not given: the images of the training split that ``data.train_size``
-            leaves out, their labels unseen.
+            nothing but arrays is read, and whose images stay in it. Or arrays that stay in their
+            file, however many: a ``.npz`` with ``image`` (uint8, [N, H, W, C]) and ``label``
+            (integers, [N]; -1 is none), as EDM's images are published, or ``data`` and
+            ``extrapolated_targets``; or a folder with ``images.npy`` and ``labels.npy``. A
+            compressed ``.npz`` is unpacked once into the cache of ``datasets``. Not given: the
+            images of the training split that ``data.train_size`` leaves out, their labels unseen.
         config, split: As of ``data``.
         image_column: Found by its feature type when not given; of arrays, the images' name.
         label_column: Labels to train on. Not given: the ``pseudo_label`` that the ``pseudo-label``
@@ -107,14 +107,18 @@ class DataSettings(Settings):
         validation_size: Training images held out to choose checkpoints: a number, or a share < 1.
         train_size, test_size: Use only so many images of a split, drawn once by a fixed seed.
         in_memory: Decode all images once and keep them as uint8 (for small images of one size).
-        augment: In memory, in batches on the device: ``crop_flip`` (pad by 4, crop, mirror) or
-            ``flip`` (mirror, enough where few epochs underfit). From files: ``timm`` (random
-            resized crop and mirror). Or ``none``.
+        augment: In memory, in batches on the device: ``crop_flip`` (pad by 4, crop, mirror),
+            ``resized_crop_flip`` (random resized crop, mirror) or ``flip`` (mirror, enough where
+            few epochs underfit). From files: ``timm`` (random resized crop and mirror). Or
+            ``none``.
+        crop_scale: The least share of an image's area that a random resized crop keeps
+            (``resized_crop_flip``, ``timm``); 0.08 unless given.
         policy: Of torchvision, after ``augment``: ``rand`` (RandAugment, 2 operations of magnitude
             9), ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
             (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory each training process
             computes it image by image, from files the workers do.
-        cutout: After ``policy``, a black square of so many pixels a side somewhere in each image.
+        cutout: After ``policy``, a black square of so many pixels a side somewhere in each image
+            (in memory: in batches on the device).
         mix: After all of these, mixup and CutMix: images and labels of a step mixed with each
             other, see ``MixSettings``.
         image_size: Height and width that images from files are cropped and resized to.
@@ -143,7 +147,8 @@ class DataSettings(Settings):
     train_size: Annotated[Whole, Ge(1)] | None = None
     test_size: Annotated[Whole, Ge(1)] | None = None
     in_memory: Flag = True
-    augment: Literal["none", "flip", "crop_flip", "timm"] = "none"
+    augment: Literal["none", "flip", "crop_flip", "resized_crop_flip", "timm"] = "none"
+    crop_scale: Annotated[Number, Gt(0), Le(1)] | None = None
     policy: Literal["rand", "trivial", "auto_cifar10", "auto_imagenet", "auto_svhn"] | None = None
     cutout: Annotated[Whole, Ge(1)] | None = None
     mix: MixSettings | None = None
@@ -169,10 +174,16 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataSettings":
-        if self.augment in (["timm"] if self.in_memory else ["flip", "crop_flip"]):
+        only_in_memory = ["flip", "crop_flip", "resized_crop_flip"]
+        if self.augment in (["timm"] if self.in_memory else only_in_memory):
             raise ValueError(
                 f"augment: {self.augment} does not go with in_memory: {str(self.in_memory).lower()}"
-                " (flip, crop_flip: in memory; timm: from files; none: both)"
+                f" ({listed(only_in_memory)}: in memory; timm: from files; none: both)"
+            )
+        if self.crop_scale is not None and self.augment not in ("resized_crop_flip", "timm"):
+            raise ValueError(
+                f"crop_scale: {self.crop_scale:g} is for augment: resized_crop_flip and timm, not "
+                f"for {self.augment}"
             )
         if self.in_memory == (self.image_size is not None):
             raise ValueError(

@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robust_accel.data.array_pickle import load_arrays
+from robust_accel.data import array_pickle
+from robust_accel.data.array_files import FileArray
 
 MEMORY = 2**30  # bytes that the reader may map beside what importing has taken
 
@@ -102,13 +103,17 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-def read_hostile(examples: int, pickled: Path, told: Path) -> None:
+def read_hostile(examples: int, held: int, pickled: Path, told: Path) -> None:
     """Write pickles to a file and read them; what fails is told in another.
+
+    More than ``held`` bytes stay in the file.
 
     To be run in a process of its own: a crash leaves the pickle that did it.
     """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+    array_pickle.HELD = held
 
     @settings(
         max_examples=examples, deadline=5000, database=None, suppress_health_check=list(HealthCheck)
@@ -116,10 +121,10 @@ def read_hostile(examples: int, pickled: Path, told: Path) -> None:
     @given(st.one_of(programs, mutated()))
     def reads(content: bytes) -> None:
         pickled.write_bytes(content)
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray | FileArray] = {}
         said = "path: "
         try:
-            arrays = load_arrays(pickled)
+            arrays = array_pickle.load_arrays(pickled)
         except ValueError as error:
             said = str(error)
         assert said.startswith("path: ")
@@ -127,7 +132,8 @@ def read_hostile(examples: int, pickled: Path, told: Path) -> None:
         assert "MemoryError" not in said
         for array in arrays.values():
             assert array.dtype.kind in "biufc"
-            array.tobytes()  # it lies where it says
+            read = array.whole() if isinstance(array, FileArray) else array
+            read.tobytes()  # it lies where it says
 
     try:
         reads()

@@ -1,4 +1,4 @@
-"""``.npz`` files and folders of arrays: what is mapped, what is unpacked, and what is refused."""
+"""``.npz`` files and folders of arrays: what is read, what is unpacked, and what is refused."""
 
 import os
 import re
@@ -107,18 +107,35 @@ def test_size_draws_images_once(tmp_path: Path) -> None:
     assert load(path, size=20).digest() == images.digest() != load(path).digest()
 
 
-def test_a_file_of_over_4_gib_is_mapped_where_it_lies(tmp_path: Path) -> None:
+def test_a_file_of_over_4_gib_is_read_where_it_lies(tmp_path: Path) -> None:
     shape = (500, 600, 3)
     number = 2**32 // (500 * 600 * 3) + 10
     path = write_hollow(tmp_path / "made.npz", pixels(2, shape), number)
     with zipfile.ZipFile(path) as archive:  # a kind of zip of its own
         assert archive.getinfo("image.npy").file_size > 2**32
-    array = stored_array(str(path), "image").mapped().array
+    array = stored_array(str(path), "image").open()
     assert array.shape == (number, *shape)
-    assert np.array_equal(array[:2], pixels(2, shape))
-    assert not array[-1].any()
-    labels = stored_array(str(path), "label").mapped().array
+    assert np.array_equal(array.rows(np.arange(2)), pixels(2, shape))
+    assert not array.rows(np.array([number - 1])).any()
+    labels = stored_array(str(path), "label").open().whole()
     assert np.array_equal(labels, np.arange(number) % 2)
+
+
+# ---- what goes on while it is read -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_file_that_is_cut_short_under_way_is_named(
+    tmp_path: Path, cache: Path, compressed: bool
+) -> None:
+    path = write(tmp_path, compressed=compressed, **arrays(2000))
+    images = load(path)
+    batches = images.batches(torch.arange(2000).split(10), torch.device("cpu"))
+    next(batches)
+    (place,) = [copy for copy in copies(cache) if copy.stat().st_size > 50_000] or [path]
+    os.truncate(place, 10_000)
+    with pytest.raises(ValueError, match=rf"^path: {re.escape(str(place))} has been cut short"):
+        list(batches)
 
 
 # ---- what is compressed ------------------------------------------------------------------------
@@ -151,7 +168,7 @@ def test_many_at_once_unpack_a_file_once(
     found: list[int] = []
 
     def read() -> None:
-        found.append(int(stored_array(path, "image").mapped().array[7, 0, 0, 0]))
+        found.append(int(stored_array(path, "image").open().whole()[7, 0, 0, 0]))
 
     threads = [threading.Thread(target=read) for _ in range(8)]
     for thread in threads:
@@ -263,7 +280,7 @@ def test_every_flipped_byte_of_a_files_headers_is_read_or_refused(tmp_path: Path
         path.write_bytes(content)
         try:
             for name in array_names(str(path)):
-                array = stored_array(str(path), name).mapped().array
+                array = stored_array(str(path), name).open().whole()
                 assert array.nbytes <= len(whole)
                 array.sum()
         except ValueError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hostile_pickles import read_hostile
 
-from robust_accel.data.array_pickle import load_arrays
+from robust_accel.data.array_pickle import HELD, load_arrays
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -75,13 +75,16 @@ def test_an_array_that_python_2_wrote_is_read(tmp_path: Path, text: bytes) -> No
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_no_more_is_held_than_the_content_twice(tmp_path: Path, protocol: int) -> None:
+def test_no_more_is_held_than_text_twice_and_nothing_of_bytes(
+    tmp_path: Path, protocol: int
+) -> None:
     size = 2**22
     path = write(tmp_path, pickle.dumps({"data": np.zeros(size, np.uint8)}, protocol))
     tracemalloc.start()
     try:
         load_arrays(path)
-        assert tracemalloc.get_traced_memory()[1] < 2.2 * path.stat().st_size
+        most = 2.2 if protocol == 2 else 0.1
+        assert tracemalloc.get_traced_memory()[1] < most * path.stat().st_size
     finally:
         tracemalloc.stop()
 
@@ -196,11 +199,11 @@ def test_many_names_of_one_list_are_one_array(tmp_path: Path) -> None:
     assert len({id(array) for array in found.values()}) == 1
 
 
-def fuzz(folder: Path, examples: int) -> None:
+def fuzz(folder: Path, examples: int, held: int) -> None:
     """In a process of its own, which may crash; forked, as importing takes longer than reading."""
     pickled, told = folder / "last.pickle", folder / "told"
     process = multiprocessing.get_context("fork").Process(
-        target=read_hostile, args=(examples, pickled, told)
+        target=read_hostile, args=(examples, held, pickled, told)
     )
     process.start()
     process.join(900)
@@ -210,10 +213,11 @@ def fuzz(folder: Path, examples: int) -> None:
     assert process.exitcode == 0, f"{process.exitcode} at {last!r}: {told_text}"
 
 
-def test_no_pickle_crashes_or_allocates(tmp_path: Path) -> None:
-    fuzz(tmp_path, 200)
+@pytest.mark.parametrize("held", [HELD, 2])
+def test_no_pickle_crashes_or_allocates(tmp_path: Path, held: int) -> None:
+    fuzz(tmp_path, 200, held)
 
 
 @pytest.mark.long
 def test_no_pickle_of_thousands_crashes_or_allocates(tmp_path: Path) -> None:
-    fuzz(tmp_path, 5000)
+    fuzz(tmp_path, 5000, 2)

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from robust_accel.data import FileImages, ImageSet, MemoryImages, augmented, load_test
 from robust_accel.data.augmentation import seeded
+from robust_accel.data.batch_augmentation import BatchAugmentation
 
 # ---- in memory ---------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def test_crop_flip_is_the_slow_loop() -> None:
 @pytest.fixture
 def in_memory() -> MemoryImages:
     pictures = torch.randint(1, 256, (400, 1, 6, 6), dtype=torch.uint8)
-    return MemoryImages(pictures, torch.arange(400) % 7, augment="crop_flip", seed=3)
+    return MemoryImages(pictures, torch.arange(400) % 7, BatchAugmentation("crop_flip", 3))
 
 
 def test_memory_augmentation_depends_on_epoch_and_index_alone(in_memory: MemoryImages) -> None:
@@ -53,7 +54,7 @@ def test_memory_augmentation_depends_on_epoch_and_index_alone(in_memory: MemoryI
     order = torch.randperm(400).split(7)
     assert pixels(in_memory, [part.tolist() for part in order], epoch=2).equal(whole)
     assert not pixels(in_memory, [list(range(400))], epoch=3).equal(whole)
-    other = MemoryImages(in_memory.images, in_memory.labels, augment="crop_flip", seed=4)
+    other = MemoryImages(in_memory.images, in_memory.labels, BatchAugmentation("crop_flip", 4))
     assert not pixels(other, [list(range(400))], epoch=2).equal(whole)
     plain = in_memory.images.float() / 255
     assert pixels(in_memory, [list(range(400))], epoch=None).equal(plain)
@@ -65,7 +66,7 @@ def test_crops_and_mirrors_are_drawn_uniformly(in_memory: MemoryImages) -> None:
     marked = torch.zeros(4000, 1, 10, 9, dtype=torch.uint8)
     marked[:, :, 5, 4] = 255
     marked[:, :, 5, 5] = 51  # right of it, left of it once mirrored
-    images = MemoryImages(marked, torch.zeros(4000, dtype=torch.int64), augment="crop_flip")
+    images = MemoryImages(marked, torch.zeros(4000).long(), BatchAugmentation("crop_flip"))
     x = pixels(images, [list(range(4000))], epoch=0)[:, 0]
     rows = (x == 1).any(dim=2).float().argmax(dim=1)
     assert sorted(rows.unique().tolist()) == list(range(1, 10))
@@ -91,7 +92,7 @@ def configured(images: MemoryImages, seed: int = 3, **options: Any) -> MemoryIma
     [*({"policy": policy} for policy in POLICIES), {"cutout": 2}, {"cutout": 2, "policy": "rand"}],
     ids=str,
 )
-@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip", "resized_crop_flip"])
 def test_policies_and_cutout_depend_on_epoch_and_index_alone(
     in_memory: MemoryImages, options: dict[str, Any], augment: str
 ) -> None:
@@ -108,7 +109,7 @@ def test_policies_and_cutout_depend_on_epoch_and_index_alone(
     assert not pixels(without, [list(range(30))], epoch=2).equal(whole)
     assert pixels(images, [list(range(30))], epoch=None).equal(few.images.float() / 255)
     assert 0 <= whole.min() < whole.max() <= 1
-    if augment == "none":  # crops are drawn for as many images as there are
+    if augment in ("none", "resized_crop_flip"):  # shifts are drawn for as many images as there are
         assert pixels(images.subset(torch.arange(9)), [[3]], epoch=2).equal(whole[[3]])
 
 

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from robust_accel.data import Data, MemoryImages, Mixing, MixSettings, TrainingBatches
 from robust_accel.data.augmentation import seeded
+from robust_accel.data.batch_augmentation import BatchAugmentation
 
 CUTMIX, MIXUP = MixSettings(cutmix=1.0), MixSettings(mixup=1.0)
 BOTH = MixSettings(mixup=0.2, cutmix=1.0, prob=0.7)
@@ -18,7 +19,8 @@ BOTH = MixSettings(mixup=0.2, cutmix=1.0, prob=0.7)
 def images(number: int = 53, num_classes: int = 4, seed: int = 0) -> MemoryImages:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (number, 3, 8, 6), dtype=torch.uint8, generator=generator)
-    return MemoryImages(pixels, torch.arange(number) % num_classes, augment="crop_flip", seed=seed)
+    augmentation = BatchAugmentation("crop_flip", seed)
+    return MemoryImages(pixels, torch.arange(number) % num_classes, augmentation)
 
 
 def batches(

@@ -8,55 +8,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust_accel.data.array_files import Mapped
-from robust_accel.data.images import (
-    HASHED_IMAGES,
-    HASHED_WHOLE,
-    NO_LABEL,
-    PAD,
-    Augment,
-    Batch,
-    ImageSet,
-    Transform,
-    augmented,
-    transformed,
-)
+from robust_accel.data.array_files import FileArray
+from robust_accel.data.batch_augmentation import PAD, PLAIN, BatchAugmentation
+from robust_accel.data.images import HASHED_IMAGES, HASHED_WHOLE, NO_LABEL, Batch, ImageSet
 from robust_accel.data.orders import Order, draws
 
 _CHUNK = 2**16  # labels at a time
 _CHUNK_IMAGES = 2**10
 
 
-class MappedImages:
-    """Images of a mapped array, [N, H, W, C] of uint8; augmented as ``MemoryImages`` are.
+class StoredImages:
+    """Images of an array in a file, [N, H, W, C] of uint8; augmented as ``MemoryImages`` are.
 
-    A process keeps nothing of them but the batch at hand and the pages that the kernel has read of
-    the next one; all processes of a machine share these. The file must stay as it is during a run:
-    a new one of that name changes nothing, a shorter one ends the process (SIGBUS).
+    A process keeps nothing of them but the batch at hand; what the kernel has read, all processes
+    of a machine share. The file must stay as it is during a run: a new one of that name changes
+    nothing, a shorter one is an error.
 
     Args:
         pixels: The images.
         labels: Theirs, [N] of integers, ``NO_LABEL`` for none; None where none has one.
+        augmentation: Of images that are trained on; nothing unless given.
         rows: Which of the array's rows these are; None for all.
         number: How many rows.
     """
 
     def __init__(
         self,
-        pixels: Mapped,
-        labels: Mapped | None,
+        pixels: FileArray,
+        labels: FileArray | np.ndarray | None,
+        augmentation: BatchAugmentation = PLAIN,
         *,
-        augment: Augment | None = None,
-        transform: Transform | None = None,
-        seed: int = 0,
         rows: Order | Tensor | None = None,
         number: int | None = None,
     ) -> None:
-        height, width, channels = pixels.array.shape[1:]
+        _, height, width, channels = pixels.shape
         self.shape = (channels, height, width)
-        self.augment, self.transform, self.seed = augment, transform, seed
+        self.augmentation = augmentation
         self._pixels, self._labels, self._rows = pixels, labels, rows
-        self._number = len(pixels.array) if number is None else number
+        self._number = len(pixels) if number is None else number
         self.present: set[int] | None = None  # see ``labels_among``
 
     def __len__(self) -> int:
@@ -75,22 +64,24 @@ class MappedImages:
         """Of some images, [B] of int64."""
         if self._labels is None:
             return torch.full_like(indices, NO_LABEL)
-        return torch.from_numpy(self._labels.array[self._of(indices)].astype(np.int64))
+        labels, rows = self._labels, self._of(indices)
+        found = labels.rows(rows) if isinstance(labels, FileArray) else labels[rows]
+        return torch.from_numpy(found.astype(np.int64))
 
     def label_chunks(self) -> Iterator[np.ndarray]:
         """All labels, so many at a time, int64."""
         for indices in _chunks(len(self), _CHUNK):
             yield self.labels_at(indices).numpy()
 
-    def subset(self, indices: Tensor) -> "MappedImages":
+    def subset(self, indices: Tensor) -> "StoredImages":
         return self._with(torch.from_numpy(self._of(indices)), len(indices))
 
-    def drawn(self, size: int, *key: int) -> "MappedImages":
+    def drawn(self, size: int, *key: int) -> "StoredImages":
         """So many images, drawn by a key."""
         assert self._rows is None
         return self._with(Order(len(self), *key), size)
 
-    def pooled(self, other: Any) -> "MappedImages":
+    def pooled(self, other: Any) -> "StoredImages":
         raise ValueError("images that stay in their file are not pooled")
 
     def digest(self) -> str:
@@ -110,13 +101,17 @@ class MappedImages:
             parts = [torch.from_numpy(some)]
             self._pixels.soon(self._of(parts[0]))
         for indices in parts:
-            found.update(self._pixels.array[self._of(indices)].data)
+            found.update(self._pixels.rows(self._of(indices)).data)
         return found.hexdigest()
 
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
-        """See ``ImageSet``. The kernel reads a batch ahead of the one that is worked on."""
+        """See ``ImageSet``. The kernel reads a batch ahead of the one that is worked on.
+
+        Raises:
+            ValueError: ``path: ...``, see ``FileArray.rows``.
+        """
         ahead: list[Tensor] = []  # whose pages are on their way
         for indices in index_batches:
             self._pixels.soon(self._of(indices))
@@ -127,37 +122,28 @@ class MappedImages:
             yield self._batch(indices, device, epoch)
 
     def _batch(self, indices: Tensor, device: torch.device, epoch: int | None) -> Batch:
-        transform = None if epoch is None else self.transform
-        where = device if transform is None else torch.device("cpu")
-        pixels = torch.from_numpy(self._pixels.array[self._of(indices)]).to(where)
-        x = pixels.permute(0, 3, 1, 2).contiguous()
-        if self.augment and epoch is not None:
-            drawn = draws(indices, self.seed, epoch, 1)
-            crops = [drawn % (2 * PAD + 1), (drawn >> 20) % (2 * PAD + 1), (drawn >> 40) % 2]
-            x = augmented(x, torch.stack(crops, dim=1).to(where), self.augment)
-        if transform is not None:
-            x = transformed(x, transform, indices, self.seed, epoch or 0).to(device)
-        return x.float() / 255, self.labels_at(indices).to(device)
+        x = torch.from_numpy(self._pixels.rows(self._of(indices))).permute(0, 3, 1, 2)
+        if epoch is not None:
+            shifts = None
+            if self.augmentation.shifts:
+                drawn = draws(indices, self.augmentation.seed, epoch, 1)
+                own = [drawn % (2 * PAD + 1), (drawn >> 20) % (2 * PAD + 1), (drawn >> 40) % 2]
+                shifts = torch.stack(own, dim=1)
+            x = self.augmentation(x, indices, epoch, device, shifts)
+        return x.to(device).contiguous().float() / 255, self.labels_at(indices).to(device)
 
     def _of(self, indices: Tensor) -> np.ndarray:
         """The rows of images."""
         return (indices if self._rows is None else self._rows[indices]).numpy()
 
-    def _with(self, rows: Order | Tensor, number: int) -> "MappedImages":
-        return MappedImages(
-            self._pixels,
-            self._labels,
-            augment=self.augment,
-            transform=self.transform,
-            seed=self.seed,
-            rows=rows,
-            number=number,
-        )
+    def _with(self, rows: Order | Tensor, number: int) -> "StoredImages":
+        parts = self._pixels, self._labels, self.augmentation
+        return StoredImages(*parts, rows=rows, number=number)
 
 
 def labels_among(images: ImageSet) -> set[int]:
     """The labels that images have, ``NO_LABEL`` among them where one has none."""
-    if not isinstance(images, MappedImages):
+    if not isinstance(images, StoredImages):
         return set(images.labels.unique().tolist())
     if images.present is None:
         found = [np.bincount(labels - NO_LABEL) for labels in images.label_chunks()]

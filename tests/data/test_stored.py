@@ -18,9 +18,9 @@ from robust_accel.data import (
     TrainingBatches,
     load_data,
 )
-from robust_accel.data import mapped as mapped_module
-from robust_accel.data.batches import MappedSampler
-from robust_accel.data.images import augmented
+from robust_accel.data import stored as stored_module
+from robust_accel.data.batch_augmentation import augmented
+from robust_accel.data.batches import StoredSampler
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_crops_are_those_of_images_in_memory_and_follow_from_seed_epoch_and_inde
 
 def deal(epoch: int, world: int = 1, first_step: int = 0, **options: Any) -> list[Any]:
     """[rank][micro-batch] of 103 images in steps of 8."""
-    samplers = [MappedSampler(103, 8, rank=r, world_size=world, **options) for r in range(world)]
+    samplers = [StoredSampler(103, 8, rank=r, world_size=world, **options) for r in range(world)]
     return [[*sampler.epoch(epoch, first_step)] for sampler in samplers]
 
 
@@ -127,7 +127,7 @@ def test_the_image_before_a_micro_batch_is_that_of_the_steps_order(
     world: int, num_micro: int, sharding: Any
 ) -> None:
     about: Any = {"num_micro": num_micro, "world_size": world, "seed": 0, "sharding": sharding}
-    samplers = [MappedSampler(50, 12, rank=rank, **about) for rank in range(world)]
+    samplers = [StoredSampler(50, 12, rank=rank, **about) for rank in range(world)]
     for step in range(4):
         parts = []
         for sampler in samplers:
@@ -144,18 +144,27 @@ def test_the_image_before_a_micro_batch_is_that_of_the_steps_order(
             assert torch.equal(before, orders[rank][places])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "rand", "cutout": 2},
+        {"augment": "resized_crop_flip", "crop_scale": 0.3, "cutout": 2},
+        {"augment": "resized_crop_flip", "policy": "trivial"},
+    ],
+    ids=str,
+)
 def test_each_image_is_transformed_by_its_own_draw_as_in_memory(
-    labeled: Path, tmp_path: Path
+    labeled: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     path = write(tmp_path, **arrays(20))
-    images: Any = load(labeled, {"path": str(path)}, policy="rand", cutout=2).unlabeled
+    images: Any = load(labeled, {"path": str(path)}, **options).unlabeled
     indices = torch.arange(20)
 
     def batch(order: torch.Tensor, size: int) -> torch.Tensor:
         return torch.cat([x for x, _ in images.batches(order.split(size), CPU, 3)])[order.argsort()]
 
     in_memory = torch.from_numpy(pixels(20)).permute(0, 3, 1, 2).contiguous()
-    expected = MemoryImages(in_memory, indices, transform=images.transform, seed=images.seed)
+    expected = MemoryImages(in_memory, indices, images.augmentation)
     (whole,) = expected.batches([indices], CPU, 3)
     assert torch.equal(batch(indices, 20), whole[0])
     assert torch.equal(batch(indices.flip(0), 7), whole[0])
@@ -283,8 +292,8 @@ def test_a_changed_file_is_another_identity_and_a_copy_is_the_same(
     labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(mapped_module, "HASHED_WHOLE", whole)
-    monkeypatch.setattr(mapped_module, "HASHED_IMAGES", 2)
+    monkeypatch.setattr(stored_module, "HASHED_WHOLE", whole)
+    monkeypatch.setattr(stored_module, "HASHED_IMAGES", 2)
     content = arrays(30)
     before = digest(labeled, write(tmp_path, **content))
     (tmp_path / "copy").mkdir()
@@ -314,7 +323,7 @@ def test_a_folder_is_known_by_all_pixels_or_by_some(
     images[7] ^= 1
     folder = write_folder(tmp_path / "made", images)
     assert digest(labeled, folder) != before
-    monkeypatch.setattr(mapped_module, "HASHED_WHOLE", 100)
+    monkeypatch.setattr(stored_module, "HASHED_WHOLE", 100)
     before = digest(labeled, folder)
     images[10:] ^= 1
     assert digest(labeled, write_folder(folder, images)) != before
