@@ -11,7 +11,8 @@ from robust_accel.attack_context import AttackMode, attack_context, is_whole
 from robust_accel.attacks import Attack, MultiNorm, remembers
 from robust_accel.attacks.base import gradients_seen
 from robust_accel.attacks.norms import ORDERS, lengths
-from robust_accel.objectives import AWP, Adversarial, Classifier, Objective, predicted
+from robust_accel.objectives import AWP, Adversarial, Classifier, GradAlign, Objective, predicted
+from robust_accel.settings import eps_text
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class MinMax:
                     f"{part!r} keeps {kept} from step to step, which only robust-accel train can "
                     "tell it: train by a recipe, or choose another"
                 )
+        if (align := _alignment_of(self.objective)) is not None:
+            align.within(attack)  # refused now, not at the first batch
         self.attack_mode: AttackMode = attack_mode
         self.weight_perturbation = weight_perturbation
         self.perturb_weights = weight_perturbation is not None
@@ -240,9 +243,12 @@ class MinMax:
         return x_adv
 
     def _of_batch(self, x: Tensor) -> Objective:
-        """The objective, with what it draws for this batch."""
-        for_batch = getattr(self.objective, "for_batch", None)
-        return self.objective if for_batch is None else for_batch(x)
+        """The objective, with what it draws for this batch, in the ball of the attack as it is."""
+        objective: Any = self.objective
+        if (align := _alignment_of(objective)) is not None and align.eps is None:
+            objective = objective.model_copy(update={"grad_align": align.within(self.attack)})
+        for_batch = getattr(objective, "for_batch", None)
+        return objective if for_batch is None else for_batch(x)
 
     def _note(self, x: Tensor, x_adv: Tensor, weights_moved: int | None) -> None:
         self.calls += 1
@@ -252,6 +258,13 @@ class MinMax:
             found = Applied.of(self.attack, x, x_adv)
             self.applied = replace(found, weights_moved=weights_moved, non_finite=self._non_finite)
             logger.info("%s", self.applied)
+            align = _alignment_of(self.objective)
+            if align is not None and align.eps is not None and align.misfit(self.attack):
+                logger.warning(
+                    "GradAlign stays at eps %s while the attack's is another: grad_align.eps: null "
+                    "(in a script None) is what the attack's is in each step",
+                    eps_text(align.eps),
+                )
             if self._non_finite:
                 logger.warning(
                     "%d of %d images met gradients or losses in the first attack that are NaN or "
@@ -260,6 +273,10 @@ class MinMax:
                     self._non_finite,
                     len(x),
                 )
+
+
+def _alignment_of(objective: Objective) -> GradAlign | None:
+    return objective.grad_align if isinstance(objective, Adversarial) else None
 
 
 def _refuse_shards(classifier: nn.Module, what: str) -> None:

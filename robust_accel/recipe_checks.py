@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from robust_accel.attacks import MultiNorm, remembers
+from robust_accel.attacks import remembers
 from robust_accel.attacks.strength import scalable
 from robust_accel.components import NotImported
 from robust_accel.objectives import GradAlign
-from robust_accel.settings import eps_text
 
 _Fault = tuple[str, str]
 """A dotted key, and: what was found, what is allowed."""
+_ALIGN = "objective.grad_align"
 
 
 def clashes(built: dict[str, Any]) -> Iterator[_Fault]:
@@ -30,7 +30,9 @@ def clashes(built: dict[str, Any]) -> Iterator[_Fault]:
         yield from _of_averages(train)
         yield from _of_weight_perturbation(train)
         yield from _of_eps(train, attack)
-        yield from _of_second_derivatives(train, objective, attack)
+        yield from _of_second_derivatives(train, objective)
+    if attack is not None:
+        yield from _of_alignment(objective, attack)
     if data is not None and objective is not None:
         yield from _of_labels(data, objective)
     if data is not None and remembers(attack):
@@ -102,24 +104,19 @@ def _of_eps(train: Any, attack: Any) -> Iterator[_Fault]:
         yield f"train.{key}", f"{type(attack).__name__} has no eps that could grow"
 
 
-def _of_second_derivatives(train: Any, objective: Any, attack: Any) -> Iterator[_Fault]:
-    align = getattr(objective, "grad_align", None)
-    if not isinstance(align, GradAlign):
+def _of_second_derivatives(train: Any, objective: Any) -> Iterator[_Fault]:
+    if not isinstance(getattr(objective, "grad_align", None), GradAlign):
         return
-    key = "objective.grad_align"
     if train.compile:
-        yield key, "is differentiated twice, which train.compile cannot do: choose one"
+        yield _ALIGN, "is differentiated twice, which train.compile cannot do: choose one"
     if train.precision == "fp16":
-        yield key, "its derivatives underflow in train.precision fp16: choose bf16 or fp32"
-    if isinstance(attack, MultiNorm):
-        yield key, "aligns gradients in one L-inf ball, and the attack has balls of other norms"
-    norm, eps = getattr(attack, "norm", "linf"), getattr(attack, "eps", align.eps)
-    if norm != "linf" or eps != align.eps:
-        yield (
-            f"{key}.eps",
-            f"{eps_text(align.eps)} is of an L-inf ball, and the attack's is {norm}, eps "
-            f"{eps_text(eps)}: they are to be the same",
-        )
+        yield _ALIGN, "its derivatives underflow in train.precision fp16: choose bf16 or fp32"
+
+
+def _of_alignment(objective: Any, attack: Any) -> Iterator[_Fault]:
+    align = getattr(objective, "grad_align", None)
+    if isinstance(align, GradAlign) and (why := align.misfit(attack)):
+        yield f"{_ALIGN}.eps", why
 
 
 def _of_labels(data: Any, objective: Any) -> Iterator[_Fault]:

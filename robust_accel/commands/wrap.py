@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from robust_accel.attacks import remembers
 from robust_accel.comm import AllReduce, GradientCompression, compress_gradients
 from robust_accel.files import write_json
 from robust_accel.integrations.in_place import RobustTraining, make_robust, robust_training
@@ -84,6 +86,8 @@ def wrap_script(
         raise RecipeError(f"train.{key}: epochs are the script's: leave it out for wrap")
     if train is not None and train.awp is not None and train.awp.warmup_epochs:
         raise RecipeError("train.awp.warmup_epochs: epochs are the script's: wrap wants 0")
+    for section in ("attack", "objective"):
+        recipe.checked(section, partial(_check_forgets, recipe, section))
     by_hand = [key for key in _unused(recipe) if recipe.origins[key] == "command line"]
     if by_hand:
         said = f"wrap does not apply it, it is the script's: wrap applies {listed(_APPLIED)}"
@@ -91,6 +95,16 @@ def wrap_script(
     wrapping = _Wrapping(recipe, Path(script).name, mean, std)
     code = _run(script, arguments, wrapping)
     return code or wrapping.conclude()
+
+
+def _check_forgets(recipe: Recipe, section: str) -> None:
+    """Refuse what keeps something from step to step: a script does not tell it of its images."""
+    if kept := remembers(getattr(recipe, section)):
+        name = recipe.settings[section]["name"]
+        raise ValueError(
+            f"name: {name} keeps {kept} from step to step, which only "
+            "robust-accel train can tell it: choose another, or train by the recipe"
+        )
 
 
 def _run(script: str | Path, arguments: Sequence[str], wrapping: "_Wrapping") -> int:

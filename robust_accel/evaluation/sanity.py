@@ -18,13 +18,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from robust_accel.attack_context import attack_context
 from robust_accel.attacks.base import input_gradient
 from robust_accel.attacks.norms import ORDERS, ascent_direction, project, random_start
-from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.autoattack import square_attack
 from robust_accel.evaluation.bench import Attacker, Bench
 from robust_accel.evaluation.identity import digest_of_function
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import Outcomes
-from robust_accel.evaluation.settings import EvaluateSettings
+from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
 from robust_accel.models import PixelClassifier
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,40 @@ class Check:
     sentence: str
 
 
+@dataclass(frozen=True)
+class WhiteBox:
+    """The gradient attack of the checks, from one start: of the kind and loss of ``evaluate.pgd``.
+
+    Its steps are as long as the rule there says.
+    """
+
+    settings: EvaluateSettings
+
+    @classmethod
+    def of(cls, settings: EvaluateSettings) -> "WhiteBox":
+        """In L1 it is APGD: PGD is so weak there that Square finds more on an honest model."""
+        if settings.norm != "l1":
+            return cls(settings)
+        pgd = (settings.pgd or PGDSettings()).model_copy(update={"attack": "apgd"})
+        return cls(settings.model_copy(update={"pgd": pgd}))
+
+    def attacker(self, num_steps: int, eps: float | None = None) -> Attacker:
+        """Of so many steps, in the ball of ``evaluate.eps`` or of another radius."""
+        eps = self.settings.eps if eps is None else eps
+        return attacker_of(self.settings, num_steps=num_steps, eps=eps, restarts=1)
+
+    def named(self, num_steps: int | None = None) -> str:
+        """As reports have it: ``PGD-10``, ``APGD-50 CW``; ``PGD`` of no number of steps."""
+        pgd = self.settings.pgd or PGDSettings()
+        steps = "" if num_steps is None else f"-{num_steps}"
+        loss = "" if pgd.loss == "cross_entropy" else f" {pgd.loss.upper()}"
+        return f"{pgd.attack.upper()}{steps}{loss}"
+
+    def key(self, num_steps: int) -> str:
+        """The same in a record: ``pgd_10``."""
+        return self.named(num_steps).lower().replace("-", "_").replace(" ", "_")
+
+
 def sanity(
     bench: Bench,
     settings: EvaluateSettings,
@@ -55,7 +89,7 @@ def sanity(
     """Run all checks on the first ``settings.sanity.images`` images.
 
     Args:
-        autoattack: PGD and AutoAttack on the same images, if they were measured.
+        autoattack: ``evaluate.pgd`` and AutoAttack on the same images, if they were measured.
         other: A model whose adversarial images are tried on this one.
 
     Returns:
@@ -69,28 +103,25 @@ def sanity(
         tried.append(bench.attacked(attacker, before, title=title))
         return tried[-1]
 
-    def pgd(num_steps: int, eps: float | None = None) -> Attacker:
-        return under_attack(settings.make_pgd(num_steps, eps=eps))
-
-    after = {n: survivors(pgd(n), f"PGD-{n}") for n in (1, 10, 50)}
+    by = WhiteBox.of(settings)
+    after = {n: survivors(by.attacker(n), by.named(n)) for n in (1, 10, 50)}
     by_steps = {n: outcomes.right for n, outcomes in after.items()}
     # what both leave
     white_box = after[50].after(torch.arange(number), after[10].verdicts, after[10].chosen)
     # from any image to the grey one
     large = 0.5 * math.prod(bench.images.shape) ** (1 / ORDERS[settings.norm or ""])
-    transferred = None
+    square, transferred = square_attack(settings, 500), None
     if other is not None:
-        transferred = survivors(_transferred(other, pgd(20), bench.images.shape), "transfer").right
+        foreign = _transferred(other, by.attacker(20), bench.images.shape)
+        transferred = survivors(foreign, "transfer").right
     checks = [
-        _steps(by_steps),
-        _large_eps(survivors(pgd(50, eps=large), f"eps {large:.3g}").right, large),
-        _noise(survivors(_random_noise(settings), "noise").right, by_steps[10]),
-        _square(
-            white_box.right, survivors(square_attack(settings, 500), "Square", white_box).right
-        ),
+        _steps(by_steps, by),
+        _large_eps(survivors(by.attacker(50, large), f"eps {large:.3g}").right, large),
+        _noise(survivors(_random_noise(settings), "noise").right, by_steps[10], by),
+        _square(white_box.right, survivors(square, "Square", white_box).right, by),
         _transfer(white_box.right, transferred),
         _alignment(gradient_alignment(bench, settings, number)),
-        _gap(autoattack),
+        _gap(autoattack, WhiteBox(settings)),
         _finite(tried),
     ]
     for check in checks:
@@ -100,6 +131,8 @@ def sanity(
         "surface": loss_surface(bench, settings),
     }
     about: dict[str, Any] = {"name": "sanity", "norm": settings.norm, "eps": settings.eps}
+    if by.named() != "PGD":
+        about["white_box"] = by.named()
     shape = bench.images.shape
     about["transfer_from"] = None if other is None else digest_of_function(other, shape)
     about["compared"] = None if autoattack is None else [o.digest for o in autoattack]
@@ -119,7 +152,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _steps(by_steps: dict[int, Tensor]) -> Check:
+def _steps(by_steps: dict[int, Tensor], by: WhiteBox) -> Check:
     shares = {n: _share(flags) for n, flags in by_steps.items()}
     ordered = list(shares.values())
     slack = _slack(by_steps[1])
@@ -128,8 +161,8 @@ def _steps(by_steps: dict[int, Tensor]) -> Check:
     return Check(
         "more steps never help the defender",
         "pass" if falls else "fail",
-        {f"pgd_{n}": share for n, share in shares.items()},
-        f"accuracy is {told} steps of PGD"
+        {by.key(n): share for n, share in shares.items()},
+        f"accuracy is {told} steps of {by.named()}"
         + ("." if falls else ": longer attacks break less, so gradients do not lead anywhere."),
     )
 
@@ -146,26 +179,27 @@ def _large_eps(flags: Tensor, eps: float) -> Check:
     )
 
 
-def _noise(noise: Tensor, attacked: Tensor) -> Check:
+def _noise(noise: Tensor, attacked: Tensor, by: WhiteBox) -> Check:
     by_noise, by_gradient = _share(noise), _share(attacked)
     ok = by_gradient <= by_noise + _slack(noise)
     return Check(
         "gradients beat random noise",
         "pass" if ok else "fail",
-        {"noise": by_noise, "pgd_10": by_gradient},
+        {"noise": by_noise, by.key(10): by_gradient},
         f"{_percent(by_noise)} survive the worst of {_DRAWS} random perturbations, "
-        f"{_percent(by_gradient)} PGD-10" + ("." if ok else ": gradients are worse than guessing."),
+        f"{_percent(by_gradient)} {by.named(10)}"
+        + ("." if ok else ": gradients are worse than guessing."),
     )
 
 
-def _square(white_box: Tensor, both: Tensor) -> Check:
+def _square(white_box: Tensor, both: Tensor, by: WhiteBox) -> Check:
     more = _share(white_box) - _share(both)
     status: Status = "pass" if more <= 2 * _slack(both) else "fail"
     return Check(
-        "black-box Square finds no more than white-box PGD",
+        f"black-box Square finds no more than white-box {by.named()}",
         status,
         {"white_box": _share(white_box), "with_square": _share(both)},
-        f"Square breaks {_percent(more)} of the images that PGD-50 did not"
+        f"Square breaks {_percent(more)} of the images that {by.named(50)} did not"
         + ("." if status == "pass" else ": it needs no gradients, so these are masked."),
     )
 
@@ -212,10 +246,11 @@ def _finite(tried: Sequence[Outcomes]) -> Check:
     )
 
 
-def _gap(measured: tuple[Outcomes, Outcomes] | None) -> Check:
-    name = "AutoAttack finds little more than PGD"
+def _gap(measured: tuple[Outcomes, Outcomes] | None, by: WhiteBox) -> Check:
+    pgd = by.named()
+    name = f"AutoAttack finds little more than {pgd}"
     if measured is None:
-        return Check(name, "not run", {}, "AutoAttack and PGD were not both measured.")
+        return Check(name, "not run", {}, f"AutoAttack and {pgd} were not both measured.")
     number = min(len(outcomes.index) for outcomes in measured)
     by_pgd, by_autoattack = (_share(outcomes.right[:number]) for outcomes in measured)
     gap = by_pgd - by_autoattack
@@ -224,8 +259,8 @@ def _gap(measured: tuple[Outcomes, Outcomes] | None) -> Check:
         name,
         status,
         {"pgd": by_pgd, "autoattack": by_autoattack},
-        f"PGD leaves {_percent(by_pgd)}, AutoAttack {_percent(by_autoattack)} of {number}"
-        + ("." if status == "pass" else ": quote AutoAttack, PGD is weak on this model."),
+        f"{pgd} leaves {_percent(by_pgd)}, AutoAttack {_percent(by_autoattack)} of {number}"
+        + ("." if status == "pass" else f": quote AutoAttack, {pgd} is weak on this model."),
     )
 
 

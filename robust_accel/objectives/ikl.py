@@ -58,7 +58,8 @@ class IKL(Settings):
     @property
     def remembers(self) -> str:
         """What it needs the training loop for."""
-        return "the mean prediction of each class" if self.weights == "class" else ""
+        kept = "the mean prediction of each class (weights: image does not)"
+        return kept if self.weights == "class" else ""
 
     def remembering(self, num_classes: int, device: torch.device) -> "ClassMeans":
         """The objective with its class means."""
@@ -140,18 +141,24 @@ class ClassMeans:
         loss_fn, clean = away_from_clean(classifier, x, self.settings.attack_loss)
         predictions = softmax(clean.detach().float() / self.settings.temperature, dim=1)
         whole = predictions.isfinite().all(dim=1, keepdim=True)
-        self.sums += self._of_classes(labels).T @ torch.where(whole, predictions, 0)
+        self.sums += _product(self._of_classes(labels).T, torch.where(whole, predictions, 0))
         return loss_fn
 
     def loss(
         self, classifier: Classifier, x: Tensor, x_adv: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        weights = self._of_classes(labels) @ self.means
+        weights = _product(self._of_classes(labels), self.means)
         return self.settings.weighted(classifier, x, x_adv, labels, weights)
 
     def _of_classes(self, labels: Tensor) -> Tensor:
         """Shares of the classes [B, K]."""
         return (labels if labels.ndim > 1 else one_hot(labels, len(self.means))).float()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Of two matrices of float32, which autocast would round to half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _half_variance(values: Tensor, weights: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What a training step takes of one worker, measured on a few images: seconds, work, memory."""
 
 import itertools
-import math
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -16,11 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from robust_accel.attacks import remembers
+from robust_accel.attacks import Attack, remembers
 from robust_accel.models import create_classifier
+from robust_accel.objectives import Objective
 from robust_accel.optim import create_optimizer
+from robust_accel.planning.pieces import Shapes, Unit, layers_of
 from robust_accel.recipe import Recipe
 from robust_accel.robust_model import RobustModel
+
+logger = logging.getLogger(__name__)
 
 _FEW = 2  # images that memory and work are counted on
 _SECONDS = 1.0  # beyond which a step is long enough to be timed
@@ -38,8 +42,8 @@ class Cost:
     """Of one worker.
 
     Attributes:
-        shapes: Of the trained parameters.
-        all_shapes: Of these and of the frozen ones.
+        units: Parameters: of each layer that FSDP2 would gather by itself, and last of the rest.
+        layer: Those layers' class; empty where the network has none.
         weights, gradients, state, average: Bytes of all parameters and buffers, of the gradients,
             of the optimizer's state, of averaged weights.
         kept: Bytes that an image keeps for the backward, at the worst moment of attack and step.
@@ -50,11 +54,12 @@ class Cost:
         images: That the seconds were measured on, at a time.
         fixed: Bytes that are kept for any number of images: weights as autocast casts them.
         gathers: Passes of a step, each forward and each backward one, that need the weights.
+        rounds: Of them, forwards that come first or after a backward, which has dropped all.
+        losses: Of them, the backwards of the outer loss.
         has_batch_norm: Which FSDP2 cannot compute in half precision.
     """
 
-    shapes: tuple[tuple[int, ...], ...]
-    all_shapes: tuple[tuple[int, ...], ...]
+    units: tuple[Unit, ...]
     weights: int
     gradients: int
     state: int
@@ -67,13 +72,21 @@ class Cost:
     update: float
     images: int
     fixed: float = 0.0
+    layer: str = ""
     gathers: int = 2
+    rounds: int = 1
+    losses: int = 1
     has_batch_norm: bool = False
 
     @property
     def parameters(self) -> int:
         """How many, the frozen ones included."""
-        return sum(map(math.prod, self.all_shapes))
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the trained ones."""
+        return tuple(shape for unit in self.units for shape in unit.trained)
 
 
 def measure(
@@ -92,13 +105,9 @@ def measure(
         precision: Accelerate's ``mixed_precision``.
 
     Raises:
-        ValueError: The model does not take such images, or the attack or objective needs what only
-            a training has.
+        ValueError: The model does not take such images.
     """
     assert recipe.train is not None and recipe.optimizer is not None and recipe.attack is not None
-    for section, part in (("attack", recipe.attack), ("objective", recipe.objective)):
-        if kept := remembers(part):
-            raise ValueError(f"{section}: it keeps {kept} from step to step: plan for one without")
     settings = recipe.train
     channels = shape[0]
     classifier = recipe.checked(
@@ -107,15 +116,16 @@ def measure(
     ).to(device)
     if settings.channels_last:
         classifier.to(memory_format=torch.channels_last)
+    attack_on, objective = _with_memory(recipe, shape, num_classes, max(most, 2 * _FEW), device)
     model = RobustModel(
         classifier,
-        recipe.attack,
-        recipe.objective,
+        attack_on(0),
+        objective,
         attack_mode=settings.attack_mode,
         weight_perturbation=settings.awp,
     ).train()
     optimizer = create_optimizer(classifier.model, recipe.optimizer)
-    step = _Step(model, optimizer, shape, num_classes, precision, device)
+    step = _Step(model, attack_on, optimizer, shape, num_classes, precision, device)
     with _saved(model) as saved, _Operations() as operations, _passes(classifier) as passes:
         step(_FEW)
     with _saved(model) as saved_of_more:
@@ -127,12 +137,13 @@ def measure(
     timed = [step(images) for _ in range(_REPEATS)]
     forward, backward, update = (median(column) for column in zip(*timed, strict=True))
     trained = [p for p in model.parameters() if p.requires_grad]
+    layer, units = layers_of(classifier.model)
     tensors = [*model.parameters(), *model.buffers()]
     is_averaged = settings.ema_decay is not None or settings.swa_start is not None
     state = (t for values in optimizer.state.values() for t in values.values())
     return Cost(
-        shapes=tuple(tuple(p.shape) for p in trained),
-        all_shapes=tuple(tuple(p.shape) for p in model.parameters()),
+        units=units,
+        layer=layer,
         weights=_bytes(tensors),
         gradients=_bytes(trained),
         state=_bytes(t for t in state if isinstance(t, Tensor)),
@@ -146,8 +157,34 @@ def measure(
         images=images,
         fixed=max(0.0, saved.most - an_image * _FEW),
         gathers=len(passes),
+        rounds=_rounds(passes),
+        losses=_losses(passes),
         has_batch_norm=any(isinstance(m, _BatchNorm) for m in classifier.modules()),
     )
+
+
+def _with_memory(
+    recipe: Recipe, shape: Sequence[int], num_classes: int, most: int, device: torch.device
+) -> tuple[Callable[[int], Attack], Objective]:
+    """The attack on so many images, and the objective, with what they keep from step to step."""
+    attack: Any = recipe.attack
+    objective: Any = recipe.objective
+    if remembers(objective):
+        number = int(recipe.model.options.get("num_classes") or num_classes)
+        objective = objective.remembering(number, device)
+        objective.begin(0, lambda tensor: tensor)
+    if not (kept := remembers(attack)):
+        return lambda _: attack, objective
+    memory = attack.remembering(torch.arange(most), tuple(shape), device)
+    memory.begin(0, lambda *_: torch.Generator())
+    size = _bytes(memory.state().values()) // most
+    logger.warning(
+        "attack: it keeps %s: %s bytes an image of a worker's share of the training set, which are "
+        "not counted",
+        kept,
+        f"{size:,}",
+    )
+    return lambda number: memory.visit(attack, torch.arange(number)), objective
 
 
 class _Step:
@@ -156,19 +193,22 @@ class _Step:
     def __init__(
         self,
         model: RobustModel,
+        attack_on: Callable[[int], Attack],
         optimizer: torch.optim.Optimizer,
         shape: Sequence[int],
         num_classes: int,
         precision: str,
         device: torch.device,
     ) -> None:
-        self.model, self.optimizer, self.shape = model, optimizer, shape
+        self.model, self.attack_on = model, attack_on
+        self.optimizer, self.shape = optimizer, shape
         self.num_classes, self.device = num_classes, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     def __call__(self, number: int) -> tuple[float, float, float]:
         x = torch.rand(number, *self.shape, device=self.device)
         labels = torch.randint(self.num_classes, (number,), device=self.device)
+        self.model.min_max.attack = self.attack_on(number)
         marks = [self._now()]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             loss = self.model(x, labels)["loss"]
@@ -249,15 +289,28 @@ def _saved(model: nn.Module) -> Iterator[_Saved]:
 
 @contextmanager
 def _passes(module: nn.Module) -> Iterator[list[str]]:
-    """Each forward, and each backward that is to come."""
+    """Its forwards and backwards, as they come."""
     found: list[str] = []
 
     def count(_: nn.Module, __: object, out: Tensor) -> None:
-        found.extend(["forward", "backward"] if out.requires_grad else ["forward"])
+        found.append("forward")
+        if out.requires_grad:
+            out.register_hook(lambda _: found.append("backward"))
 
     handle = module.register_forward_hook(count)
     yield found
     handle.remove()
+
+
+def _rounds(passes: Sequence[str]) -> int:
+    """Forwards that come first, or after a backward."""
+    pairs = itertools.pairwise(["backward", *passes])
+    return sum(pair == ("backward", "forward") for pair in pairs)
+
+
+def _losses(passes: Sequence[str]) -> int:
+    """Backwards that come last."""
+    return len([*itertools.takewhile("backward".__eq__, reversed(passes))])
 
 
 def _bytes(tensors: Any) -> int:

@@ -247,7 +247,6 @@ def test_a_scripts_own_errors_keep_their_traceback(
         (["objective.name=trades"], "needs labels"),
         (["train.eps_warmup_epochs=2"], "train.eps_warmup_epochs: epochs are the script's"),
         (["train.eps_schedule={shape: sine}"], "train.eps_schedule: epochs are the script's"),
-        (["attack={name: fgsm-pgi, eps: 8/255}"], "keeps the perturbation of each image"),
         (["train.awp.warmup_epochs=1"], "train.awp.warmup_epochs: epochs are the script's"),
         (["attack.eps=2"], "attack.eps"),
         (["train.ema_decay=0.9"], "command line: train.ema_decay: wrap does not apply it"),
@@ -261,6 +260,29 @@ def test_settings_that_cannot_be_followed_are_refused(
     assert wrap("outside", tmp_path, *settings) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "weights.pt").exists()
+
+
+KEEPING = {
+    "attack={name: fgsm-pgi, eps: 8/255}": "attack.name: fgsm-pgi keeps the perturbation of each",
+    "objective.name=ikl": "objective.name: ikl keeps the mean prediction of each class",
+    "objective={name: ikl, weights: image}": "",
+}
+
+
+@pytest.mark.parametrize("setting", KEEPING)
+def test_what_only_our_own_loop_can_feed_is_refused_before_the_script_runs(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import sys; open(sys.argv[1], 'w').close()")
+    recipe, *settings = RECIPE
+    ran = tmp_path / "ran"
+    command = ["wrap", "--recipe", recipe, *settings, setting, str(script), str(ran)]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert ran.exists() == (KEEPING[setting] == "") == ("keeps" not in said)
+    assert f"command line: {KEEPING[setting]}" in said or ran.exists()
 
 
 def test_what_of_a_shared_recipe_is_not_applied_is_said(

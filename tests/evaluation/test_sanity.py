@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import MemoryImages, load_data
 from robust_accel.evaluation import EvaluateSettings, evaluate
+from robust_accel.evaluation.accuracy import attacker_of
 from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.sanity import (
+    WhiteBox,
     _alignment,
     _gap,
     _noise,
@@ -33,6 +35,7 @@ SETTINGS = EvaluateSettings(
     norm="linf", eps=0.2, images=40, autoattack="quick", autoattack_images=20,
     sanity={"images": 60},  # type: ignore[arg-type]
 )  # fmt: skip
+BY = WhiteBox.of(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,57 @@ def test_an_honest_model_passes(honest: tuple[PixelClassifier, Any]) -> None:
     found = verdicts(*honest, other=honest[0])
     assert set(found.values()) == {"pass"}, found
     assert len(found) == 8
+
+
+def test_an_honest_model_passes_in_l1_whatever_measures_it(
+    honest: tuple[PixelClassifier, Any],
+) -> None:
+    """PGD finds so little there that Square finds more: the checks do not go by it."""
+    settings = SETTINGS.model_copy(update={"norm": "l1", "eps": 3.0, "autoattack": None})
+    found = verdicts(*honest, settings)
+    assert found["black-box Square finds no more than white-box APGD"] == "pass"
+    failed = {name: status for name, status in found.items() if status == "fail"}
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("pgd", "norm", "name"),
+    [
+        ({}, "linf", "PGD-10"),
+        ({"restarts": 3, "step_size": 0.1}, "l2", "PGD-10"),
+        ({"loss": "cw"}, "linf", "PGD-10 CW"),
+        ({"attack": "apgd", "loss": "dlr"}, "l2", "APGD-10 DLR"),
+        ({"loss": "cw"}, "l1", "APGD-10 CW"),
+    ],
+)
+def test_the_white_box_attack_is_the_evaluations_or_in_l1_apgd(
+    pgd: dict[str, Any], norm: str, name: str
+) -> None:
+    settings = EvaluateSettings(norm=norm, eps=0.2, pgd={"num_steps": 10, **pgd})  # type: ignore[arg-type]
+    by = WhiteBox.of(settings)
+    assert by.named(10) == name and by.key(10) == name.lower().replace("-", "_").replace(" ", "_")
+    kind = {} if norm != "l1" else {"attack": "apgd", "step_size": None}
+    alone = {**pgd, "restarts": 1, "num_steps": 10, "step_size": None} | kind
+    same = EvaluateSettings(norm=norm, eps=0.2, pgd=alone)  # type: ignore[arg-type]
+    assert by.attacker(10).about == attacker_of(same).about
+    assert by.attacker(10, 0.4).about["eps"] == 0.4
+
+
+def test_records_and_sentences_name_the_white_box_attack(
+    honest: tuple[PixelClassifier, Any],
+) -> None:
+    pgd = {"attack": "apgd", "loss": "cw"}
+    given: dict[str, Any] = {"norm": "linf", "eps": 0.2, "pgd": pgd, "sanity": {"images": 8}}
+    settings = EvaluateSettings(images=8, **given)
+    found = evaluate(*honest, settings, Accelerator(cpu=True), num_classes=10)["sanity"]
+    assert found["attack"]["white_box"] == "APGD CW"
+    said = {check["name"]: check for check in found["checks"]}
+    steps = said["more steps never help the defender"]
+    assert steps["value"].keys() == {"apgd_1_cw", "apgd_10_cw", "apgd_50_cw"}
+    assert "steps of APGD CW" in steps["sentence"]
+    square = said["black-box Square finds no more than white-box APGD CW"]
+    assert "that APGD-50 CW did not" in square["sentence"]
+    assert "AutoAttack finds little more than APGD CW" in said
 
 
 class RoundedLogits(nn.Module):
@@ -115,16 +169,16 @@ def outcomes(right: int) -> Outcomes:
 
 
 def test_more_steps_that_help_are_caught() -> None:
-    assert _steps({1: flags(60), 10: flags(50), 50: flags(50)}).status == "pass"
-    assert _steps({1: flags(50), 10: flags(50), 50: flags(60)}).status == "fail"
+    assert _steps({1: flags(60), 10: flags(50), 50: flags(50)}, BY).status == "pass"
+    assert _steps({1: flags(50), 10: flags(50), 50: flags(60)}, BY).status == "fail"
 
 
 def test_noise_and_gaps_are_judged_by_their_size() -> None:
-    assert _noise(flags(60), flags(62)).status == "pass"  # two images are chance
-    assert _noise(flags(60), flags(63)).status == "fail"
+    assert _noise(flags(60), flags(62), BY).status == "pass"  # two images are chance
+    assert _noise(flags(60), flags(63), BY).status == "fail"
     for robust, status in ((50, "pass"), (45, "warn"), (35, "fail")):
-        assert _gap((outcomes(60), outcomes(robust))).status == status
-    assert _gap(None).status == "not run"
+        assert _gap((outcomes(60), outcomes(robust)), BY).status == status
+    assert _gap(None, BY).status == "not run"
     for cosine, status in ((0.9, "pass"), (0.3, "warn"), (0.1, "fail")):
         assert _alignment(cosine).status == status
 

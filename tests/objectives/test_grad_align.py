@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from robust_accel import AWP, PGD, RobustModel
+from robust_accel import AWP, PGD, RobustModel, make_robust
+from robust_accel.attacks import NoAttack
+from robust_accel.attacks.strength import scaled
+from robust_accel.min_max import MinMax
 from robust_accel.objectives import Adversarial, GradAlign, Trades
 from robust_accel.recipe import load_recipe
 from robust_accel.recipe_builder import RecipeError
@@ -150,8 +153,17 @@ BALLS = "[{norm: linf, eps: 0.2}, {norm: l1, eps: 2}]"
         ),
         (["attack.norm=l2"], r"grad_align\.eps: .* the attack's is l2, eps 0\.2"),
         (
+            ["attack.norm=l2", "objective.grad_align.eps=null"],
+            r"grad_align\.eps: null is of an L-inf ball, and the attack's is l2",
+        ),
+        (
+            ["attack={name: none}", "objective.grad_align.eps=null"],
+            r"grad_align\.eps: null is the attack's, which has none: give it",
+        ),
+        (["objective.grad_align.eps=2"], r"grad_align\.eps: 2 is not allowed: .* at most 1"),
+        (
             ["attack={name: multi-norm, balls: " + BALLS + "}"],
-            r"grad_align: aligns gradients in one",
+            r"grad_align\.eps: is of one L-inf ball, and the attack has balls of other",
         ),
         (["objective.name=trades"], r"objective\.grad_align: unknown key"),
         (["objective.grad_align.weight=0"], r"grad_align\.weight: 0 is not allowed"),
@@ -161,6 +173,64 @@ def test_what_it_cannot_work_with_is_refused(settings: list[str], said: str) -> 
     given = ["objective.grad_align={eps: 0.2}", *settings]
     with pytest.raises(RecipeError, match=said):
         load_recipe("quickstart", given)
+
+
+def test_a_recipe_without_a_training_is_checked_too() -> None:
+    given = ["objective.grad_align={eps: 0.2}", "attack.eps=0.1", "train=null"]
+    with pytest.raises(RecipeError, match=r"objective\.grad_align\.eps: 0\.2 is of an L-inf ball"):
+        load_recipe("quickstart", given, required=["attack"])
+
+
+@pytest.mark.parametrize("name", ["grad_align", "cpu_grad_align"])
+def test_recipes_that_say_the_default_are_what_they_were(name: str) -> None:
+    """What a study knows a training by, and a run goes on by."""
+    recipe = load_recipe(f"cifar10/{name}")
+    assert recipe.settings["objective"]["grad_align"] == {"eps": 8 / 255, "weight": 0.2}
+    assert recipe.chosen["objective"]["grad_align"] == {}
+
+
+@pytest.mark.parametrize("wrap", [RobustModel, make_robust])
+def test_a_script_aligns_in_the_attacks_ball_or_is_refused(wrap: Any) -> None:
+    attack = PGD(eps="4/255", num_steps=1)
+    for align in (GradAlign(), GradAlign(eps="16/255")):
+        with pytest.raises(ValueError, match=r"grad_align\.eps: .*attack's is linf, eps 4/255"):
+            wrap(Bent(), attack, Adversarial(grad_align=align))
+    for align in (GradAlign(eps="4/255"), GradAlign(eps=None)):
+        wrap(Bent(), attack, Adversarial(grad_align=align))
+    with pytest.raises(ValueError, match=r"grad_align\.eps: null .* l2, eps 0\.5"):
+        wrap(Bent(), PGD(norm="l2", eps=0.5), Adversarial(grad_align=GradAlign(eps=None)))
+
+
+class Seen(Bent):
+    """Keeps what it was shown last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.detach()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("eps", [None, 0.2])
+def test_null_is_the_attacks_eps_as_it_is_and_a_number_stays(
+    eps: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, attack = Seen(), PGD(eps=0.2, num_steps=1, random_start=False)
+    x, labels = torch.full((6, 3, 2, 2), 0.5).double(), torch.ones(6, dtype=torch.int64)
+    min_max = MinMax(attack, Adversarial(grad_align=GradAlign(eps=eps)))
+    for share in (0.1, 0.5, 1.0):
+        min_max.attack = scaled(attack, share)
+        min_max.loss(model, x, labels)["loss"].backward()
+        moved = (model.last - x).abs().max()
+        own = 0.2 * share if eps is None else eps
+        assert 0.9 * own < moved <= own + 1e-9
+    assert caplog.text.count("GradAlign stays at eps 0.2") == (eps is not None)
+
+
+def test_without_an_attack_null_is_no_ball() -> None:
+    with pytest.raises(ValueError, match=r"eps: null is the attack's, which is unknown"):
+        GradAlign(eps=None)(Bent(), images(), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"grad_align\.eps: null is the attack's, which has none"):
+        MinMax(NoAttack(), Adversarial(grad_align=GradAlign(eps=None)))
+    MinMax(NoAttack(), Adversarial(grad_align=GradAlign(eps=0.1)))
 
 
 def test_it_is_no_attack_alone() -> None:

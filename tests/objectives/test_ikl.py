@@ -99,6 +99,26 @@ def test_weights_are_the_class_means_of_the_epoch_before(problem, soft) -> None:
     matches(means)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_means_are_of_full_precision_under_autocast(problem, soft) -> None:
+    model, x, x_adv, labels = problem
+    shares = one_hot(labels, NUM_CLASSES).float()
+    if soft:
+        shares = labels = 0.7 * shares + 0.3 * shares.roll(1, dims=0)
+    objective = IKL(alpha=0, beta=1, temperature=2).remembering(NUM_CLASSES, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.inner_loss(model, x, labels)
+        clean, logits = model(x).detach(), model(x_adv).detach()
+    expected = shares.T @ softmax(clean.float() / 2, dim=1)
+    assert clean.dtype == torch.bfloat16
+    torch.testing.assert_close(objective.sums, expected, rtol=1e-6, atol=1e-7)
+    objective.begin(1, lambda sums: sums)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.loss(model, x, x_adv, labels)["distance"]
+    expected, _ = plain(clean.float(), logits.float(), shares @ objective.means, True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_a_prediction_that_is_no_number_spoils_no_class(problem) -> None:
     model, x, _, labels = problem
     objective = IKL().remembering(NUM_CLASSES, CPU)
