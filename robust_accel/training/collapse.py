@@ -1,47 +1,119 @@
 """Robust accuracy that was there and is gone: a loss spike, or catastrophic overfitting."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from robust_accel.statistics import wilson_interval
 
+HELD_OUT = "validation"
+"""What metrics of the held-out split begin with: ``validation_robust_accuracy``."""
+RAW = "validation_raw"
+"""The same of the weights that are trained, in a run that measures and leaves averaged ones."""
+_CLEARLY_LESS = 0.7  # of the best; robust overfitting leaves 0.8 of it
+
 
 class Fall(NamedTuple):
+    """A place where robust accuracy was lost.
+
+    Attributes:
+        lasts: Whether it had not come back by the last line.
+    """
+
     epoch: float
     text: str
+    lasts: bool
+
+
+class _Seen(NamedTuple):
+    """One measurement, on n images."""
+
+    epoch: float
+    robust: float
+    one_step: float | None
+    n: int
+
+    def __str__(self) -> str:
+        beside = "" if self.one_step is None else f" (after one step {100 * self.one_step:.2f}%)"
+        return f"{100 * self.robust:.2f}%{beside} at epoch {self.epoch:.4g}"
 
 
 def falls(
     metrics: Iterable[dict[str, Any]], num_classes: int, *, held_out: int, after: float
 ) -> list[Fall]:
-    """Where robust accuracy fell below half of its best so far, or to a guess's, beyond chance.
+    """Where robust accuracy fell so far below its best that it is lost, beyond chance.
 
-    On the held-out split, else on the training batches of a line: these show that training has
-    broken down, but not that a weak attack is fooled (catastrophic overfitting).
+    Beyond chance: its 95% interval (Wilson's, by the number of images) and that of the best so far
+    do not meet. Lost is what has come to half of the best, or to a guess's. On the held-out split
+    it shows sooner that a weak attack is fooled (catastrophic overfitting), by the accuracy after
+    one step: lost is also what has come to 7/10 of the best while that is no lower than there, and
+    what has fallen to less than half of that (of the images that one step leaves, beyond chance).
+    In a sound training both fall together, and robust overfitting takes a fifth over many epochs.
+
+    On the held-out split the weights that are trained count, not their average, which may hide a
+    collapse for epochs. Without such a split the training batches of a line do: these show that
+    training has broken down, but not that a weak attack is fooled.
 
     Args:
         metrics: Lines of ``metrics.jsonl``.
         held_out: Images of the split.
         after: The epoch up to which lines of training don't count: their attack was weaker.
     """
-    key, where = "validation_robust_accuracy", "the held-out split"
-    if not held_out:
-        key, where = "robust_batch_accuracy", "training batches"
+    where = "the held-out split" if held_out else "training batches"
+    lines = list(metrics)
+    seen = _validations(lines, held_out) if held_out else _batches(lines, after)
     found: list[Fall] = []
-    best, best_epoch, best_n, gone = 0.0, 0.0, 1, False
-    for line in metrics:
-        accuracy, epoch = line.get(key), line["epoch"]
-        if accuracy is None or (not held_out and epoch <= after):
-            continue
-        n = held_out or line.get("labeled_images", 1)  # older runs have not counted them
-        was_gone, gone = gone, accuracy <= max(best / 2, 1 / num_classes)
-        gone = gone and wilson_interval(accuracy, n)[1] < wilson_interval(best, best_n)[0]
-        if gone and not was_gone:
-            text = (
-                f"robust accuracy on {where} is gone: {100 * accuracy:.2f}% at epoch {epoch:.4g}, "
-                f"{100 * best:.2f}% at epoch {best_epoch:.4g}"
-            )
-            found.append(Fall(epoch, text))
-        if accuracy > best:
-            best, best_epoch, best_n = accuracy, epoch, n
+    best, gone = _Seen(0.0, 0.0, None, 1), False
+    for now in seen:
+        lost = _lost(now, best, num_classes)
+        if lost and not gone:
+            found.append(Fall(now.epoch, f"robust accuracy on {where} {lost}: {now}, {best}", True))
+        elif gone and not lost:
+            found[-1] = found[-1]._replace(lasts=False)
+        gone = bool(lost)
+        if now.robust > best.robust:
+            best = now
     return found
+
+
+def _validations(lines: list[dict[str, Any]], held_out: int) -> Iterator[_Seen]:
+    prefix = RAW if any(f"{RAW}_robust_accuracy" in line for line in lines) else HELD_OUT
+    for line in lines:
+        robust = line.get(f"{prefix}_robust_accuracy")
+        if robust is not None:
+            one_step = line.get(f"{prefix}_one_step_accuracy")
+            yield _Seen(line["epoch"], robust, one_step, line.get(f"{prefix}_images", held_out))
+
+
+def _batches(lines: list[dict[str, Any]], after: float) -> Iterator[_Seen]:
+    for line in lines:
+        robust = line.get("robust_batch_accuracy")
+        if robust is not None and line["epoch"] > after:
+            # older runs have not counted them
+            yield _Seen(line["epoch"], robust, None, line.get("labeled_images", 1))
+
+
+def _lost(now: _Seen, best: _Seen, num_classes: int) -> str:
+    """What has become of robust accuracy since its best, see ``falls``; empty if it is there."""
+    is_gone = now.robust <= max(best.robust / 2, 1 / num_classes)
+    stays = is_behind = False
+    if now.one_step is not None and best.one_step is not None:
+        stays = now.robust <= _CLEARLY_LESS * best.robust and now.one_step >= best.one_step
+        is_behind = now.robust < now.one_step / 2
+    # intervals take milliseconds, which add up over the lines
+    if not (is_gone or stays or is_behind) or not _is_below(now, best):
+        return ""
+    if is_gone:
+        return "is gone"
+    if is_behind and not stays:
+        assert now.one_step is not None
+        left = round(now.one_step * now.n)  # by one step, more than 0
+        if wilson_interval(now.robust / now.one_step, left)[1] >= 1 / 2:
+            return ""
+    return "falls away from that after one step (catastrophic overfitting)"
+
+
+def _is_below(now: _Seen, best: _Seen) -> bool:
+    """Whether robust accuracy is lower, beyond chance."""
+    if now.robust >= best.robust:
+        return False
+    return wilson_interval(now.robust, now.n)[1] < wilson_interval(best.robust, best.n)[0]

@@ -1,15 +1,19 @@
 """What the report says of a training: how the weights were made."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
 
+from robust_accel.attacks import FGSMPGI, FGSMRS, NFGSM
 from robust_accel.data import Data
+from robust_accel.evaluation.settings import PGDSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of, hardware, versions
 from robust_accel.recipe import Recipe, TrainSettings
+from robust_accel.reporting.views import attack_text
 from robust_accel.training.checkpoint import Progress
 from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.metrics import peak_memory
@@ -38,11 +42,13 @@ def facts_of_training(
     assert settings is not None
     steps = max(1, progress.step)
     epochs = steps / steps_per_epoch
+    exposed, gathered = progress.comm_exposed_seconds, progress.bytes_of_weights_sent
+    weights = {"bytes_of_weights_sent_per_step": gathered / steps} if gathered else {}
     return {
         "recipe": recipe.settings,
         "left_out": {name: asdict(found) for name, found in data.left_out.items()},
         "doubts": [
-            *recipe.doubts,
+            *doubts_of(recipe),
             *(fall.text for fall in falls_of(metrics, recipe, data)),
             *_not_come_to(settings, epochs),
         ],
@@ -68,12 +74,26 @@ def facts_of_training(
         "parameters_digest": digest_of(classifier.parameters()),
         "train_seconds_per_epoch": progress.train_seconds / epochs,
         "comm_seconds_per_epoch": progress.comm_seconds / epochs,
-        "comm_exposed_seconds_per_epoch": progress.comm_exposed_seconds / epochs,
+        "comm_exposed_seconds_per_epoch": None if math.isnan(exposed) else exposed / epochs,
         "bytes_sent_per_step": progress.bytes_sent / steps,
+        **weights,
         "peak_memory_bytes": peak_memory(accelerator.device),
         "versions": versions(),
         **_best_against_last(metrics, progress, recipe, data),
     }
+
+
+def doubts_of(recipe: Recipe) -> list[str]:
+    """A training recipe's doubts, and whether catastrophic overfitting would go unseen."""
+    attack: Any = recipe.attack
+    named = isinstance(attack, FGSMRS | NFGSM | FGSMPGI)
+    if not (named or getattr(attack, "num_steps", None) == 1) or recipe.data.validation_size:
+        return recipe.doubts
+    blind = (
+        "a one-step attack may be overfitted (catastrophic overfitting): only held-out images show "
+        "it, and there are none (data.validation_size: 0)"
+    )
+    return [*recipe.doubts, blind]
 
 
 def _not_come_to(settings: TrainSettings, epochs: float) -> Iterator[str]:
@@ -91,9 +111,10 @@ def _not_come_to(settings: TrainSettings, epochs: float) -> Iterator[str]:
 def held_out_attack(recipe: Recipe) -> str:
     """What measures robust accuracy on the held-out split."""
     assert recipe.train is not None
-    balls = recipe.evaluate.balls
+    pgd, balls = recipe.evaluate.pgd or PGDSettings(), recipe.evaluate.balls
+    about = {"name": pgd.attack, "loss": pgd.loss, "num_steps": recipe.train.validation_steps}
     several = "" if balls is None else f" in each of {len(balls)} balls"
-    return f"PGD-{recipe.train.validation_steps}{several}"
+    return attack_text(about) + several
 
 
 def falls_of(metrics: list[dict[str, Any]], recipe: Recipe, data: Data) -> list[Fall]:

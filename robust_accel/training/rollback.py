@@ -1,7 +1,7 @@
 """What a run does about robust accuracy that is gone: it says so, ends, or goes back and on."""
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -29,6 +29,9 @@ class Collapse:
     it was, and attacks and dropout draw other numbers; images come in the same order. It is written
     as a checkpoint before anything else, so a run that is stopped goes on from there.
 
+    A continued run may have another ``train.on_collapse``: what lasts, and was only warned of, is
+    then acted on.
+
     Args:
         recipe: With ``train``.
         progress: Gets the step to go back to, and what was gone back from.
@@ -54,25 +57,54 @@ class Collapse:
 
     def judge(self) -> None:
         """A validation is written: where nothing is gone, its step is one to go back to."""
-        if self._settings.on_collapse == "rollback" and not self._falls():
+        if not any(fall.lasts for fall in self._falls()):
             self._progress.good_step = self._progress.step
 
     def look(self, since: int) -> None:
         """Tell of falls since an epoch, and do what the recipe says; then a checkpoint is due."""
-        fallen, progress = self._falls(), self._progress
-        told = [fall.text for fall in fallen if fall.epoch > since]  # the others were
-        action = self._settings.on_collapse
-        if not fallen or action == "warn":
-            for text in told:
-                logger.warning(text)
-            return
-        left = self._settings.max_rollbacks - len(progress.rollbacks)
-        if action == "rollback" and left > 0 and progress.good_step > 0:
+        self._meet([fall for fall in self._falls() if fall.epoch > since])
+
+    def take_up(self) -> bool:
+        """A run is continued: do what the recipe says now about what lasts since before.
+
+        Returns:
+            Whether a checkpoint is due.
+
+        Raises:
+            RecipeError: It says rollback, and no checkpoint from before the fall is kept.
+        """
+        lasting = [fall for fall in self._falls() if fall.lasts]
+        ended = self._progress.stopped_early and not self._can_go_back
+        if not lasting or self._settings.on_collapse == "warn" or ended:
+            return False
+        if self._settings.on_collapse == "rollback" and self._progress.good_step == 0:
+            self._refuse(lasting[-1])
+        self._meet(lasting)
+        return True
+
+    def _refuse(self, fall: Fall) -> None:
+        def refuse() -> NoReturn:
+            raise ValueError(
+                f"on_collapse: rollback: {fall.text}; no checkpoint from before that is kept: "
+                "choose warn or stop, or start another run"
+            )
+
+        self._recipe.checked("train", refuse)
+
+    def _meet(self, fallen: list[Fall]) -> None:
+        if fallen and self._can_go_back:
             self._go_back(fallen[-1].text)
             return
-        for text in told:
-            logger.warning(f"{text}; training ends here")
-        progress.stopped_early = True
+        ends = bool(fallen) and self._settings.on_collapse != "warn"
+        for fall in fallen:
+            logger.warning(f"{fall.text}; training ends here" if ends else fall.text)
+        self._progress.stopped_early |= ends
+
+    @property
+    def _can_go_back(self) -> bool:
+        settings, progress = self._settings, self._progress
+        left = settings.max_rollbacks - len(progress.rollbacks)
+        return settings.on_collapse == "rollback" and left > 0 and progress.good_step > 0
 
     def _falls(self) -> list[Fall]:
         def find() -> list[Fall]:

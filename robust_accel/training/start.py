@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 
 from robust_accel.data import DataIdentity, ImageSet, identity_of
 from robust_accel.data.shards import changed
+from robust_accel.evaluation.settings import PGDSettings
 from robust_accel.plain_yaml import dump, parse, plain, read_plain
 from robust_accel.provenance import versions
 from robust_accel.recipe import Recipe
@@ -21,11 +22,12 @@ from robust_accel.training.peers import check_same_images, images_in_words
 _FREE = (
     "output", "evaluate", "certify", "data.num_workers", "train.keep", "train.checkpoint_every",
     "train.log_every", "train.log_with", "train.max_time", "train.timeout", "train.on_nonfinite",
-    "train.max_skipped_in_a_row", "train.keep_gathered",
+    "train.max_skipped_in_a_row", "train.on_collapse", "train.max_rollbacks", "train.keep_gathered",
 )  # fmt: skip
 # of the accuracy that chooses weights
 _CHOOSING = (
-    "evaluate.norm", "evaluate.eps", "evaluate.balls", "evaluate.seed", "evaluate.batch_size",
+    "evaluate.norm", "evaluate.eps", "evaluate.balls", "evaluate.pgd.attack", "evaluate.pgd.loss",
+    "evaluate.seed", "evaluate.batch_size",
 )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     about = manifest["about"] if manifest else {"settings": read_plain(folder.recipe)}
     now = plain(parse(dump(recipe.settings), "recipe"))  # as it was saved: a tuple became a list
     was = with_new_defaults(about["settings"], now, recipe.chosen)
-    changed = differences(_with_threat_model(was), _with_threat_model(now))
+    changed = differences(_with_attack(was), _with_attack(now))
     chooses = recipe.train is not None and (
         recipe.train.select == "best" or recipe.train.early_stopping is not None
     )
@@ -159,12 +161,13 @@ def _newest_whole(folder: RunFolder) -> tuple[str | None, Manifest | None, list[
     return None, None, []
 
 
-def _with_threat_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the norm and eps that are measured, the attack's where none are given."""
+def _with_attack(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with what validations attack by where nothing is given: the attack's ball, PGD."""
     given = settings.get("evaluate") or {}
     attack = settings.get("attack") or {}
     filled = {key: given.get(key) or attack.get(key) for key in ("norm", "eps", "balls")}
-    return settings | {"evaluate": given | filled}
+    pgd = PGDSettings().model_dump(include={"attack", "loss"}) | (given.get("pgd") or {})
+    return settings | {"evaluate": given | filled | {"pgd": pgd}}
 
 
 def _is_free(key: str, chooses: bool) -> bool:

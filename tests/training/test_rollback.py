@@ -1,8 +1,10 @@
 """A run whose robust accuracy is gone goes back, on all processes; another way; not forever."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launching import Forked
 from safetensors.torch import load_file
 from small_runs import Killed, resumes_exactly, run
@@ -10,6 +12,7 @@ from training.test_finite_launch import ENGINES
 
 from robust_accel.recipe import RecipeError, load_recipe
 from robust_accel.run_folder import RunFolder
+from robust_accel.training.manifest import publish, read_whole
 from robust_accel.training.run import _Run
 
 # 8 steps an epoch, of which the third one breaks the model
@@ -60,6 +63,18 @@ def test_it_goes_back_with_half_the_rate_and_ends_well(
     assert not list(folder.checkpoints.glob("*damaged*"))
     last = load_file(folder.steps()[-1] / "ema.safetensors")
     assert all(tensor.abs().max() < 1e10 for tensor in last.values())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_raw_weights_that_collapse_are_seen_behind_a_sound_average(tmp_path: Path) -> None:
+    spoils = ("objective={name: leaning:Leaning, at: [24]}", "train.ema_decay=0.999")
+    settings = [s for s in SETTINGS if not s.startswith("objective.")]
+    report = run(tmp_path / "run", *settings, *spoils, "train.on_collapse=stop", "train.epochs=4")
+    line = RunFolder(tmp_path / "run").read_metrics()[-1]
+    assert line["validation_raw_robust_accuracy"] < 0.2 < line["validation_robust_accuracy"]
+    (doubt,) = report["doubts"]
+    assert doubt.startswith("robust accuracy on the held-out split is gone: ")
+    assert report["stopped_early"] and report["steps"] == 24
 
 
 @pytest.mark.long
@@ -122,6 +137,55 @@ def test_two_processes_go_back_together(tmp_path: Path, engine: str) -> None:
     assert output.count("back from step 24 to 16, with half the rate") == 1
     report = RunFolder(tmp_path / "run").read_report()
     assert report["steps"] == 24 and len(report["rollbacks"]) == 1
+
+
+@pytest.fixture(scope="module")
+def warned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has met a collapse at its end, and gone on."""
+    folder = tmp_path_factory.mktemp("runs") / "warned"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robust_accel.training.run.write_report", lambda folder: None)
+        report = run(folder, *SETTINGS, ONCE, "train.on_collapse=warn")
+    assert len(report["doubts"]) == 1 and not report["stopped_early"]
+    return folder
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
+def test_a_run_that_was_warned_goes_on_as_the_recipe_says_now(
+    tmp_path: Path, warned: Path, action: str
+) -> None:
+    shutil.copytree(warned, tmp_path / "run")
+    more = (*SETTINGS, ONCE, f"train.on_collapse={action}", "train.max_rollbacks=5")
+    report = run(tmp_path / "run", *more, resume=True)
+    ends = {"warn": (0, False, 1), "stop": (0, True, 1), "rollback": (1, False, 0)}[action]
+    assert (len(report["rollbacks"]), report["stopped_early"], len(report["doubts"])) == ends
+    assert report["steps"] == 24
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_it_is_refused_where_no_checkpoint_from_before_is_kept(
+    tmp_path: Path, warned: Path
+) -> None:
+    """As of earlier versions, which kept it by rollback alone."""
+    shutil.copytree(warned, tmp_path / "run")
+    (*_, step) = RunFolder(tmp_path / "run").steps()
+    manifest, new = read_whole(step), step.with_name("incomplete-new")
+    shutil.copytree(step, new)
+    state = torch.load(new / "progress.pt", weights_only=True)
+    state["progress"]["good_step"] = 0
+    torch.save(state, new / "progress.pt")
+    publish(new, step, manifest["files"], manifest["about"])
+    said = r"train\.on_collapse: rollback: .*no checkpoint from before"
+    with pytest.raises(RecipeError, match=said):
+        run(tmp_path / "run", *SETTINGS, ONCE, resume=True)
+
+
+def test_what_validations_attack_by_stays(warned: Path) -> None:
+    """Nothing given is PGD; weights are chosen by it."""
+    other = ("train.on_collapse=warn", "evaluate.pgd={attack: apgd}")
+    with pytest.raises(ValueError, match=r"evaluate\.pgd\.attack: 'pgd', now 'apgd'"):
+        run(warned, *SETTINGS, ONCE, *other, resume=True)
 
 
 def test_it_needs_weights_to_choose_from() -> None:
