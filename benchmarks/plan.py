@@ -4,10 +4,11 @@ The nodes are network namespaces behind one switch, each link held to a rate (se
 process with one thread each; there should be a core for each. Bytes are the training's own count,
 seconds are means over its steps but for the first ones. Needs Linux, root, `ip` and `tc`.
 
-python benchmarks/plan.py [--nodes 2] [--rates 1gbit 100mbit] [--steps 30]
+python benchmarks/plan.py [--nodes 2] [--rates 1gbit 100mbit] [--steps 30] [--engines DDP FSDP2]
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from robust_accel.__main__ import _rate
 from robust_accel.comm.traffic import Machines
 from robust_accel.planning.cost import Cost, measure
-from robust_accel.planning.estimate import PROTOCOLS, Estimate, estimates
+from robust_accel.planning.estimate import PROTOCOLS, Engine, Estimate, Job, engines, estimates
 from robust_accel.recipe import load_recipe
 
 RECIPE = "quickstart"
@@ -40,7 +41,18 @@ AS_SETTINGS = {
 }
 
 
-def trained(protocol: str, nodes: int, rate: str, steps: int) -> tuple[float, float]:
+LAUNCHED = {
+    "DDP": {},
+    "FSDP2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicBlock", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+}  # fmt: skip
+
+
+def trained(engine: str, protocol: str, nodes: int, rate: str, steps: int) -> tuple[float, float]:
     """Bytes that a node sent in a step, and a step's seconds."""
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +60,8 @@ def trained(protocol: str, nodes: int, rate: str, steps: int) -> tuple[float, fl
         command = [sys.executable, str(here / "on_nodes.py"), "--nodes", str(nodes), "--rate", rate]
         command += ["-m", "robust_accel", "train", RECIPE, *SETTINGS, *AS_SETTINGS[protocol]]
         command += [f"train.max_steps={FIRST + steps}", f"output={run}"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        env = os.environ | LAUNCHED[engine]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
         report = json.loads((run / "report.json").read_text())
@@ -58,14 +71,15 @@ def trained(protocol: str, nodes: int, rate: str, steps: int) -> tuple[float, fl
         for line in lines
         if line["step"] > FIRST and "images_per_second" in line
     ]
-    return report["bytes_sent_per_step"], sum(64 / r for r in rates) / len(rates)
+    weights = report["applied"].get("bytes_of_weights_sent", 0)
+    return report["bytes_sent_per_step"] + weights, sum(64 / r for r in rates) / len(rates)
 
 
-def planned(cost: Cost, nodes: int, rate: str) -> dict[str, Estimate]:
-    machines, images = Machines(nodes, 1), 64 // nodes
-    cpu = torch.device("cpu")
-    found = estimates(cost, machines, _rate(rate), images, 1, PROTOCOLS, cpu)
-    return {one.protocol: one for one in found}
+def planned(cost: Cost, nodes: int, rate: str) -> dict[tuple[str, str], tuple[Engine, Estimate]]:
+    job = Job(cost, Machines(nodes, 1), _rate(rate), 64 // nodes, timed_on=torch.device("cpu"))
+    held = {one.name: one for one in engines(job, PROTOCOLS["fp32"])}
+    found = estimates(job, list(held.values()), PROTOCOLS)
+    return {(one.engine, one.protocol): (held[one.engine], one) for one in found}
 
 
 def main() -> None:
@@ -76,20 +90,24 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--protocols", nargs="+", choices=AS_SETTINGS, default=[*AS_SETTINGS])
+    parser.add_argument("--engines", nargs="+", choices=LAUNCHED, default=["DDP"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load_recipe(RECIPE, SETTINGS)
     cost = measure(recipe, SHAPE, CLASSES, 64 // options.nodes, torch.device("cpu"))
-    print("| link | gradients | bytes a step: planned, sent | seconds: planned, taken | ratio |")
-    print("|---|---|---|---|---|")
+    head = ("link", "engine", "gradients", "bytes a step: planned, sent")
+    head += ("seconds: planned, taken", "ratio")
+    print(f"| {' | '.join(head)} |")
+    print("|---|---|---|---|---|---|")
     for rate in options.rates:
         plan = planned(cost, options.nodes, rate)
-        for protocol in options.protocols:
-            sent, seconds = trained(protocol, options.nodes, rate, options.steps)
-            one = plan[protocol]
+        for engine, protocol in itertools.product(options.engines, options.protocols):
+            sent, seconds = trained(engine, protocol, options.nodes, rate, options.steps)
+            held, one = plan[engine, protocol]
+            said = one.traffic.sent + held.leaving
             print(
-                f"| {rate} | {protocol} | {one.traffic.sent:,}, {sent:,.0f} "
-                f"({one.traffic.sent / sent - 1:+.2%}) | {one.step:.3f}, {seconds:.3f} "
+                f"| {rate} | {engine} | {protocol} | {said:,.0f}, {sent:,.0f} "
+                f"({said / sent - 1:+.2%}) | {one.step:.3f}, {seconds:.3f} "
                 f"| {one.step / seconds:.2f} |",
                 flush=True,
             )

@@ -1,14 +1,14 @@
-"""From what a worker's step takes and a protocol sends to the step of many machines."""
+"""From what a worker's step takes to the step of many machines, by each engine and protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from robust_accel.comm import QSGD, AllReduce, Collective
-from robust_accel.comm.layout import segment
 from robust_accel.comm.traffic import Machines, Traffic, traffic
 from robust_accel.planning.cost import Cost
+from robust_accel.planning.pieces import gathered, pieces_of, scattered, whole_at_a_time
 
 PROTOCOLS: Mapping[str, Collective] = {
     "fp32": AllReduce(),
@@ -48,52 +48,29 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A step by one protocol.
+class Job:
+    """A step of many workers.
 
     Attributes:
-        wire: Seconds that what leaves a machine takes on its link.
-        exposed: Of these and the protocol's arithmetic what the backward cannot hide.
-        step: Seconds of the whole step.
-    """
-
-    protocol: str
-    traffic: Traffic
-    wire: float
-    exposed: float
-    step: float
-
-
-def estimates(
-    cost: Cost,
-    machines: Machines,
-    rate: float,
-    images: int,
-    micro_batches: int,
-    protocols: Mapping[str, Collective],
-    timed_on: torch.device | None,
-) -> list[Estimate]:
-    """A step by each protocol.
-
-    Micro-batches come one after another, and the last one's backward hides as much of the exchange
-    as it lasts: on GPUs; a worker that has one core for both hides nothing. Latencies count
-    nothing.
-
-    Args:
+        cost: Of one of them.
         rate: Bytes a second that leave a machine.
         images: Of a worker in a micro-batch.
+        micro_batches: One after another.
+        half: Whether the network computes in half precision.
         timed_on: See ``traffic``.
     """
-    forward, backward = cost.forward * images, cost.backward * images
-    hidden = 0.0 if timed_on is not None and timed_on.type == "cpu" else backward
-    found = []
-    for name, collective in protocols.items():
-        counted = traffic(collective, cost.shapes, machines, timed_on)
-        wire = counted.leaving / rate
-        exposed = max(0.0, wire + counted.seconds - hidden)
-        step = micro_batches * (forward + backward) + exposed + cost.update
-        found.append(Estimate(name, counted, wire, exposed, step))
-    return found
+
+    cost: Cost
+    machines: Machines
+    rate: float
+    images: int
+    micro_batches: int = 1
+    half: bool = False
+    timed_on: torch.device | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.timed_on is not None and self.timed_on.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -101,75 +78,152 @@ class Engine:
     """What holds weights, gradients and state.
 
     Attributes:
-        memory: Bytes of a worker.
-        leaving: Bytes of weights that leave a machine in a step; none where each worker has all.
-        is_in_pieces: Whether the weights are shared out, by FSDP2.
+        moments: Bytes of a worker at each moment that may be the worst.
+        holders: Workers that hold the weights together, by FSDP2; 1 where each has all.
+        sharing: Workers that share out the optimizer's step.
+        exchanges: Of gradients in a step.
+        beside: Bytes of weights that leave a machine in a step while it computes.
+        apart: And while it waits.
+        overlaps: Whether a GPU computes while gradients are sent.
     """
 
     name: str
-    memory: float
-    leaving: float = 0.0
-    is_in_pieces: bool = False
+    moments: Mapping[str, float]
+    holders: int = 1
+    sharing: int = 1
+    exchanges: int = 1
+    beside: float = 0.0
+    apart: float = 0.0
+    overlaps: bool = True
+
+    @property
+    def worst(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+    @property
+    def memory(self) -> float:
+        return self.moments[self.worst]
+
+    @property
+    def leaving(self) -> float:
+        """Bytes of weights that leave a machine in a step."""
+        return self.beside + self.apart
+
+    def seconds(self, job: Job, sent: Traffic) -> float:
+        """Of a step, each of whose exchanges of gradients is ``sent``.
+
+        On GPUs the last backward hides what it can of the exchange, and all passes hide what they
+        gather, but the link has one thing at a time. A worker that has one core for both hides
+        nothing. Latencies count nothing, nor does what stays inside of a machine.
+        """
+        cost = job.cost
+        backward = cost.backward * job.images
+        passes = job.micro_batches * (cost.forward * job.images + backward)
+        exchange = self.exchanges * (sent.leaving / job.rate + sent.seconds)
+        weights = self.beside / job.rate
+        if self.overlaps and not job.on_cpu:
+            step = max(passes + max(0.0, exchange - backward), weights + exchange)
+        else:
+            step = passes + weights + exchange
+        return step + cost.update / self.sharing + self.apart / job.rate
 
 
-def engines(
-    cost: Cost,
-    machines: Machines,
-    images: int,
-    micro_batches: int,
-    collective: Collective,
-    *,
-    half: bool,
-) -> list[Engine]:
+@dataclass(frozen=True)
+class Estimate:
+    """A step by one engine and one protocol: what an exchange sends, and all seconds."""
+
+    engine: str
+    protocol: str
+    traffic: Traffic
+    step: float
+
+
+def estimates(
+    job: Job, held: Sequence[Engine], protocols: Mapping[str, Collective]
+) -> list[Estimate]:
+    """Of each engine by each protocol, whose arithmetic takes what it takes under DDP.
+
+    FSDP2 exchanges a layer's gradient after each backward through it, which an outer loss of
+    several forwards (TRADES) has several of.
+    """
+    shapes, machines = job.cost.shapes, job.machines
+    *layers, rest = job.cost.units
+    in_pieces = (*job.cost.losses * tuple(s for one in layers for s in one.trained), *rest.trained)
+    whole = {n: traffic(one, shapes, machines, job.timed_on) for n, one in protocols.items()}
+    found = []
+    for engine in held:
+        for name, collective in protocols.items():
+            sent = whole[name]
+            if engine.holders > 1:
+                holders = engine.holders
+                own = scattered(collective, in_pieces, machines, holders, on_cpu=job.on_cpu)
+                sent = replace(own, seconds=sent.seconds)
+            found.append(Estimate(engine.name, name, sent, engine.seconds(job, sent)))
+    return found
+
+
+def engines(job: Job, collective: Collective) -> list[Engine]:
     """Weights, gradients, state, and what the backward needs.
 
     DDP has its gradients twice (its buckets). ZeRO 1 shares out the state, and has a copy of its
-    share of the weights; ZeRO 2 the gradients as well. FSDP2 shares out all, and gathers a layer's
-    weights for each pass, or all once a step (``train.keep_gathered``), round a ring of all
-    workers; as HSDP it does so within each machine. What kernels, caches, gathered layers and the
-    communication library take is not in it.
-
-    Args:
-        half: Whether the network computes in half precision.
+    share of the weights, which all gather after the step; ZeRO 2 the gradients as well, which it
+    exchanges after each micro-batch. As DeepSpeed is set unless told otherwise, it computes
+    nothing meanwhile. FSDP2 shares out all; as HSDP within each machine. What kernels, caches and
+    the communication library take is not in it.
     """
-    passing = cost.kept * images
-    rest = cost.average + cost.fixed + passing
-    kept = cost.state + cost.gradients + cost.weights + cost.average
-    sent = gathered_bytes(cost, collective, half=half)
-
-    def in_pieces(name: str, workers: int, gathers: int, copy: float = 0.0) -> Engine:
-        share = (workers - 1) / workers if workers > machines.per_node else 0.0
-        leaving = micro_batches * gathers * share * sent
-        return Engine(name, kept / workers + passing + copy, leaving, True)
-
-    state, gradients, weights = (
-        n / machines.workers for n in (cost.state, cost.gradients, cost.weights)
-    )
-    found = [
-        Engine("DDP", cost.weights + 2 * cost.gradients + cost.state + rest),
-        Engine("ZeRO 1", cost.weights + cost.gradients + state + weights + rest),
-        Engine("ZeRO 2", cost.weights + gradients + state + weights + rest),
-    ]
+    cost, machines = job.cost, job.machines
+    workers = machines.workers
+    rest = cost.average + cost.fixed + cost.kept * job.images
+    state, gradients, weights = (n / workers for n in (cost.state, cost.gradients, cost.weights))
+    trained = (workers - 1) * gradients if machines.nodes > 1 else 0.0  # weights, of the same size
+    found = [Engine("DDP", {"step": cost.weights + 2 * cost.gradients + cost.state + rest})]
+    for name, kept, exchanges in (
+        ("ZeRO 1", cost.gradients, 1),
+        ("ZeRO 2", gradients, job.micro_batches),
+    ):
+        moments = {"step": cost.weights + kept + state + weights + rest}
+        found.append(Engine(name, moments, 1, workers, exchanges, apart=trained, overlaps=False))
     if machines.nodes > 1 and machines.per_node > 1:
-        found.append(in_pieces("HSDP", machines.per_node, cost.gathers))
-    return [
-        *found,
-        in_pieces("FSDP2, keep_gathered", machines.workers, 1, _weights_bytes(cost, half)),
-        in_pieces("FSDP2", machines.workers, cost.gathers),
-    ]
+        found.append(_in_pieces("HSDP", job, collective, machines.per_node))
+    if workers > 1:
+        whole = _in_pieces("FSDP2, keep_gathered", job, collective, workers, keeps=True)
+        found += [whole, _in_pieces("FSDP2", job, collective, workers)]
+    return found
 
 
-def gathered_bytes(cost: Cost, collective: Collective, *, half: bool) -> float:
-    """Of all weights as FSDP2 gathers them: in fp32 or half precision, or quantised."""
-    quantizer = getattr(collective, "weight_quantizer", None)
-    if quantizer is not None:
-        return float(quantizer.num_bytes([segment(shape, 0) for shape in cost.all_shapes]))
-    return _weights_bytes(cost, half)
+def _in_pieces(
+    name: str, job: Job, collective: Collective, holders: int, *, keeps: bool = False
+) -> Engine:
+    """By FSDP2, as ``training.shards`` cuts a network that is whole at first, and when measured.
 
-
-def _weights_bytes(cost: Cost, half: bool) -> float:
-    """Of all weights as the network computes with them."""
-    return cost.parameters * (2.0 if half else 4.0)
+    What no layer holds stays gathered from a forward to the backward after it; a layer is gathered
+    for each pass; all only once a step where the training ``keeps`` it. Until micro-batches have
+    come to their end, each worker has all of their gradient.
+    """
+    cost, width = job.cost, 2 if job.half else 4
+    *layers, rest = [unit.trained + unit.frozen for unit in cost.units]
+    of_layers = [shape for layer in layers for shape in layer]
+    pieces = pieces_of([*of_layers, *rest], holders)
+    share = sum(one.size for one in pieces) / cost.parameters
+    held = share * (cost.weights + cost.state + cost.average)
+    gradients = cost.gradients * (1.0 if job.micro_batches > 1 else share)
+    whole = cost.parameters if keeps else whole_at_a_time(cost.units)
+    moments = {
+        "start": cost.weights + cost.average,
+        "step": held + gradients + cost.kept * job.images + width * whole,
+        "validation": held + cost.weights,
+    }
+    engine = Engine(name, moments, holders, holders)
+    if job.machines.nodes == 1 or holders < job.machines.workers:
+        return engine  # what is gathered stays inside
+    bits = getattr(collective, "weight_quantizer", None)
+    by_pass, by_round = (
+        job.micro_batches * gathered(some, holders, width, bits) for some in (of_layers, rest)
+    )
+    if keeps:
+        return replace(engine, apart=by_pass + by_round)
+    return replace(engine, beside=cost.gathers * by_pass + cost.rounds * by_round)
 
 
 def at_speed(cost: Cost, flops: float, of_convolutions: float) -> Cost:

@@ -12,91 +12,173 @@ from robust_accel.planning.estimate import (
     DEVICES,
     PROTOCOLS,
     Engine,
+    Job,
     at_speed,
     engines,
     estimates,
-    gathered_bytes,
 )
+from robust_accel.planning.pieces import Unit
 
 CPU = torch.device("cpu")
 MIB = 2**20
+LAYER = Unit(((96, 1024),))
 COST = Cost(
-    shapes=((256, 1024),), all_shapes=((256, 1024),), weights=MIB, gradients=MIB, state=2 * MIB,
-    average=0, kept=1000.0, flops=3e9, convolutions=0, forward=0.02, backward=0.01,
-    update=0.005, images=8,
+    units=(LAYER, LAYER, Unit(((64, 1024),))), weights=MIB, gradients=MIB, state=2 * MIB,
+    average=0, kept=1000.0, flops=3e9, convolutions=0, forward=0.02, backward=0.01, update=0.005,
+    images=8,
 )  # fmt: skip
+IMAGES = 10_000  # bytes of ten
+
+
+def by_name(machines: Machines, micro_batches: int = 1, **changes: object) -> dict[str, Engine]:
+    cost, half = replace(COST, **changes), bool(changes.get("fixed"))
+    job = Job(cost, machines, 1e6, 10, micro_batches, half)
+    return {one.name: one for one in engines(job, AllReduce())}
+
+
+def seconds(job: Job, collective: object = None) -> dict[str, float]:
+    protocol = collective or AllReduce()
+    found = estimates(job, engines(job, AllReduce()), {"it": protocol})
+    return {one.engine: one.step for one in found}
 
 
 @pytest.mark.parametrize(("rate", "exposed"), [(1e6, 2 * MIB * 3 / 4 / 1e6 - 0.04), (1e9, 0.0)])
 def test_a_step_is_its_passes_and_what_the_last_backward_does_not_hide(
     rate: float, exposed: float
 ) -> None:
-    found = estimates(COST, Machines(4, 1), rate, 4, 3, PROTOCOLS, None)
-    base = found[0]
-    assert base.traffic.leaving == 2 * MIB * 3 / 4
-    assert base.wire == pytest.approx(base.traffic.leaving / rate)
-    assert base.exposed == pytest.approx(exposed)
-    assert base.step == pytest.approx(3 * 4 * 0.03 + exposed + 0.005)
-    assert all(one.step <= base.step for one in found)
+    job = Job(COST, Machines(4, 1), rate, 4, 3)
+    found = [o for o in estimates(job, engines(job, AllReduce()), PROTOCOLS) if o.engine == "DDP"]
+    assert found[0].traffic.leaving == 2 * MIB * 3 / 4
+    assert found[0].step == pytest.approx(3 * 4 * 0.03 + exposed + 0.005)
+    assert all(one.step <= found[0].step for one in found)
 
 
 def test_a_cpu_worker_hides_nothing() -> None:
-    (one,) = estimates(COST, Machines(4, 1), 1e6, 4, 3, {"fp32": AllReduce()}, CPU)
+    job = Job(COST, Machines(4, 1), 1e6, 4, 3, timed_on=CPU)
+    one, *_ = estimates(job, engines(job, AllReduce()), {"fp32": AllReduce()})
+    wire = one.traffic.leaving / 1e6 + one.traffic.seconds
     assert one.traffic.seconds > 0
-    assert one.exposed == one.wire + one.traffic.seconds
+    assert one.step == pytest.approx(3 * 4 * 0.03 + 0.005 + wire)
 
 
-def by_name(
-    machines: Machines, micro_batches: int = 1, cost: Cost = COST, half: bool = False
-) -> dict[str, Engine]:
-    found = engines(cost, machines, 10, micro_batches, AllReduce(), half=half)
-    return {one.name: one for one in found}
+def test_zero_hides_nothing_and_sends_its_weights_and_each_micro_batch() -> None:
+    found = seconds(Job(COST, Machines(4, 1), 1e6, 4, 3))
+    passes, exchange, weights = 3 * 4 * 0.03, 2 * MIB * 3 / 4 / 1e6, MIB * 3 / 4 / 1e6
+    assert found["ZeRO 1"] == pytest.approx(passes + exchange + weights + 0.005 / 4)
+    assert found["ZeRO 2"] == pytest.approx(passes + 3 * exchange + weights + 0.005 / 4)
+
+
+@pytest.mark.parametrize("device", [None, CPU])
+def test_fsdp2_sends_half_of_the_gradients_and_its_weights_while_it_computes(
+    device: torch.device | None,
+) -> None:
+    """At 1 MB/s the link is what all waits for; a CPU, whose reduce-scatter is two, adds."""
+    job = Job(replace(COST, gathers=4, rounds=2), Machines(4, 1), 1e6, 4, timed_on=device)
+    (one,) = (e for e in engines(job, AllReduce()) if e.name == "FSDP2")
+    assert one.leaving == (4 * 3 / 4 + 2 * 1 / 4) * MIB * 3 / 4  # layers, and the rest
+    (step,) = (e for e in estimates(job, [one], {"fp32": AllReduce()}))
+    rounds = 2 if device == CPU else 1
+    assert step.traffic.leaving == rounds * MIB * 3 / 4
+    link = (one.leaving + step.traffic.leaving) / 1e6 + step.traffic.seconds
+    passes = 4 * 0.03 if device == CPU else 0.0
+    assert step.step == pytest.approx(passes + link + 0.005 / 4)
+
+
+def test_a_fast_link_is_hidden_but_for_what_nothing_hides() -> None:
+    job = Job(COST, Machines(4, 1), 1e9, 4)
+    found, passes = seconds(job), 4 * 0.03
+    assert found["DDP"] == pytest.approx(passes + 0.005)
+    assert found["FSDP2"] == pytest.approx(passes + 0.005 / 4)
+    once = MIB * 3 / 4 / 1e9
+    assert found["FSDP2, keep_gathered"] == pytest.approx(passes + once + 0.005 / 4)
+
+
+def test_hsdp_averages_pieces_between_machines() -> None:
+    job = Job(COST, Machines(4, 2), 1e6, 4)
+    held = [one for one in engines(job, AllReduce()) if one.name == "HSDP"]
+    for collective in (AllReduce(), QSGD(bits=8, compile=False)):
+        (one,) = estimates(job, held, {"it": collective})
+        alone = Job(COST, Machines(4, 1), 1e6, 4)
+        ddp, *_ = estimates(alone, engines(alone, AllReduce()), {"it": collective})
+        assert one.traffic.leaving == pytest.approx(ddp.traffic.leaving, rel=0.01)
+
+
+def test_sides_are_the_same_where_no_mean_is_sent_back() -> None:
+    job = Job(COST, Machines(4, 2), 1e6, 4)
+    one, two = (seconds(job, QSGD(bits=8, sides=n))["FSDP2"] for n in (1, 2))
+    assert one == two
 
 
 def test_memory_is_shared_out_by_engine() -> None:
     found = {name: one.memory for name, one in by_name(Machines(2, 2)).items()}
-    assert found["DDP"] == 5 * MIB + 10_000
-    assert found["ZeRO 1"] == MIB * (1 + 1 + 0.5 + 0.25) + 10_000
-    assert found["ZeRO 2"] == MIB * (1 + 0.25 + 0.5 + 0.25) + 10_000
-    assert found["FSDP2"] == MIB * 4 / 4 + 10_000
-    assert found["FSDP2, keep_gathered"] == MIB * (4 / 4 + 1) + 10_000
-    assert found["HSDP"] == MIB * 4 / 2 + 10_000
+    gathered = MIB / 4 + MIB * 3 / 8  # the rest, and a layer
+    assert found["DDP"] == 5 * MIB + IMAGES
+    assert found["ZeRO 1"] == MIB * (1 + 1 + 0.5 + 0.25) + IMAGES
+    assert found["ZeRO 2"] == MIB * (1 + 0.25 + 0.5 + 0.25) + IMAGES
+    assert found["FSDP2"] == MIB * 3 / 4 + MIB  # at validation: no gradients, a copy
+    assert found["FSDP2, keep_gathered"] == MIB * (4 / 4 + 1) + IMAGES
+    assert found["HSDP"] == MIB * 4 / 2 + gathered + IMAGES
     alone = by_name(Machines(1, 1))
-    assert "HSDP" not in alone
+    assert [*alone] == ["DDP", "ZeRO 1", "ZeRO 2"]  # nobody to share with
     assert alone["ZeRO 2"].memory == alone["DDP"].memory
-    assert alone["FSDP2"].memory == 4 * MIB + 10_000  # nothing is there twice
+
+
+def test_memory_of_pieces_is_that_of_the_worst_moment() -> None:
+    def one(machines: Machines, micro_batches: int = 1, **changes: object) -> Engine:
+        return by_name(machines, micro_batches, **changes)["FSDP2"]
+
+    many = Machines(32, 1)
+    plain, averaged = one(many), one(many, average=MIB, kept=0)
+    assert (plain.worst, plain.memory) == ("validation", MIB * (1 + 3 / 32))
+    assert (averaged.worst, averaged.memory) == ("start", 2 * MIB)  # both are whole before the cut
+    assert one(Machines(1, 2)).worst == "step"
+    # between micro-batches each worker has the gradient of all
+    grown = one(many, 2).moments["step"] - plain.moments["step"]
+    assert grown == pytest.approx(MIB * (1 - 1 / 32))
+    assert one(many, 3).memory == one(many, 2).memory > plain.memory
 
 
 def test_weights_stay_gathered_in_the_precision_of_computing_and_nothing_is_cast() -> None:
-    cast = replace(COST, fixed=MIB / 2)  # by autocast, for the other engines
-    half = {n: e.memory for n, e in by_name(Machines(2, 2), cost=cast, half=True).items()}
-    single = {n: e.memory for n, e in by_name(Machines(2, 2)).items()}
-    assert half["DDP"] - single["DDP"] == half["ZeRO 2"] - single["ZeRO 2"] == MIB / 2
-    assert [half[name] - single[name] for name in ("FSDP2", "HSDP")] == [0, 0]
-    kept = "FSDP2, keep_gathered"
-    assert half[kept] - half["FSDP2"] == MIB / 2 and single[kept] - single["FSDP2"] == MIB
+    single, half = (by_name(Machines(2, 2), fixed=cast) for cast in (0, MIB / 2))
+    for name in ("DDP", "ZeRO 2"):  # cast, by autocast
+        assert half[name].memory - single[name].memory == MIB / 2
+    saved = {n: single[n].moments["step"] - half[n].moments["step"] for n in single}
+    assert saved["FSDP2"] == saved["HSDP"] == (MIB / 4 + MIB * 3 / 8) / 2
+    assert saved["FSDP2, keep_gathered"] == MIB / 2
+    assert half["FSDP2"].leaving == single["FSDP2"].leaving / 2
 
 
 def test_frozen_weights_are_gathered_as_well() -> None:
-    frozen = replace(COST, all_shapes=((256, 1024), (256, 1024)))
-    assert frozen.parameters == 2 * COST.parameters
-    for collective in (AllReduce(), QSGD(weight_bits=8)):
-        own, both = (gathered_bytes(cost, collective, half=False) for cost in (COST, frozen))
-        assert both == 2 * own
+    frozen = tuple(Unit(unit.trained, unit.trained) for unit in COST.units)
+    both = replace(COST, units=frozen)
+    assert both.parameters == 2 * COST.parameters and both.shapes == COST.shapes
+    for name in ("FSDP2", "FSDP2, keep_gathered"):
+        own = by_name(Machines(4, 1), gathers=1)[name].leaving
+        assert by_name(Machines(4, 1), gathers=1, units=frozen)[name].leaving == 2 * own
 
 
 def test_weights_leave_a_machine_where_they_are_gathered_across() -> None:
-    cost = replace(COST, gathers=22)
-    found = {name: one.leaving for name, one in by_name(Machines(2, 2), 3, cost).items()}
-    assert found["FSDP2"] == 3 * 22 * MIB * 3 / 4
+    found = {n: one.leaving for n, one in by_name(Machines(2, 2), 3, gathers=22, rounds=11).items()}
+    assert found["FSDP2"] == 3 * (22 * 3 / 4 + 11 / 4) * MIB * 3 / 4
     assert found["FSDP2, keep_gathered"] == 3 * MIB * 3 / 4
     assert found["HSDP"] == found["DDP"] == 0
-    assert not any(one.leaving for one in by_name(Machines(1, 4), 3, cost).values())
+    assert found["ZeRO 1"] == found["ZeRO 2"] == MIB * 3 / 4  # once, after the step
+    assert not any(one.leaving for one in by_name(Machines(1, 4), 3).values())
+
+
+def test_one_unit_is_gathered_once_a_round() -> None:
+    whole = (Unit(COST.shapes),)
+    found = by_name(Machines(4, 1), gathers=22, rounds=11, units=whole)["FSDP2"]
+    assert found.leaving == 11 * MIB * 3 / 4
 
 
 def test_weights_are_gathered_in_the_bits_that_are_asked_for() -> None:
-    assert gathered_bytes(COST, AllReduce(), half=True) == MIB / 2
-    assert gathered_bytes(COST, QSGD(weight_bits=8), half=False) == MIB / 4 * (1 + 4 / 256)
+    job = Job(COST, Machines(4, 1), 1e6, 4)
+    bits = [
+        {e.name: e.leaving for e in engines(job, c)}["FSDP2, keep_gathered"]
+        for c in (AllReduce(), QSGD(weight_bits=8))
+    ]
+    assert bits[1] == bits[0] / 4 * (1 + 4 / 256)
 
 
 def test_another_device_does_the_same_work_in_its_own_time() -> None:
