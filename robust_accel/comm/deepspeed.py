@@ -230,8 +230,9 @@ def _check_supported(engine: Any) -> None:
     if stage == 3:
         raise ValueError(
             "compress_gradients supports ZeRO 0, 1 and 2, got stage 3, which gathers parameters "
-            "in every pass: use DeepSpeed's own ZeRO++ there (zero_quantized_gradients, "
-            "zero_quantized_weights), with communication.name=allreduce"
+            "in every pass: use FSDP2, which cuts weights as well. (DeepSpeed's own ZeRO++, "
+            "zero_quantized_gradients and zero_quantized_weights, goes without this package's "
+            "exchange and LAMB)"
         )
     for what, found in (
         ("pipeline parallelism", getattr(engine, "pipeline_parallelism", False)),

@@ -56,6 +56,8 @@ class FSDP2Compression(GradientCompression):
         group = mesh.get_group()
         _check_replicas(group, replicas)
         check_device(mesh.device_type, group)
+        # on CPUs the backward waits for each exchange
+        self.meter.knows_exposed = mesh.device_type == "cpu"
         self.collective = collective
         self.workers = Workers.of(group, parent=group)
         self.replicas: Workers | None = None
@@ -193,9 +195,8 @@ class ReduceScatter(_OfModule):
             averaged(own.collective, reduce_output, segments, step, own.replicas, own.meter)
 
     def _timed(self, device: torch.device) -> Any:
-        # on CPUs FSDP2's backward waits for each; the first parameters' is the last one
-        exposed = device.type == "cpu" or self._pieces.position == 0
-        return self._compression.meter.timed_on(device, exposed=exposed)
+        meter = self._compression.meter
+        return meter.timed_on(device, exposed=meter.knows_exposed)
 
     def _inside_machine(self) -> bool:
         own = self._compression

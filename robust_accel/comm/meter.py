@@ -1,5 +1,6 @@
 """What communication cost: bytes sent by this rank, and the seconds spent on it."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -16,11 +17,13 @@ class Meter:
     Attributes:
         bytes_sent: payload and metadata that this rank sent, by each collective's formula.
         bytes_inside_machine: how many of them never left the machine.
+        knows_exposed: whether `exposed_seconds` can be told.
     """
 
     def __init__(self) -> None:
         self.bytes_sent = 0
         self.bytes_inside_machine = 0
+        self.knows_exposed = True
         self._seconds = 0.0
         self._exposed_seconds = 0.0
         self._lock = threading.Lock()
@@ -36,9 +39,12 @@ class Meter:
 
     @property
     def exposed_seconds(self) -> float:
-        """The part of it that backward did not hide: from the last bucket's arrival to its end."""
+        """The part of it that backward did not hide: from the last bucket's arrival to its end.
+
+        NaN where nothing tells: FSDP2 on GPUs, whose backward waits for each module in its turn.
+        """
         self._collect(wait=True)
-        return self._exposed_seconds
+        return self._exposed_seconds if self.knows_exposed else math.nan
 
     def sent(self, num_bytes: float, *, inside_machine: bool = False) -> None:
         """Count one collective's traffic, rounded to whole bytes."""

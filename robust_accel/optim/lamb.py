@@ -281,8 +281,9 @@ class LAMB(Optimizer):
             if param.ndim == 1 and param.shape not in self._shapes and param not in self._shards:
                 raise RuntimeError(
                     "LAMB's parameters were replaced by a flat shard (DeepSpeed ZeRO), whose norm"
-                    " is no layer's: call robust_accel.compress_gradients(model, ...) after"
-                    " accelerator.prepare(), which tells LAMB the layers"
+                    " is no layer's: under ZeRO 1 and 2 call robust_accel.compress_gradients(model,"
+                    " ...) after accelerator.prepare(), which tells LAMB the layers; in place of"
+                    " ZeRO 3, which cuts weights as well, use FSDP2"
                 )
             state = self.state[param]
             if not state:

@@ -35,9 +35,10 @@ class Progress:
     validations_since_best: int = 0
     train_seconds: float = 0.0
     comm_seconds: float = 0.0
-    comm_exposed_seconds: float = 0.0  # not hidden behind the backward
-    bytes_sent: int = 0  # by this rank
+    comm_exposed_seconds: float = 0.0  # not hidden behind the backward; NaN where nothing tells
+    bytes_sent: int = 0  # by this rank, of gradients
     bytes_of_step: int = 0  # of them, in the last step
+    bytes_of_weights_sent: int = 0  # which were in pieces
     stopped_early: bool = False
     skipped_steps: int = 0  # of those done: left out, see train.on_nonfinite
     skipped_in_a_row: int = 0

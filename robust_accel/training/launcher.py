@@ -51,7 +51,7 @@ _FSDP = {
         ),
         (
             "AUTO_WRAP_POLICY",
-            ("TRANSFORMER_BASED_WRAP", "NO_WRAP"),
+            ("NO_WRAP", "TRANSFORMER_BASED_WRAP"),
             "layers are cut by their class",
         ),
         ("OFFLOAD_PARAMS", ("FALSE",), "an attack gathers the weights many times a step"),
@@ -106,6 +106,7 @@ def read_launcher() -> Sharding | None:
     if "FSDP_VERSION" not in os.environ:  # of an Accelerate that has no other
         os.environ["FSDP_VERSION"] = "1"
     _check(_FSDP)
+    layers = _layers()
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes < 2:
         _refuse(
@@ -120,7 +121,7 @@ def read_launcher() -> Sharding | None:
     plugin = FullyShardedDataParallelPlugin()
     del os.environ["ACCELERATE_USE_FSDP"]
     return Sharding(
-        tuple(plugin.transformer_cls_names_to_wrap or ()),
+        layers,
         bool(plugin.reshard_after_forward),
         plugin.activation_checkpointing,
         _replicas(num_processes) if parallel else 1,
@@ -169,7 +170,7 @@ def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspe
     if str(stage) == "3":
         raise ValueError(
             f"{source}: ZeRO 3 is not possible with train, whose exchange of gradients and LAMB "
-            "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipes/accelerate/fsdp2.yaml)"
+            "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipe copy accelerate/fsdp2)"
         )
 
 
@@ -209,6 +210,24 @@ def _deepspeed_file(path: Path) -> dict[str, Any]:
     if not isinstance(content.get("zero_optimization"), dict):
         raise ValueError(f"{path}: zero_optimization: missing, or no mapping")
     return content
+
+
+def _layers() -> tuple[str, ...]:
+    """By which the network is cut; Accelerate passes over them where its policy is another."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
+    layers = tuple(name.strip() for name in named if name.strip())
+    by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP"
+    if layers and not by_class:
+        _refuse(
+            f"fsdp_transformer_layer_cls_to_wrap: {', '.join(layers)} without "
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP cuts nothing: set it, or name no class"
+        )
+    if by_class and not layers:
+        _refuse(
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP needs the classes of the layers, "
+            "fsdp_transformer_layer_cls_to_wrap; or set NO_WRAP: the network is gathered whole then"
+        )
+    return layers
 
 
 def _replicas(num_processes: int) -> int:

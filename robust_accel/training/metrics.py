@@ -29,6 +29,7 @@ class Metrics:
     Args:
         progress: Gets the seconds and bytes.
         trackers: Whether Accelerate has any.
+        gathered: Bytes of weights, where they are in pieces.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Metrics:
         *,
         steps_per_epoch: int,
         trackers: bool,
+        gathered: Meter | None = None,
     ) -> None:
         self._folder, self._accelerator, self._progress = folder, accelerator, progress
         self._meter, self._steps_per_epoch = meter, steps_per_epoch
-        self._trackers = trackers
+        self._trackers, self._gathered = trackers, gathered
         self._bar: tqdm = tqdm(disable=True)
         self._sent = 0  # bytes, before the step under way
         self._continues = False  # whether it is the first one after a restart
@@ -93,7 +95,8 @@ class Metrics:
         sums = {name: reduce(pair, "sum").tolist() for name, pair in own.items()}
         line = {name: total / number for name, (total, number) in sums.items() if number}
         line["labeled_images"] = int(sums.get("robust_batch_accuracy", (0, 0))[1])
-        line |= {"images_per_second": images / averages.seconds(), **self._communication()}
+        cost = {name: n for name, n in self._communication().items() if not math.isnan(n)}
+        line |= {"images_per_second": images / averages.seconds(), **cost}
         line |= about | {"skipped_steps": self._progress.skipped_steps}
         shown = {"loss": f"{line.get('loss', math.nan):.3f}"}
         for kind in ("clean", "robust"):
@@ -101,8 +104,9 @@ class Metrics:
         shown |= {
             "images_s": f"{line['images_per_second']:.0f}",
             "sent": f"{line['bytes_sent'] / 2**20:.1f}MiB",
-            "waited": f"{line['comm_exposed_seconds']:.0f}s",
         }
+        if "comm_exposed_seconds" in line:
+            shown["waited"] = f"{line['comm_exposed_seconds']:.0f}s"
         self._bar.set_postfix(shown)
         self.write(line)
 
@@ -135,11 +139,14 @@ class Metrics:
             setattr(self._progress, name, value)
 
     def _counts(self) -> dict[str, float]:
-        return {
+        counts: dict[str, float] = {
             "bytes_sent": self._meter.bytes_sent,
             "comm_seconds": self._meter.seconds,
             "comm_exposed_seconds": self._meter.exposed_seconds,
         }
+        if self._gathered is not None:
+            counts["bytes_of_weights_sent"] = self._gathered.bytes_sent
+        return counts
 
     def _communication(self) -> dict[str, float]:
         """What training has cost this rank, earlier parts of a continued run included."""
@@ -209,7 +216,11 @@ def count_right(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU, or of all memory without one."""
+    """Bytes that this process has held at most: of the GPU, or of all memory without one.
+
+    Memory is what the kernel counts as resident. Arrays in files are read, not mapped, and no part
+    of it; what ``datasets`` maps, to decode images, is.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -14,8 +14,6 @@ from robust_accel.comm.agreement import Agreement
 from robust_accel.comm.heartbeat import Heartbeat
 from robust_accel.console import is_main
 from robust_accel.data import Data
-from robust_accel.evaluation import under_attack
-from robust_accel.evaluation.bench import Bench
 from robust_accel.evaluation.identity import facts_of
 from robust_accel.evaluation.ledger import refresh_report
 from robust_accel.files import remove_incomplete
@@ -38,7 +36,7 @@ from robust_accel.training.accelerator import (
 from robust_accel.training.averaging import make_average
 from robust_accel.training.checkpoint import Checkpoint, Progress
 from robust_accel.training.disk import check_output, check_room, told_when_full
-from robust_accel.training.facts import facts_of_training, held_out_attack
+from robust_accel.training.facts import doubts_of, facts_of_training, held_out_attack
 from robust_accel.training.finite import Watch
 from robust_accel.training.launcher import Sharding, read_launcher
 from robust_accel.training.loop import Loop
@@ -51,6 +49,7 @@ from robust_accel.training.shards import Shards, check_recipe
 from robust_accel.training.start import Start, engine_of, find_start
 from robust_accel.training.stopping import Stop, Stopped, is_launched, refuse_restart
 from robust_accel.training.takeover import take_over
+from robust_accel.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +205,7 @@ class _Run:
             compression.meter,
             steps_per_epoch=self.batches.steps_per_epoch,
             trackers=bool(settings.log_with),
+            gathered=compression.gathered if sharded else None,
         )
         self.loop = Loop(
             accelerator=accelerator,
@@ -230,6 +230,8 @@ class _Run:
             shards=self.shards,
             averages=averages,
         )
+        weights = (self.classifier, averaged, self.shards)
+        self.validation = Validation(recipe, data.validation, accelerator, *weights)
         done = (self.progress, self.checkpoint, schedule, optimizer)
         self.collapse = Collapse(recipe, data, folder, accelerator, *done)
 
@@ -242,7 +244,7 @@ class _Run:
             self.checkpoint.load(start.checkpoint)
             self.watch.check(loaded=self.folder.checkpoints / start.checkpoint)
             logger.info("continuing %s at step %d", self.folder.path, self.progress.step)
-        for doubt in self.recipe.doubts:
+        for doubt in doubts_of(self.recipe):
             logger.warning(doubt)
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -263,6 +265,9 @@ class _Run:
             total = min(total, self.settings.max_steps)
         progress = self.progress
         with self.metrics.bar(total):
+            with self.stop.held():
+                if self.collapse.take_up():
+                    self.loop.save()
             if progress.to_validate:
                 self.validate(-(-progress.step // steps_per_epoch))
             while progress.step < total and not progress.stopped_early:
@@ -289,22 +294,7 @@ class _Run:
     def validate(self, epoch: int) -> None:
         """Measure on the held-out split, keep the best weights, decide how the run goes on."""
         self.heartbeat.at("validation", self.progress.step)
-        classifier, settings = self._weights_to_measure(), self.recipe.evaluate
-        bench = Bench(
-            classifier,
-            self.data.validation,
-            self.accelerator,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
-        clean = robust = bench.clean()
-        for one in settings.threat_models():  # of several, what withstands all
-            pgd = under_attack(one.make_pgd(self.settings.validation_steps))
-            robust = bench.attacked(pgd, robust)
-        line = {
-            "validation_clean_accuracy": clean.accuracy,
-            "validation_robust_accuracy": robust.accuracy,
-        }
+        classifier, clean, line = self.validation.measure()
         if (clean.prediction == NOT_A_NUMBER).all():
             self.watch.stop(
                 f"of {len(clean.index)} held-out images the model answers none with finite logits "
@@ -341,7 +331,7 @@ class _Run:
         """Choose the weights, save them as a timm folder, measure them, write the report."""
         self.heartbeat.at("evaluation", self.progress.step)
         self.watch.check()
-        classifier = self._weights_to_measure()
+        classifier = self.validation.weights()
         check_equal_weights(classifier, self.accelerator)
         selection: dict[str, Any] = {"weights": self.settings.select}
         if self.settings.select == "best" and self.progress.best_epoch:
@@ -377,11 +367,3 @@ class _Run:
         self.loop.compression.close()
         self.accelerator.end_training()
         return facts | result
-
-    def _weights_to_measure(self) -> PixelClassifier:
-        """The averaged weights if there are any, with one process's BatchNorm statistics."""
-        own = self.classifier if self.average is None else self.average.module
-        classifier = own if self.shards is None else self.shards.whole()
-        # each process updates its own statistics; the first one's count, as in DDP's forward
-        broadcast_all(list(classifier.buffers()))
-        return classifier

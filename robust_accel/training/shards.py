@@ -8,6 +8,7 @@ one of plain processes, whose model it does not prepare.
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from robust_accel.messages import close_to
+from robust_accel.messages import close_to, one_line
 from robust_accel.models import PixelClassifier
 from robust_accel.optim.sharded import whole
 from robust_accel.recipe import Recipe
@@ -31,6 +32,8 @@ from robust_accel.robust_model import RobustModel
 from robust_accel.training.accelerator import broadcast_all
 from robust_accel.training.launcher import Sharding
 from robust_accel.training.shard_files import ShardReader, read_shards, write_shards
+
+logger = logging.getLogger(__name__)
 
 # their steps are each element's own, or, LAMB's, know of pieces
 OPTIMIZERS = ("lamb", "sgd", "nesterov", "momentum", "adam", "adamw")
@@ -43,8 +46,8 @@ class Shards:
         classifier: The network that is to be trained, whole, on its device; cut in place.
         average: Another with averaged weights, if there is one; cut as well.
         precision: Accelerate's ``mixed_precision``.
-        keep_gathered: Gather the weights once a step, for all of an attack and the outer loss, not
-            in each forward and backward.
+        keep_gathered: Gather the weights once a micro-batch, for all of an attack and the outer
+            loss, not in each forward and backward.
 
     Raises:
         ValueError: The network cannot be cut as the launch configuration, or trained as the recipe
@@ -74,8 +77,10 @@ class Shards:
         self.copies = sharding.replicas
         mesh, self.replicas = _mesh(accelerator, self.copies)
         for module in self._modules.values():
+            module.to(memory_format=torch.contiguous_format)  # whole ones are as they were
             _cut(module.get_submodule("model"), sharding, precision, mesh)
         self._parts: list[Any] = [m for m in classifier.modules() if isinstance(m, FSDPModule)]
+        _tell(sharding, len(self._parts))
         own = sharding.reshard_after_forward
         self._resharded = [own and part is not classifier.model for part in self._parts]
         self._optimizer: Optimizer | None = None
@@ -145,29 +150,27 @@ class Shards:
             ValueError: They are not this model's.
         """
         assert self._optimizer is not None
-        plain = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        plain = _read_plain(folder / "optimizer.pt")
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {index: {} for index in range(len(parameters))}
         reader, tensors = ShardReader(folder / "shards"), self._weights()
         for name, (size, dtype) in reader.kinds().items():
             if not name.startswith("optimizer."):
                 continue
-            index, _, key = name.removeprefix("optimizer.").partition(".")
-            if not (index.isdecimal() and int(index) < len(parameters)):
-                raise ValueError(f"{folder}: {name[:100]} is of no parameter of this model")
-            like = parameters[int(index)]
+            index, key = _place(name.removeprefix("optimizer."), len(parameters), folder)
+            like = parameters[index]
             if size == like.shape:
                 empty = torch.empty_like(like, dtype=dtype)
             elif size.numel() == 1:
                 empty = torch.empty(size, dtype=dtype)
             else:
                 raise ValueError(f"{folder}: {name} is of shape {tuple(size)}: no optimizer's")
-            tensors[name] = state[int(index)][key] = empty
+            tensors[name] = state[index][key] = empty
         with torch.no_grad():
             read_shards(tensors, reader)
         for name, value in plain["values"].items():
-            index, _, key = name.partition(".")
-            state[int(index)][key] = value
+            index, key = _place(name, len(parameters), folder / "optimizer.pt")
+            state[index][key] = value
         filled = {index: kept for index, kept in state.items() if kept}
         self._optimizer.load_state_dict({"state": filled, "param_groups": plain["param_groups"]})
 
@@ -178,6 +181,32 @@ class Shards:
             for name, module in self._modules.items()
             for key, tensor in module.state_dict().items()
         }
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    """What is no tensor of an optimizer's state.
+
+    Raises:
+        ValueError: The file has something else.
+    """
+    plain = torch.load(path, map_location="cpu", weights_only=True)
+    parts = {"values": dict, "param_groups": list}
+    for name, kind in parts.items():
+        if not (isinstance(plain, dict) and isinstance(plain.get(name), kind)):
+            raise ValueError(f"{path}: {name}: missing, or no {kind.__name__}")
+    return plain
+
+
+def _place(name: object, count: int, where: Path) -> tuple[int, str]:
+    """Of which parameter something is, by its number, and its name there.
+
+    Raises:
+        ValueError: There are ``count``, and it is of none.
+    """
+    index, _, key = str(name).partition(".")
+    if not (index.isdecimal() and int(index) < count):
+        raise ValueError(f"{where}: {one_line(str(name), 100)} is of no parameter of this model")
+    return int(index), key
 
 
 def check_recipe(recipe: Recipe, sharding: Sharding | None, precision: str) -> None:
@@ -205,12 +234,13 @@ def _conflicts(
     train, optimizer = recipe.train, recipe.optimizer
     assert train is not None and optimizer is not None
     if sharding is None:
-        alone = "under FSDP2 alone: launch with recipes/accelerate/fsdp2.yaml, or leave it out"
+        alone = "under FSDP2 alone: launch with accelerate/fsdp2 (recipe copy), or leave it out"
         bits = getattr(recipe.communication, "weight_bits", None)
         return [
             ("train", train.keep_gathered, f"keep_gathered: weights are gathered {alone}"),
             ("communication", bits is not None, f"weight_bits: weights are gathered {alone}"),
         ]
+    more = precision == "bf16" and getattr(recipe.communication, "weight_bits", None) == 16
     aligns = getattr(recipe.objective, "grad_align", None) is not None
     is_exact = optimizer.name in OPTIMIZERS
     return [
@@ -218,6 +248,12 @@ def _conflicts(
         ("train", train.compile, "compile: true is not possible with FSDP2"),
         ("train", precision == "fp16", "precision: fp16 is not possible with FSDP2: try bf16"),
         ("objective", aligns, "grad_align: not possible with FSDP2, it differentiates twice"),
+        (
+            "communication",
+            more,
+            "weight_bits: 16 sends more than the weights themselves, which are bf16: 8, or leave "
+            "it out",
+        ),
         (
             "optimizer",
             not is_exact,
@@ -238,7 +274,7 @@ def _mesh(accelerator: Accelerator, replicas: int) -> tuple[DeviceMesh, ProcessG
 
 
 def _cut(network: nn.Module, sharding: Sharding, precision: str, mesh: DeviceMesh) -> None:
-    """Cut the layers, then what is left."""
+    """Cut the layers, inner ones before those around them, then what is left."""
     norms = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
     if precision == "bf16" and norms:
         raise ValueError(
@@ -254,10 +290,30 @@ def _cut(network: nn.Module, sharding: Sharding, precision: str, mesh: DeviceMes
     dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
     shard: Any = functools.partial(fully_shard, mesh=mesh)
-    for module in [m for m in network.modules() if type(m).__name__ in sharding.layers]:
-        shard(module, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
-    policy = replace(policy, output_dtype=dtype and torch.float32)
-    shard(network, mp_policy=policy, reshard_after_forward=False)
+    layers = [m for m in network.modules() if type(m).__name__ in sharding.layers]
+    try:
+        for module in reversed(layers):
+            if module is not network:
+                own = sharding.reshard_after_forward
+                shard(module, mp_policy=policy, reshard_after_forward=own)
+        policy = replace(policy, output_dtype=dtype and torch.float32)
+        shard(network, mp_policy=policy, reshard_after_forward=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"model: FSDP2 cannot cut {type(network).__name__} ({one_line(str(error), 300)}): "
+            "train by DDP or DeepSpeed"
+        ) from error
+
+
+def _tell(sharding: Sharding, number: int) -> None:
+    """How many parts are gathered each by itself."""
+    if number > 1:
+        logger.info("FSDP2: %d units, of %s and the rest", number, ", ".join(sharding.layers))
+    else:
+        logger.info(
+            "FSDP2: 1 unit, no layer by itself: it stays gathered from its forward to its "
+            "backward, whatever fsdp_reshard_after_forward says"
+        )
 
 
 def _checkpoint_activations(network: Any) -> None:

@@ -247,7 +247,7 @@ def test_every_rank_sees_an_overflow(two):
 def test_what_cannot_work_is_refused(two):
     for messages in get(two, refusals):
         assert "the shards of DeepSpeed's BF16_Optimizer" in messages["bf16"]
-        assert "ZeRO++" in messages["stage 3"]
+        assert "ZeRO++" in messages["stage 3"] and "FSDP2" in messages["stage 3"]
         assert "0.19.8" in messages["version"]
         assert "allreduce_bucket" in messages["version"]
         assert "compress_gradients" in messages["untold"]

@@ -16,6 +16,7 @@ from robust_accel.optim import (
     Piecewise,
     make_scheduler,
 )
+from robust_accel.recipe import load_recipe
 
 EXAMPLES = [
     Constant(),
@@ -151,15 +152,22 @@ def test_impossible_settings_are_refused(name, options, message):
 
 
 def test_a_run_too_short_for_its_schedule():
-    with pytest.warns(
-        UserWarning, match="warmup_epochs: 1 does nothing: its epoch runs at the base"
-    ):
-        learning_rates(Cosine(warmup_epochs=1), epochs=5, steps_per_epoch=2)
     with pytest.raises(ValueError, match="warmup_epochs must be < epochs = 5, got 5"):
         learning_rates(Cosine(warmup_epochs=5), epochs=5, steps_per_epoch=2)
     with pytest.raises(ValueError, match=r"milestones must be >= warmup_epochs = 5, got \[3.0\]"):
         learning_rates(Piecewise(milestones=(3, 7), warmup_epochs=5), epochs=9, steps_per_epoch=1)
     with pytest.raises(ValueError, match="steps_per_epoch must be >= 1, got 0"):
         learning_rates(Constant(), epochs=5, steps_per_epoch=0)
-    with pytest.warns(UserWarning, match=r"milestones \[5.0, 7.0\] lie after"):
-        learning_rates(Piecewise(milestones=(3, 5, 7)), epochs=5, steps_per_epoch=1)
+
+
+def test_what_a_schedule_has_and_does_nothing():
+    (doubt,) = Cosine(warmup_epochs=1).doubts(5)
+    assert "warmup_epochs: 1 does nothing: its epoch runs at the base rate" in doubt
+    (doubt,) = Piecewise(milestones=(3, 5, 7)).doubts(5)
+    assert "milestones [5.0, 7.0] are not before the end of 5 epochs" in doubt
+    assert len(Piecewise(milestones=(3, 5), warmup_epochs=1).doubts(5)) == 2
+    for warmup_epochs in (0, 2):
+        assert Piecewise(milestones=(3, 4.9), warmup_epochs=warmup_epochs).doubts(5) == []
+    recipe = load_recipe("quickstart", ["schedule.warmup_epochs=1", "train.epochs=3"])
+    assert recipe.doubts == recipe.schedule.doubts(3) != []
+    assert load_recipe("quickstart").doubts == []

@@ -16,34 +16,24 @@ from launching import (
     LAUNCHER_OF_FSDP2,
     SMALL,
     Forked,
-    Launched,
     counts,
     kill_at,
     refused,
     weights,
 )
+from sharded_runs import PLAIN, VIT, losses, trained
 from torch.distributed.checkpoint import metadata
 
 from robust_accel import load_model
 from robust_accel.comm.fsdp2 import has_hooks
-from robust_accel.recipe_file import RECIPES
 from robust_accel.run_folder import RunFolder
 from robust_accel.training.shard_files import ShardReader
 from robust_accel.training.shards import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(not has_hooks(), reason="refused before torch 2.9")
-VIT = "model={name: vit_tiny_patch16_224, options: {img_size: 8, patch_size: 4, depth: 2, "
-VIT += "embed_dim: 24}}"
 RUN = ("train", "quickstart", *SMALL, VIT, "train.ema_decay=0.9", "train.max_grad_norm=1")
 RUN += ("train.gradient_accumulation=2", "train.precision=bf16", "data.train_size=464")
 RUN += ("communication.weight_bits=8",)
-PLAIN = ("train", "quickstart", *SMALL, VIT, "communication={name: allreduce}", "train.epochs=1")
-
-
-def trained(folder: Path, *arguments: str, environment: dict[str, str] = FSDP2) -> RunFolder:
-    code, output = Forked(*arguments, f"output={folder}", environment=environment).wait()
-    assert code == 0, output
-    return RunFolder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +52,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name, value in (LAUNCHER_OF_FSDP2 | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     return monkeypatch
-
-
-def losses(folder: RunFolder) -> list[float]:
-    return [line["loss"] for line in folder.read_metrics() if "loss" in line]
 
 
 def test_it_begins_as_by_ddp(plain: RunFolder, tmp_path: Path) -> None:
@@ -191,16 +177,6 @@ def test_activations_that_are_computed_twice_are_the_same(plain: RunFolder, tmp_
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
 
 
-@pytest.mark.long
-@pytest.mark.launch
-def test_by_the_real_launcher(tmp_path: Path) -> None:
-    flags = ("--config_file", str(RECIPES / "accelerate/fsdp2.yaml"))
-    run = ("train", "quickstart", *SMALL, VIT, "train.max_steps=2", f"output={tmp_path / 'run'}")
-    code, output = Launched(*run, flags=flags, cpu=True).wait()
-    assert code == 0, output
-    assert "which are in pieces on 2 processes" in output
-
-
 NOT_IN_PIECES = {
     "train.awp={gamma: 0.005}": "train.awp: not possible with FSDP2",
     "train.compile=true": "train.compile: true is not possible",
@@ -215,6 +191,15 @@ def test_what_pieces_cannot_is_refused(
     override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert NOT_IN_PIECES[override] in refused(capsys, tmp_path / "run", override)
+
+
+@pytest.mark.usefixtures("launched")
+def test_weights_of_as_many_bits_as_they_have_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    half = ("train.precision=bf16", "communication={name: qsgd, weight_bits: 16}")
+    said = refused(capsys, tmp_path / "run", *half)
+    assert "communication.weight_bits: 16 sends more than the weights themselves" in said
 
 
 @pytest.mark.parametrize(

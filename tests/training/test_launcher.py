@@ -49,6 +49,18 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         PARALLEL | {"PARALLELISM_CONFIG_CP_SIZE": "2"},
         "parallelism_config_cp_size: 2",
     ),
+    "classes without a policy": (
+        {key: value for key, value in PARALLEL.items() if key != "FSDP_AUTO_WRAP_POLICY"},
+        "fsdp_transformer_layer_cls_to_wrap: Block without fsdp_auto_wrap_policy: TRANSFORMER",
+    ),
+    "classes against the policy": (
+        PARALLEL | {"FSDP_AUTO_WRAP_POLICY": "no_wrap"},
+        "fsdp_transformer_layer_cls_to_wrap: Block without fsdp_auto_wrap_policy: TRANSFORMER",
+    ),
+    "a policy without classes": (
+        PARALLEL | {"FSDP_TRANSFORMER_CLS_TO_WRAP": " "},
+        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP needs the classes of the layers",
+    ),
     "without FSDP": (
         TWO | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
         "parallelism_config cuts a model by FSDP2 alone",
@@ -58,7 +70,7 @@ REFUSED_OF_FSDP2 = {
     "FSDP_VERSION": ("1", "fsdp_version: 1 is not possible with train"),
     "FSDP_SHARDING_STRATEGY": ("HYBRID_SHARD", "FSDP2 asks for replicas by parallelism_config_dp"),
     "FSDP_OFFLOAD_PARAMS": ("true", "fsdp_offload_params: true"),
-    "FSDP_AUTO_WRAP_POLICY": ("SIZE_BASED_WRAP", "allowed: TRANSFORMER_BASED_WRAP or NO_WRAP"),
+    "FSDP_AUTO_WRAP_POLICY": ("SIZE_BASED_WRAP", "allowed: NO_WRAP or TRANSFORMER_BASED_WRAP"),
     "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "allowed: SHARDED_STATE_DICT"),
     "FSDP_FORWARD_PREFETCH": ("true", "fsdp_forward_prefetch: true"),
     "FSDP_IGNORED_MODULES": ("head", "fsdp_ignored_modules: head"),
@@ -163,6 +175,17 @@ def test_a_run_is_in_the_launchers_precision(
     monkeypatch.setattr("robust_accel.training.run.Watch", Seen)
     report = quick_run(tmp_path / "run", "train.precision=auto", "train.max_steps=1")
     assert [*seen, report["precision"]] == ["bf16", "bf16"]
+
+
+@with_fsdp2
+@pytest.mark.parametrize("policy", ["NO_WRAP", None])
+def test_no_layers_need_no_policy(policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, TWO | LAUNCHER_OF_FSDP2)
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    monkeypatch.delenv("FSDP_AUTO_WRAP_POLICY")
+    if policy is not None:
+        monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", policy)
+    assert read_launcher() == Sharding((), True, False)
 
 
 @with_fsdp2
