@@ -3,7 +3,7 @@
 A terminal shows results as text, a notebook as HTML.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
+from robust_accel.attacks import Attack
 from robust_accel.commands.certify import certify_model
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.evaluation import any_module
@@ -156,17 +157,18 @@ class Run(Measured):
         """The lines of ``metrics.jsonl``: one a log interval, one a validation."""
         return RunFolder(self.path).read_metrics()
 
-    def evaluate(self, settings: EvaluateSettings) -> "Run":
+    def evaluate(self, settings: EvaluateSettings, *, attacks: Sequence[Attack] = ()) -> "Run":
         """Measure the model on the run's own test images; what was measured before is not again.
 
         Args:
             settings: Those that are given; all others are the run's.
+            attacks: Further ones, see the function ``evaluate``.
 
         Returns:
             The run, whose ``pgd`` and so on are those that these settings ask for.
         """
         overrides = as_overrides({"evaluate": as_section("evaluate", settings)})
-        return _asked(*evaluate_model(str(self.path), overrides))
+        return _asked(*evaluate_model(str(self.path), overrides, attacks=attacks))
 
     def certify(self, settings: CertifySettings) -> "Run":
         """The same for certified radii."""
@@ -253,6 +255,7 @@ def evaluate(
     labels: Any,
     settings: EvaluateSettings,
     *,
+    attacks: Sequence[Attack] = (),
     other: nn.Module | None = None,
     **how: Unpack[How],
 ) -> Measured:
@@ -269,6 +272,9 @@ def evaluate(
         labels: [N] class indices, or [N, 1], or one-hot [N, K]: a tensor, an array, or a list.
         settings: With an eps, ``EvaluateSettings(eps="8/255", autoattack="standard")``, or with
             ``balls`` of several norms.
+        attacks: Further ones, ours or of your own (an adaptive attack, say), each in its own ball:
+            it gets the logits' cross-entropy to climb. What they return is held to that ball; their
+            accuracies are among ``measurements``, by ``module:Class``.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
         how: All by name. ``mean``, ``std``: by which images are normalised inside, one number a
             channel or one for all; both or neither. Not with a ``PixelClassifier``
@@ -281,7 +287,8 @@ def evaluate(
     Raises:
         ValueError: Model, images, labels or settings are not as said above.
     """
-    return _measured(any_module.measure(model, images, labels, settings, other=other, **how))
+    found = any_module.measure(model, images, labels, settings, attacks=attacks, other=other, **how)
+    return _measured(found)
 
 
 def certify(

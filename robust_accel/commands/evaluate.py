@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from robust_accel.attacks import Attack
 from robust_accel.commands import Found, folder_for
 from robust_accel.console import is_main
 from robust_accel.data import identity_of, load_data
@@ -43,7 +44,13 @@ def _has_training_images(recipe: Recipe) -> bool:
     return False
 
 
-def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Found:
+def evaluate_model(
+    model: str,
+    overrides: Sequence[str] = (),
+    *,
+    attacks: Sequence[Attack] = (),
+    trust: bool = False,
+) -> Found:
     """Measure a model, and write the records and the report into a run folder.
 
     What the folder's ledger has of the same model, images and attack is not done again.
@@ -53,6 +60,7 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             and ``evaluate.eps=...`` given; then the folder is ``output``, or ``runs/evaluate-NAME``
             with the model's digest.
         overrides: ``section.key=value``.
+        attacks: Beside those of the recipe.
         trust: Import and run classes that the run's recipe names.
 
     """
@@ -99,6 +107,7 @@ def evaluate_model(model: str, overrides: Sequence[str] = (), *, trust: bool = F
             train_source=recipe.data.source("train"),
             kind=subject.selection,
             positions=subject.positions,
+            attacks=attacks,
         )
         if accelerator.is_main_process:
             facts = {"function": result["function"], **facts_of(classifier, Path(model).name)}

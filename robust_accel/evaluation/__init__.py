@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from robust_accel.attacks import Attack
 from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import (
     attacker_of,
@@ -21,6 +22,7 @@ from robust_accel.evaluation.corruptions import CorruptionEvaluation
 from robust_accel.evaluation.examples import keep_examples
 from robust_accel.evaluation.ledger import Ledger, Record
 from robust_accel.evaluation.outcomes import Outcomes
+from robust_accel.evaluation.own_attacks import own_attacker
 from robust_accel.evaluation.sanity import sanity
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.evaluation.sweep import sweep
@@ -66,6 +68,7 @@ def evaluate(
     train_source: dict[str, Any] | None = None,
     kind: str = "all",
     positions: Sequence[int] | None = None,
+    attacks: Sequence[Attack] = (),
 ) -> dict[str, Any]:
     """Run every measurement that the settings name.
 
@@ -82,13 +85,15 @@ def evaluate(
         source, kind: Where the images are from, and which of them they are, see ``Bench``.
         train_source: The same of ``train``.
         positions: The classifier's number of each class of the data, see ``match_classes``.
+        attacks: Beside those of the settings, each in its own ball, see ``own_attacker``.
 
     Returns:
         The records of this evaluation: ``clean_accuracy``, ``pgd_accuracy`` and
         ``autoattack_accuracy``, ``train_clean_accuracy`` and ``train_pgd_accuracy``, ``sweep``,
         ``sanity``; ``corruptions``, and by name ``corruption``; and ``function``, the digest of
         what was measured. Of several balls these accuracies are those of the union, ``sanity`` is a
-        list, and ``pgd_accuracy_by_ball`` and so on are lists of records, too.
+        list, and ``pgd_accuracy_by_ball`` and so on are lists of records, too. ``attacks``, in
+        their order, where there are some.
     """
 
     def told(name: str, record: Record) -> Record:
@@ -105,6 +110,7 @@ def evaluate(
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     models = settings.threat_models()
     # first: what they refuse, they refuse before anything is spent
+    given = [own_attacker(attack) for attack in attacks]
     check_classes(settings.autoattack, num_classes)
     check_loss("evaluate.pgd.loss", settings.pgd, num_classes)
     corruptions = None
@@ -190,6 +196,10 @@ def evaluate(
         clean_and_pgd(of_train, settings.train_images, "train_", "train")
     if settings.sweep is not None:
         result["sweep"] = sweep(bench, right, settings)
+    for attacker in given:
+        left = bench.attacked(attacker, right.first(len(right.index)))
+        record = bench.record("accuracy", attacker.about, right, left)
+        result.setdefault("attacks", []).append(told(f"{attacker.about['name']} accuracy", record))
     by_autoattack: list[Part] = []
     if settings.autoattack is not None:
         limit = min(settings.autoattack_images or len(right.index), len(images))

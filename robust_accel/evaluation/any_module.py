@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robust_accel.attack_context import is_whole
+from robust_accel.attacks import Attack
 from robust_accel.comm.deepspeed import is_engine
 from robust_accel.comm.heartbeat import TIMEOUT, Heartbeat
 from robust_accel.data import Batch, ImageSet
@@ -74,6 +75,7 @@ def measure(
     labels: Any,
     settings: EvaluateSettings,
     *,
+    attacks: Sequence[Attack] = (),
     other: nn.Module | None = None,
     **how: Unpack[How],
 ) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def measure(
 
     Args:
         settings: With an eps, or balls.
+        attacks: Further ones, each in its own ball.
         other: Of ``sanity``: another module on [0, 1], whose adversarial images are tried on this.
 
     Returns:
@@ -104,6 +107,7 @@ def measure(
             num_classes=ready.num_classes,
             folder=ready.folder,
             other=foreign,
+            attacks=attacks,
         )
         return {"model": ready.about(result["function"])} | result
 
