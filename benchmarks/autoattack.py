@@ -6,8 +6,8 @@ of rand, the two differ in more than their speed: neither is compared. The verdi
 beside the times: seeds of later batches differ, the rest is the same.
 Ours keep the outcome of every image under --output, and must agree on any number of processes.
 
-python benchmarks/autoattack.py runs/cpu --images 200
-python benchmarks/autoattack.py runs/cpu --images 1000 --version standard --threads 2
+python benchmarks/autoattack.py runs/cifar10/cpu --images 200
+python benchmarks/autoattack.py runs/cifar10/cpu --images 1000 --version standard --threads 2
 """
 
 import argparse

@@ -7,7 +7,7 @@ model   Images and samples a second of both rules on a model, beside a plain loo
 
 python benchmarks/certify.py replay
 python benchmarks/certify.py model --model preact_resnet18 --images 5
-python benchmarks/certify.py model --model runs/cpu_gaussian --images 20
+python benchmarks/certify.py model --model runs/cifar10/cpu_gaussian --images 20
 """
 
 import argparse

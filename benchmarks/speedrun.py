@@ -31,7 +31,7 @@ DEVICES = {
     "cpu": """
 model: {name: preact_resnet18, options: {depth: 10, width: 24, stem_stride: 2, act_layer: silu}}
 attack: {name: n-fgsm, eps: 8/255, noise_scale: 1.0}
-train: {epochs: 8, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
+train: {epochs: 7, batch_size: 128, channels_last: true, select: last, ema_decay: 0.995}
 """,
     "cuda": """
 model: {name: preact_resnet18, options: {act_layer: silu}}

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -23,7 +24,14 @@ def on_files(files: Files, config: Any) -> Files:
     }
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
+    files.append(File.generated(config, "paper/index.md", content=_paper()))
     return files
+
+
+def _paper() -> str:
+    """The map of the paper, which lies beside its recipes."""
+    text = (Path(__file__).parent.parent / "recipes/paper/README.md").read_text()
+    return text.replace("../../docs/paper/", "").replace("../../docs/", "../")
 
 
 def _keys() -> str:

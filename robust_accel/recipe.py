@@ -24,10 +24,10 @@ from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.files import write_text
 from robust_accel.models import ModelSettings
 from robust_accel.objectives import AWP, OBJECTIVES, Objective
-from robust_accel.optim import SCHEDULES, OptimizerSettings
+from robust_accel.optim import SCHEDULES, OptimizerSettings, Schedule
 from robust_accel.plain_yaml import RecipeError, dump
 from robust_accel.recipe_builder import Builder, SectionSpec, chosen
-from robust_accel.recipe_file import RecipeValues, find_recipe, origin_of
+from robust_accel.recipe_file import RecipeValues, find_recipe, name_of, origin_of
 from robust_accel.settings import (
     Duration,
     Flag,
@@ -77,8 +77,9 @@ class TrainSettings(Settings):
             checkpoint, which is finite; ``skip`` leaves the step out on all processes, at the price
             of a small message a step, and counts it (``skipped_steps``).
         max_skipped_in_a_row: Of more steps than this the run ends; of a loss scaler's (fp16), too.
-        on_collapse: What to do where robust accuracy falls below half of its best, as in
-            catastrophic overfitting: ``warn`` says it; ``stop`` ends the training, and the run
+        on_collapse: What to do where robust accuracy on the held-out split falls to half of its
+            best, or clearly falls while accuracy after one step does not, as in catastrophic
+            overfitting: ``warn`` says it; ``stop`` ends the training, and the run
             leaves its best weights (with ``select: best``). ``rollback`` goes back to where the
             last validation had met no fall, whose checkpoint is kept, and on from there with half
             the rate and other draws of the attack.
@@ -94,7 +95,8 @@ class TrainSettings(Settings):
             train (``data.validation_size``), or ``last``.
         validate_every: Epochs between measurements on the held-out split; the last one is at the
             end of the training in any case.
-        validation_steps: Steps of the PGD that measures robust accuracy there.
+        validation_steps: Steps of the attack, ``evaluate.pgd``'s from one start, that measures
+            robust accuracy there.
         early_stopping: Stop after so many measurements in a row without a better one.
         checkpoint_every: Optimizer steps between checkpoints; each epoch when not given.
         keep: How many checkpoints are kept, the newest ones; where one is damaged, a run goes on
@@ -106,9 +108,10 @@ class TrainSettings(Settings):
             reading of the data; evaluations have no limit while all processes answer.
         log_every: Optimizer steps between lines of ``metrics.jsonl``.
         log_with: Accelerate's trackers, for example ``[tensorboard]``.
-        keep_gathered: Under FSDP2, gather the weights once a step and keep them for the whole
-            attack and the outer loss, not in each forward and backward of it: K + 1 times less
-            traffic, and a whole copy of the weights in memory.
+        keep_gathered: Under FSDP2, gather the weights once a micro-batch and keep them for the
+            whole attack and the outer loss, not in each forward and backward of it: 2 K + 2 times
+            less traffic with an attack of K steps (K + 1 times where weights stay from forward to
+            backward), and a whole copy of the weights in memory.
         channels_last, compile: Memory format and ``torch.compile`` of the inner model.
     """
 
@@ -257,16 +260,19 @@ class Recipe:
 
     @property
     def doubts(self) -> list[str]:
-        """Where what is measured is not what is trained."""
+        """Where what is measured is not what is trained, and what is set and does nothing."""
+        idle: list[str] = []
+        if self.train is not None and isinstance(self.schedule, Schedule):
+            idle = self.schedule.doubts(self.train.epochs)
         trained, measured = _balls(self.attack), _balls(self.evaluate)
         if None in (*trained.values(), *measured.values()) or trained == measured:
-            return []
+            return idle
         own, other = (
             " and ".join(f"{norm}, eps {eps_text(eps or 0)}" for norm, eps in balls.items())
             for balls in (trained, measured)
         )
         keys = "evaluate.norm, evaluate.eps" if self.evaluate.balls is None else "evaluate.balls"
-        return [f"trained against {own}; measured against {other} ({keys})"]
+        return [f"trained against {own}; measured against {other} ({keys})", *idle]
 
     def save(self, path: Path) -> None:
         write_text(path, dump(self.settings))
@@ -309,7 +315,7 @@ def load_recipe(
         else:
             values.merge(layer[1], layer[0])
     values.override(overrides)
-    return _recipe(values, SECTIONS, f"runs/{path.stem}", required, trust=trust)
+    return _recipe(values, SECTIONS, f"runs/{name_of(path)}", required, trust=trust)
 
 
 def recipe_of_use(

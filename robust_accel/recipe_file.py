@@ -26,6 +26,9 @@ RECIPES = next(
 SCHEMA = RECIPES / "schema.json"
 """What ``robust-accel schema`` prints: recipes name it in their head, for editors."""
 
+LAUNCH = "accelerate"
+"""The folder of Accelerate's configurations, for ``accelerate launch --config_file FILE``."""
+
 _MOST_BASES = 8
 _OWN = {"model": ("options",)}
 """What belongs to the component that a section names, where not all of it does: pretrained weights,
@@ -41,6 +44,14 @@ def find_recipe(source: str | Path) -> Path:
     close = close_to(source, packaged_recipes(), 3)
     said = f"no such file, nor a packaged recipe{close}; robust-accel recipes lists them"
     raise RecipeError(f"{cut(str(source))}: {said}")
+
+
+def name_of(path: Path) -> str:
+    """A packaged recipe's name (``cifar10/dat_pgd``); of another file what it is called."""
+    inside = path.resolve().is_relative_to(RECIPES.resolve())
+    return (
+        str(path.resolve().relative_to(RECIPES.resolve()).with_suffix("")) if inside else path.stem
+    )
 
 
 def beside(path: Path, source: str, key: str) -> Path:
@@ -64,10 +75,13 @@ def packaged_recipes() -> list[str]:
     return [
         name
         for name in names
-        if "/_" not in f"/{name}"
-        and not name.startswith("accelerate/")
-        and Path(name).name != "study"
+        if "/_" not in f"/{name}" and Path(name).parts[0] != LAUNCH and Path(name).name != "study"
     ]
+
+
+def launch_configurations() -> list[str]:
+    """Names of the packaged files for ``accelerate launch``."""
+    return sorted(f"{LAUNCH}/{path.stem}" for path in (RECIPES / LAUNCH).glob("*.yaml"))
 
 
 def origin_of(origins: dict[str, str], dotted: str) -> str:

@@ -9,7 +9,8 @@ yaml
     file that later blocks of the page find.
 sh
     Each command line is parsed: the launcher's part by the launcher, ours by ``main``, the recipe
-    by the recipe reader. Nothing is trained.
+    by the recipe reader. Nothing is trained, but it could be: each training of a page has a run
+    folder of its own, and a batch that its processes can share.
 text
     What a command prints: not tried.
 
@@ -39,7 +40,7 @@ from torch.distributed.run import get_args_parser
 from robust_accel.__main__ import main
 from robust_accel.models import check_name, timm_name
 from robust_accel.plain_yaml import plain, read_recipe
-from robust_accel.recipe import load_recipe, recipe_of_use
+from robust_accel.recipe import Recipe, load_recipe, recipe_of_use
 from robust_accel.recipe_file import packaged_recipes
 from robust_accel.studies.study_file import read_study
 
@@ -57,8 +58,8 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "reader", raising=False)  # whose objects a page may change
     for folder in (ROOT / "examples", Path.cwd()):  # PYTHONPATH=examples, or the reader's own
         monkeypatch.syspath_prepend(folder)
-    for command in ("train", "check"):
-        monkeypatch.setattr(f"robust_accel.commands.{command}.run", _trained)
+    monkeypatch.setattr("robust_accel.commands.train.run", _trained)
+    monkeypatch.setattr("robust_accel.commands.check.run", _checked)
     for command in ("evaluate", "certify", "pseudo_label"):
         monkeypatch.setattr(f"robust_accel.commands.{command}.run", _measured)
     monkeypatch.setattr("robust_accel.commands.report.run", lambda options: 0)
@@ -131,10 +132,17 @@ def _try(words: list[str]) -> None:
         _launched(launch_command_parser().parse_args(rest[1:]))
     elif name == "torchrun":
         _launched(get_args_parser().parse_args(rest))
+    elif name == "srun":  # bash -c 'COMMAND', on each node
+        _try(shlex.split(re.sub(r"\$\w+", "0", rest[-1])))
     elif Path(name).name == "python":
         _script(rest[0])
     elif name == "make":
-        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), rest
+        target = re.search(
+            rf"^{rest[0]}:.*\n(\t.*\n)*", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
+        assert target is not None, rest
+        for command in re.findall(r"robust-accel (train .*)", target[0]):
+            _try(["robust-accel", *command.split()])
     elif name == "pip" and (extras := re.search(r"\[([\w,]+)\]", " ".join(rest))):
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert {*extras[1].split(",")} <= {*known}, extras[1]
@@ -147,7 +155,14 @@ def _launched(options: argparse.Namespace) -> None:
     assert config is None or (ROOT / config).exists() or Path(config).exists(), config
     if options.module:
         assert options.training_script == "robust_accel"
-        assert main(options.training_script_args) == 0, options.training_script_args
+        words = list(options.training_script_args)
+        if words[0] == "train":
+            given = vars(options).get("num_processes") or vars(options).get("nproc_per_node")
+            processes = int(given or 1)
+            _shared(load_recipe(words[1], [word for word in words[2:] if "=" in word]), processes)
+            if getattr(options, "machine_rank", None):
+                words.append("--resume")  # the same training, on another machine
+        assert main(words) == 0, words
     else:
         _script(options.training_script)
 
@@ -157,8 +172,22 @@ def _script(path: str) -> None:
     assert path in ("train.py", "my_train.py") or (ROOT / path).exists(), f"{path}: no such script"
 
 
+def _shared(recipe: Recipe, processes: int) -> None:
+    """A step's images can be dealt to the processes."""
+    assert recipe.train is not None
+    parts = processes * recipe.train.gradient_accumulation
+    assert recipe.train.batch_size % parts == 0, f"{recipe.train.batch_size} images for {parts}"
+
+
+def _checked(options: argparse.Namespace) -> int:
+    _shared(load_recipe(options.recipe, options.settings), options.processes)
+    return 0
+
+
 def _trained(options: argparse.Namespace) -> int:
-    load_recipe(options.recipe, options.settings)
+    folder = load_recipe(options.recipe, options.settings).output
+    assert options.resume or not folder.exists(), f"{folder}: another training's"
+    folder.mkdir(parents=True, exist_ok=True)
     return 0
 
 
@@ -168,8 +197,8 @@ def _measured(options: argparse.Namespace) -> int:
     section = module.__name__.rpartition(".")[2]
     folder = Path(options.model)
     if folder.parts[0] == "runs":
-        recipes = [name for name in packaged_recipes() if Path(name).name == folder.name]
-        settings = load_recipe(recipes[0] if recipes else "cifar10/dat_pgd").settings
+        name = str(folder.relative_to("runs"))
+        settings = load_recipe(name if name in packaged_recipes() else "cifar10/dat_pgd").settings
     else:
         if not options.model.startswith("local-dir:"):  # of the reader's
             timm_name(check_name(options.model))

@@ -27,6 +27,8 @@ __all__ = [
     "std",
     "timm",
     "x",
+    "x_images",
+    "x_labels",
 ]
 
 accelerator = Accelerator(cpu=True)
@@ -36,6 +38,7 @@ std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 x = torch.rand(8, 1, 8, 8)
 labels = model(x).argmin(dim=1)  # none is right: attacks end at once
+x_images, x_labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
 
 
 class timm:  # there is no hub, and little time

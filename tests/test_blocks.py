@@ -36,6 +36,12 @@ def test_every_block_is_true(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("sh\nrobust-accel evaluate runs/quickstart --verbose evaluate.eps=1", "--verbose"),
         ("sh\naccelerate launch --processes 2 -m robust_accel train quickstart", "--processes"),
         ("sh\ntorchrun --nproc-per-node 2 -m robust_accel train quickstat", "quickstat"),
+        ("sh" + 2 * "\nrobust-accel train quickstart", "another training's"),
+        ("sh\nmake quickstart\nrobust-accel train quickstart", "another training's"),
+        (
+            "sh\naccelerate launch --num_processes 3 -m robust_accel train quickstart",
+            "64 images for 3",
+        ),
         ("sh\nX=1 wrap-accel train quickstart", "wrap-accel"),
         ("sh\nmake quickstop", "quickstop"),
         ("sh\npython examples/none.py", "none.py"),

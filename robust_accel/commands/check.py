@@ -5,6 +5,7 @@ import argparse
 from robust_accel.commands import say
 from robust_accel.plain_yaml import RecipeError
 from robust_accel.recipe import load_recipe
+from robust_accel.training.facts import doubts_of
 from robust_accel.training.parts import batches, checks, classifier_for, read_data
 
 
@@ -20,14 +21,14 @@ def run(options: argparse.Namespace) -> int:
         model = recipe.checked("model", lambda: classifier_for(recipe, data))
         parameters = sum(p.numel() for p in model.parameters())
 
-    for check in (*checks(recipe, data, 1), make_model):
+    for check in (*checks(recipe, data, options.processes), make_model):
         try:
             check()
         except ValueError as error:
             faults.append(str(error))
     if faults:
         raise RecipeError(*faults)
-    steps = batches(recipe, data, 0, 1).steps_per_epoch
+    steps = batches(recipe, data, 0, options.processes).steps_per_epoch
     size = " x ".join(map(str, data.shape))
     say(
         f"{options.recipe}: nothing is wrong. {len(data.train):,} images to train on, "
@@ -35,6 +36,6 @@ def run(options: argparse.Namespace) -> int:
         f"{data.num_classes} classes; {parameters:,} parameters; {recipe.train.epochs} epochs of "
         f"{steps} steps"
     )
-    for doubt in recipe.doubts:
+    for doubt in doubts_of(recipe):
         say(doubt)
     return 0

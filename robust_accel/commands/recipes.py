@@ -12,7 +12,15 @@ import yaml
 from robust_accel.commands import say
 from robust_accel.files import write_text
 from robust_accel.messages import shown
-from robust_accel.recipe_file import RECIPES, SCHEMA, find_recipe, origin_of, packaged_recipes
+from robust_accel.recipe_file import (
+    RECIPES,
+    SCHEMA,
+    find_recipe,
+    launch_configurations,
+    name_of,
+    origin_of,
+    packaged_recipes,
+)
 
 if TYPE_CHECKING:
     from robust_accel.recipe import Recipe
@@ -22,8 +30,9 @@ _ABOUT = ("Cost", "Reached")
 
 
 def run(options: argparse.Namespace) -> int:
-    """List the packaged recipes, one a line: those with a word in their name or their sentence."""
-    found = {name: _head(RECIPES / f"{name}.yaml") for name in packaged_recipes()}
+    """List what is packaged, one a line: what has a word in its name or its sentence."""
+    names = [*packaged_recipes(), *launch_configurations()]
+    found = {name: _head(RECIPES / f"{name}.yaml") for name in names}
     word = (options.word or "").lower()
     found = {
         name: head
@@ -43,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print all settings of a recipe, and where each was set."""
+    if (launch := _launch_configuration(options)) is not None:
+        say(launch.rstrip())
+        return 0
     recipe = _looked_at(options)
     lines = [*_lines(recipe.settings, recipe.origins)]
     width = min(60, max(len(text) for text, _ in lines) + 2)
@@ -56,6 +68,10 @@ def copy(options: argparse.Namespace) -> int:
     target: Path = options.file
     if target.exists():
         raise ValueError(f"{target}: is there already: choose another file")
+    if (launch := _launch_configuration(options)) is not None:
+        write_text(target, launch)
+        say(f"{target}: accelerate launch --config_file {shlex.quote(str(target))}")
+        return 0
     recipe = _looked_at(options)
     source = find_recipe(options.recipe)
     head = [
@@ -66,6 +82,16 @@ def copy(options: argparse.Namespace) -> int:
     write_text(target, "\n".join(head) + "\n" + _yaml(_set(recipe.settings, recipe.origins)))
     say(f"{target}: robust-accel train {shlex.quote(str(target))}")
     return 0
+
+
+def _launch_configuration(options: argparse.Namespace) -> str | None:
+    """The text of one of Accelerate's files, which has no settings of ours; None of a recipe."""
+    source = find_recipe(options.recipe)
+    if name_of(source) not in launch_configurations():
+        return None
+    if options.settings:
+        raise ValueError(f"{options.recipe}: is for accelerate launch: it has no settings of ours")
+    return source.read_text()
 
 
 def _looked_at(options: argparse.Namespace) -> "Recipe":

@@ -1,7 +1,6 @@
 """Learning-rate schedules: pure functions of progress that multiply the base learning rate."""
 
 import math
-import warnings
 from abc import abstractmethod
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -49,12 +48,15 @@ class Schedule(Settings):
             raise ValueError(
                 f"schedule.warmup_epochs must be < epochs = {epochs}, got {self.warmup_epochs}"
             )
-        if self.warmup_epochs == 1:
-            warnings.warn(
-                "schedule.warmup_epochs: 1 does nothing: its epoch runs at the base rate; from 2 "
-                "on the rate grows, epoch by epoch",
-                stacklevel=3,
-            )
+
+    def doubts(self, epochs: float) -> list[str]:
+        """What is set and does nothing in a run of that many epochs."""
+        if self.warmup_epochs != 1:
+            return []
+        return [
+            "schedule.warmup_epochs: 1 does nothing: its epoch runs at the base rate; from 2 on "
+            "the rate grows, epoch by epoch"
+        ]
 
 
 class Constant(Schedule):
@@ -100,12 +102,13 @@ class Piecewise(Schedule):
             raise ValueError(
                 f"schedule.milestones must be >= warmup_epochs = {self.warmup_epochs}, got {early}"
             )
+
+    def doubts(self, epochs: float) -> list[str]:
+        doubts = super().doubts(epochs)
         late = [milestone for milestone in self.milestones if milestone >= epochs]
-        if late:  # a warning: shortening a run to try it out is no mistake
-            warnings.warn(
-                f"schedule.milestones {late} lie after the last of {epochs} epochs and do nothing",
-                stacklevel=3,
-            )
+        if late:  # no fault: shortening a run to try it out is no mistake
+            doubts += [f"schedule.milestones {late} are not before the end of {epochs} epochs"]
+        return doubts
 
 
 class Cyclic(Schedule):
@@ -200,7 +203,8 @@ def make_scheduler(
 
     Args:
         optimizer: Its groups' present learning rates are the base that the factor multiplies.
-        schedule: One of ``SCHEDULES``.
+        schedule: One of ``SCHEDULES``. What it has and does nothing in so many epochs, its
+            ``doubts`` say.
         epochs: Length of the run, > 0.
         steps_per_epoch: Optimizer steps in an epoch, >= 1.
 

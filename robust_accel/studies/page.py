@@ -91,6 +91,8 @@ def _parts(results: Results, drawn: Iterable[tuple[Lines, Path]], command: str) 
         f"Means over seeds {seeds}, ± half of the 95% t-interval over them; of a single seed, its "
         "number alone."
     )
+    if study.published_of:
+        yield f"Published figures: {study.published_of}."
     missing = results.missing()
     if missing:
         yield "Not finished: " + "; ".join(missing) + "."

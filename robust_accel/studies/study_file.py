@@ -183,6 +183,7 @@ class StudySettings(Settings):
         grid: Axes that multiply the runs.
         scales: Name -> what is laid over. Without any, there is ``full``.
         columns: Column -> measure, see ``measures.py``.
+        published_of: What the ``published`` figures of runs were measured on, and by whom.
         figures, claims: See there.
     """
 
@@ -193,6 +194,7 @@ class StudySettings(Settings):
     grid: dict[Name, AxisSettings] = Field(default_factory=dict)
     scales: dict[Name, ScaleSettings] = Field(default_factory=lambda: {"full": ScaleSettings()})
     columns: dict[str, Measure] = Field(default_factory=_accuracies)
+    published_of: str = ""
     figures: tuple[FigureSettings, ...] = ()
     claims: tuple[ClaimSettings, ...] = ()
 
@@ -271,6 +273,8 @@ def _contradictions(study: StudySettings) -> list[str]:
     for name, run in study.runs.items():
         known(run.grid or (), f"runs.{name}.grid", study.grid, "axis")
         known(run.published, f"runs.{name}.published", study.columns, "column")
+        if run.published and not study.published_of:
+            faults.append(f"published_of: missing: of what are those of runs.{name}.published?")
     for name, scale in study.scales.items():
         known(scale.runs, f"scales.{name}.runs", study.runs, "run")
         known(scale.grid, f"scales.{name}.grid", study.grid, "axis")

@@ -194,6 +194,7 @@ def test_the_page_has_table_figures_claims_and_how(
         " published: {clean (%): 62.7}}, h: {recipe: quickstart, hidden: true}}\n"
         "grid: {size: {label: images, values: {80: {data.train_size: 80}, 160: {}}}}\n"
         "columns: {clean (%): clean, s: seconds, MB: megabytes}\n"
+        "published_of: ResNet-50, another data set\n"
         "figures: [{name: curve, title: A curve, x: size, y: [clean (%)], log: true}]\n"
         "claims: [{text: t, run: 'a, last', than: 'a, first', columns: [clean (%)]}]"
     )
@@ -202,6 +203,7 @@ def test_the_page_has_table_figures_claims_and_how(
     assert list(head) == ["run", "images", "p x q", "clean (%)", "clean (%), published", "s", "MB"]
     page = write_page(results, tmp_path / "out", "s", "robust-accel study s")
     said = page.read_text()
+    assert "Published figures: ResNet-50, another data set." in said
     assert "| A\\|1 | 80" in said and "55.00 ± 63.53" in said and "| 62.7 " in said
     assert "| h " not in said.split("## Claims")[0]
     assert "![A curve](curve.png)" in said and "robust-accel study s" in said

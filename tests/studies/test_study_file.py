@@ -56,8 +56,12 @@ def test_the_paper_is_all_of_its_tables_and_figures_at_the_scale_of_a_cpu() -> N
             "runs.a.grid: b is no axis; allowed: none",
         ),
         (
-            "runs: {a: {recipe: quickstart, published: {TA: 1}}}",
+            "published_of: x\nruns: {a: {recipe: quickstart, published: {TA: 1}}}",
             "runs.a.published: TA is no column",
+        ),
+        (
+            "runs: {a: {recipe: quickstart, published: {clean (%): 1}}}",
+            "published_of: missing: of what are those of runs.a.published?",
         ),
         (
             "runs: {a: {recipe: quickstart}}\n"
