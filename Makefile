@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-gpu test-oldest lint audit docs release-check
+.PHONY: quickstart test test-all test-networks test-gpu test-oldest lint audit docs release-check
 
 quickstart: .venv/installed
 	$(BIN)/robust-accel train quickstart --resume
@@ -16,6 +16,10 @@ test: .venv/installed-dev lint
 
 test-all: .venv/installed-dev lint
 	$(BIN)/$(PYTEST)
+
+# on machines that are namespaces of this one: Linux, root, iproute2
+test-networks: .venv/installed-dev
+	$(BIN)/python -m pytest tests/training/test_networks.py
 
 # on one GPU; the other tests do not see it
 test-gpu: .venv/installed-dev

@@ -24,6 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_every_key_and_public_name_has_its_place(site: Path) -> None:
     keys = (site / "reference/keys.html").read_text()
     for key in all_keys():
@@ -36,6 +37,7 @@ def test_every_key_and_public_name_has_its_place(site: Path) -> None:
         assert f"usage: robust-accel {command} " in commands
 
 
+@pytest.mark.long
 def test_the_site_fetches_nothing(site: Path) -> None:
     for page in site.rglob("*.html"):
         fetched = re.findall(r'<(?:script|img|iframe)[^>]*src="(https?:[^"]*)"', page.read_text())

@@ -49,6 +49,7 @@ def in_two_machines(*_: int) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.launch
+@pytest.mark.long
 def test_bytes_are_those_that_real_workers_count(tmp_path: Path) -> None:
     (first, *_) = processes.run([in_one_machine, in_two_machines], 4, tmp_path)
     assert "error" not in first, first["error"]

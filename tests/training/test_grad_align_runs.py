@@ -72,7 +72,8 @@ def test_processes_have_the_mean_of_their_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_processes_resume_exactly(tmp_path: Path, engine: str) -> None:
     whole, settings = tmp_path / "whole", (*SMALL, FGSM, *GROWING, "train.validate_every=9")
     start = partial(Forked, "train", "quickstart", *settings, environment=ENGINES[engine])
