@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robust_accel.attack_context import AttackMode, attack_context, is_whole
 from robust_accel.attacks import Attack, MultiNorm, remembers
 from robust_accel.attacks.base import gradients_seen
-from robust_accel.attacks.norms import ORDERS, lengths
+from robust_accel.attacks.norms import ORDERS, is_beyond, lengths
 from robust_accel.objectives import AWP, Adversarial, Classifier, GradAlign, Objective, predicted
 from robust_accel.settings import eps_text
 
@@ -63,7 +63,7 @@ class Applied:
         if eps is not None and not moved and not getattr(attack, "may_stay", False):
             raise RuntimeError(f"{attack!r} moved none of {len(x)} images")
         reach = getattr(attack, "reach", eps)
-        if known and reach is not None and largest > reach * 1.001 + 1e-6:
+        if known and reach is not None and is_beyond(largest, reach):
             raise RuntimeError(
                 f"{attack!r} moved an image by {largest:.4g} ({norm}), but promises {reach:.4g}"
             )

@@ -48,10 +48,10 @@ def find_recipe(source: str | Path) -> Path:
 
 def name_of(path: Path) -> str:
     """A packaged recipe's name (``cifar10/dat_pgd``); of another file what it is called."""
-    inside = path.resolve().is_relative_to(RECIPES.resolve())
-    return (
-        str(path.resolve().relative_to(RECIPES.resolve()).with_suffix("")) if inside else path.stem
-    )
+    path, packaged = path.resolve(), RECIPES.resolve()
+    if path.is_relative_to(packaged):
+        return str(path.relative_to(packaged).with_suffix(""))
+    return path.stem
 
 
 def beside(path: Path, source: str, key: str) -> Path:

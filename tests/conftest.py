@@ -48,6 +48,15 @@ def _accelerate_forgets() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def datasets_in_tmp(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What datasets writes on the way goes to pytest's folder."""
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[None]:
     """Reports have their pictures."""

@@ -40,11 +40,7 @@ SHRUNK = {  # the networks of the recipes at eps 4/255
 
 
 @pytest.fixture(autouse=True)
-def _cache_in_tmp(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+def _cache_in_tmp(datasets_in_tmp: None) -> None: ...
 
 
 def crops(number: int, size: int, seed: int) -> list[Image.Image]:

@@ -16,6 +16,11 @@ def lengths(delta: Tensor, norm: str) -> Tensor:
     return delta.flatten(1).norm(dim=1, p=ORDERS[norm])
 
 
+def is_beyond(length: float, eps: float) -> bool:
+    """Whether a perturbation of that length has left a ball, and not by rounding alone."""
+    return length > eps * 1.001 + 1e-6
+
+
 def random_start(
     x: Tensor, eps: float, norm: Norm, generator: torch.Generator | None = None
 ) -> Tensor:

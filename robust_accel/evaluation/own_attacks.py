@@ -5,7 +5,7 @@ from typing import get_args
 from torch import Tensor
 
 from robust_accel.attacks import ATTACKS, Attack
-from robust_accel.attacks.norms import lengths
+from robust_accel.attacks.norms import is_beyond, lengths
 from robust_accel.evaluation.accuracy import under_attack
 from robust_accel.evaluation.bench import Attacker
 from robust_accel.evaluation.identity import digest_of_object
@@ -38,7 +38,7 @@ def own_attacker(attack: Attack) -> Attacker:
             raise ValueError(f"{attack!r} returned {list(x_adv.shape)} for {list(x.shape)}")
         seen = x_adv.where(x_adv.isfinite(), x)  # what is no image is counted, and breaks none
         far, (low, high) = lengths(seen - x, norm).amax().item(), seen.aminmax()
-        if far > eps * 1.001 + 1e-6:
+        if is_beyond(far, eps):
             raise ValueError(
                 f"{attack!r} moved an image by {far:.4g} ({norm}), its eps is {eps:.4g}"
             )

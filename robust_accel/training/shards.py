@@ -110,15 +110,18 @@ class Shards:
             part.set_reshard_after_forward(resharded, recurse=False)
             part.set_reshard_after_backward(True, recurse=False)
 
-    def whole(self) -> PixelClassifier:
+    def whole(self, *, raw: bool = False) -> PixelClassifier:
         """A copy that is not cut, of the averaged weights where there are any.
 
         Every process must call it, and has one then: what is measured is measured on plain
         weights, of which each process has its own images.
+
+        Args:
+            raw: Of those that are trained in any case.
         """
         self._reshard()
         twin = copy.deepcopy(self._outline).to_empty(device=self._accelerator.device)
-        source = list(self._modules.values())[-1]
+        source = list(self._modules.values())[0 if raw else -1]
         pairs = zip(_tensors(twin), _tensors(source), strict=True)
         with torch.no_grad():
             for tensor, own in pairs:

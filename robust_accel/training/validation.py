@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 
 from robust_accel.attacks import PGD
@@ -12,7 +11,6 @@ from robust_accel.evaluation.bench import Attacker, Bench
 from robust_accel.evaluation.outcomes import Outcomes
 from robust_accel.evaluation.settings import EvaluateSettings
 from robust_accel.models import PixelClassifier
-from robust_accel.optim.sharded import whole
 from robust_accel.recipe import Recipe
 from robust_accel.training.accelerator import broadcast_all
 from robust_accel.training.collapse import HELD_OUT, RAW
@@ -68,10 +66,10 @@ class Validation:
         Args:
             raw: Those that are trained in any case.
         """
-        own = self._classifier if raw or self._averaged is None else self._averaged
-        classifier = own if self._shards is None else self._shards.whole()
-        if raw and self._shards is not None:
-            _copy_whole(own, classifier)
+        if self._shards is not None:
+            classifier = self._shards.whole(raw=raw)
+        else:
+            classifier = self._classifier if raw or self._averaged is None else self._averaged
         # each process updates its own statistics; the first one's count, as in DDP's forward
         broadcast_all(list(classifier.buffers()))
         return classifier
@@ -111,12 +109,3 @@ def _fgsm(settings: EvaluateSettings) -> Attacker:
     norm, eps = settings.norm, settings.eps
     assert norm is not None and eps is not None
     return under_attack(PGD(norm=norm, eps=eps, step_size=eps, num_steps=1, random_start=False))
-
-
-@torch.no_grad()
-def _copy_whole(pieces: PixelClassifier, target: PixelClassifier) -> None:
-    """Gather a network that is cut into one that is not. Every process must call it."""
-    for part in ("parameters", "buffers"):
-        pairs = zip(getattr(pieces, part)(), getattr(target, part)(), strict=True)
-        for own, tensor in pairs:
-            tensor.copy_(whole(own))

@@ -1,6 +1,5 @@
 """Images of a pickle stay in it, and are those that a tensor of them would be."""
 
-import multiprocessing
 import os
 import pickle
 import re
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peaks import growth
 from published_arrays import pixels
 
 from robust_accel.data import DataSettings, MemoryImages
@@ -20,7 +20,6 @@ from robust_accel.data.batch_augmentation import BatchAugmentation
 from robust_accel.data.classes import Classes
 from robust_accel.data.file_pixels import FilePixels
 from robust_accel.data.unlabeled import load_unlabeled
-from robust_accel.training.metrics import peak_memory
 
 CPU = torch.device("cpu")
 NUMBER = 900  # images of 90 bytes: more than what is read at once
@@ -171,23 +170,13 @@ def test_a_pickle_that_was_cut_off_is_refused(tmp_path: Path) -> None:
             load(path)
 
 
-def growth(path: Path, pipe: Any) -> None:
-    """What reading all images takes at most, in a process of its own."""
-    torch.set_num_threads(1)  # a fork has none of its parent's threads
-    before = peak_memory(CPU)
-    images_of_pickle(str(path), DataSettings(path="x"), 0, 3)[0].digest()
-    pipe.send(peak_memory(CPU) - before)
-
-
 def test_a_process_keeps_nothing_of_it(tmp_path: Path) -> None:
     number = 50_000
     content = {"data": np.zeros((number, 32, 32, 3), np.uint8)}
     path = dump(tmp_path, content | {"extrapolated_targets": np.arange(number) % 3})
     assert path.stat().st_size > 150e6
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=growth, args=(path, theirs))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert ours.recv() < 40e6
+
+    def read() -> None:
+        images_of_pickle(str(path), DataSettings(path="x"), 0, 3)[0].digest()
+
+    assert growth(read) < 40e6

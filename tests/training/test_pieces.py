@@ -100,6 +100,15 @@ def test_what_is_channels_last_is_cut_and_left_so(accelerator: Accelerator) -> N
         assert parameter.stride() == before[name].stride()
 
 
+def test_what_is_whole_is_the_average_or_what_is_trained(accelerator: Accelerator) -> None:
+    trained, average = vit(), vit()
+    weights = [[p.detach().clone() for p in one.parameters()] for one in (trained, average)]
+    assert not weights[0][0].equal(weights[1][0])
+    shards = Shards(Sharding((), True, False), trained, average, accelerator, "no", False)
+    for whole, expected in zip((shards.whole(raw=True), shards.whole()), weights, strict=True):
+        assert all(map(torch.equal, whole.parameters(), expected))
+
+
 def test_what_fsdp2_cannot_cut_is_one_sentence(accelerator: Accelerator) -> None:
     layer = nn.Linear(4, 6)
     layer.weight = nn.Parameter(torch.rand(4, 6).T)
