@@ -12,7 +12,6 @@ from robust_accel.data import ImageSet
 from robust_accel.evaluation.accuracy import (
     attacker_of,
     check_loss,
-    correct_flags,
     predictions,
     under_attack,
 )
@@ -33,7 +32,6 @@ from robust_accel.settings import eps_text
 
 __all__ = [
     "EvaluateSettings",
-    "correct_flags",
     "evaluate",
     "predictions",
     "under_attack",

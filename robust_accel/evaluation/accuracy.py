@@ -80,30 +80,6 @@ def under_attack(attack: Attack, restarts: int = 1, loss: AttackLoss = "cross_en
     return Attacker(about, perturb)
 
 
-def correct_flags(
-    classifier: PixelClassifier,
-    images: ImageSet,
-    attacker: Attacker | None,
-    settings: EvaluateSettings,
-    accelerator: Accelerator,
-    *,
-    num_images: int | None = None,
-) -> Tensor:
-    """Flags [N] of the first N images, the same on all processes and for any number of them.
-
-    An image is right only if the prediction is right before and after the attack.
-
-    Args:
-        attacker: None leaves the images as they are.
-        num_images: N; all when not given.
-    """
-    bench = Bench(
-        classifier, images, accelerator, batch_size=settings.batch_size, seed=settings.seed
-    )
-    outcomes = bench.clean(num_images)
-    return (outcomes if attacker is None else bench.attacked(attacker, outcomes)).right
-
-
 def predictions(
     classifier: PixelClassifier, images: ImageSet, batch_size: int, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:

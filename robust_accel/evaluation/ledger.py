@@ -28,9 +28,6 @@ Record = dict[str, Any]
 
 # what two records have in common of which one may stand for the other
 _KIND = ("purpose", "attack", "threat_model", "point", "seed", "draws", "batch_size")
-# results in reports that were written before the ledger: of which model and attack is unknown
-BEFORE = {"clean_accuracy", "pgd_accuracy", "autoattack_accuracy", "sweep", "sanity", "certified"}
-_ABOUT_BEFORE = {"threat_model", "evaluated_with", "batchnorm_mode", "evaluation_seed", "data"}
 
 
 class _Outcome(dict[str, Any]):
@@ -162,7 +159,6 @@ def refresh_report(
         What the file holds.
     """
     report = folder.read_report() if facts is None else dict(facts)
-    report = {key: value for key, value in report.items() if key not in BEFORE | _ABOUT_BEFORE}
     report["model"] = report["model"] if model is None else model
     report["measurements"] = shown(read_records(folder.path), report["model"]["function"])
     folder.write_report(report)

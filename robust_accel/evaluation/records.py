@@ -115,3 +115,25 @@ def check(cls: type[_AnyPart], found: Iterable[dict[str, Any]], where: str) -> N
             cls.model_validate(one)
         except ValidationError as error:
             raise ValueError(f"{where}, {number}: {first_fault(error)}") from None
+
+
+def attack_text(attack: dict[str, Any]) -> str:
+    """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``; ``PGD`` of no number of steps."""
+    name = attack["name"]
+    if name in ("pgd", "apgd"):
+        restarts, loss = attack.get("restarts", 1), attack.get("loss", "cross_entropy")
+        times = f" x{restarts}" if restarts > 1 else ""
+        of = "" if loss == "cross_entropy" else f" {loss.upper()}"
+        steps = f"-{attack['num_steps']}" if "num_steps" in attack else ""
+        return f"{name.upper()}{steps}{of}{times}"
+    if name == "autoattack":
+        search = attack.get("search", "fp32")
+        about = f", {search} search" if search != "fp32" else ""
+        return f"AutoAttack {attack['version']}{about}"
+    if name == "certify":
+        return f"certificate, {attack['method']}, sigma {attack['sigma']:.4g}"
+    if name == "corruption":
+        return str(attack["corruption"])
+    if name == "corruptions":
+        return f"mean of {len(attack['corruptions'])} corruptions"
+    return {"none": "none", "sanity": "sanity checks"}.get(name, name)

@@ -24,6 +24,7 @@ from robust_accel.evaluation.bench import Attacker, Bench
 from robust_accel.evaluation.identity import digest_of_function
 from robust_accel.evaluation.ledger import Record
 from robust_accel.evaluation.outcomes import Outcomes
+from robust_accel.evaluation.records import attack_text
 from robust_accel.evaluation.settings import EvaluateSettings, PGDSettings
 from robust_accel.models import PixelClassifier
 
@@ -70,9 +71,8 @@ class WhiteBox:
     def named(self, num_steps: int | None = None) -> str:
         """As reports have it: ``PGD-10``, ``APGD-50 CW``; ``PGD`` of no number of steps."""
         pgd = self.settings.pgd or PGDSettings()
-        steps = "" if num_steps is None else f"-{num_steps}"
-        loss = "" if pgd.loss == "cross_entropy" else f" {pgd.loss.upper()}"
-        return f"{pgd.attack.upper()}{steps}{loss}"
+        steps = {} if num_steps is None else {"num_steps": num_steps}
+        return attack_text({"name": pgd.attack, "loss": pgd.loss, **steps})
 
     def key(self, num_steps: int) -> str:
         """The same in a record: ``pgd_10``."""

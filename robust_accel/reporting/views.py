@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from robust_accel.evaluation.ledger import BEFORE, read_records, shown
-from robust_accel.evaluation.records import Report, check
+from robust_accel.evaluation.ledger import read_records, shown
+from robust_accel.evaluation.records import Report, attack_text, check
 from robust_accel.messages import printable
 from robust_accel.run_folder import RunFolder
 from robust_accel.settings import eps_text
@@ -72,7 +72,7 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
             for.
 
     Raises:
-        ValueError: Nothing was measured in one of them, or before there was a ledger.
+        ValueError: Nothing was measured in one of them.
     """
     folders = [Path(path) for path in paths]
     names = [printable(folder.name or folder.resolve().name) for folder in folders]
@@ -82,11 +82,6 @@ def read_runs(paths: Sequence[str | Path], *, everything: bool = False) -> list[
         if not report:
             said = "no report.json: nothing was measured there yet"
             raise ValueError(f"{folder}: {said if Path(folder).is_dir() else 'no such folder'}")
-        if "measurements" not in report and any(key in report for key in BEFORE):
-            raise ValueError(
-                f"{folder}: report.json is from before the ledger of measurements: measure the "
-                f"model again by robust-accel evaluate {folder}"
-            )
         check(Report, [report], str(RunFolder(folder).report))
         name = name if names.count(name) == 1 else printable(str(folder))
         rows = report.get("measurements", [])
@@ -156,28 +151,6 @@ def threat_text(threat: dict[str, Any] | None) -> str:
         balls = (f"{ball['norm']} {eps_text(ball['eps'])}" for ball in threat["union"])
         return f"union of {', '.join(balls)}"
     return f"{threat['norm']}, eps {eps_text(threat['eps'])}"
-
-
-def attack_text(attack: dict[str, Any]) -> str:
-    """An attack in short: ``PGD-20 x5``, ``AutoAttack standard``; ``PGD`` of no number of steps."""
-    name = attack["name"]
-    if name in ("pgd", "apgd"):
-        restarts, loss = attack.get("restarts", 1), attack.get("loss", "cross_entropy")
-        times = f" x{restarts}" if restarts > 1 else ""
-        of = "" if loss == "cross_entropy" else f" {loss.upper()}"
-        steps = f"-{attack['num_steps']}" if "num_steps" in attack else ""
-        return f"{name.upper()}{steps}{of}{times}"
-    if name == "autoattack":
-        search = attack.get("search", "fp32")
-        about = f", {search} search" if search != "fp32" else ""
-        return f"AutoAttack {attack['version']}{about}"
-    if name == "certify":
-        return f"certificate, {attack['method']}, sigma {attack['sigma']:.4g}"
-    if name == "corruption":
-        return str(attack["corruption"])
-    if name == "corruptions":
-        return f"mean of {len(attack['corruptions'])} corruptions"
-    return {"none": "none", "sanity": "sanity checks"}.get(name, name)
 
 
 def attack_title(row: Row) -> str:

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 
 from robust_accel.attacks import FGSMPGI, FGSMRS, NFGSM
 from robust_accel.data import Data
+from robust_accel.evaluation.records import attack_text
 from robust_accel.evaluation.settings import PGDSettings
 from robust_accel.models import PixelClassifier
 from robust_accel.provenance import digest_of, hardware, versions
 from robust_accel.recipe import Recipe, TrainSettings
-from robust_accel.reporting.views import attack_text
 from robust_accel.training.checkpoint import Progress
 from robust_accel.training.collapse import Fall, falls
 from robust_accel.training.metrics import peak_memory

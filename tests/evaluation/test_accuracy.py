@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robust_accel.attacks import PGD, NoAttack
 from robust_accel.data import MemoryImages
-from robust_accel.evaluation import EvaluateSettings, bench, correct_flags, evaluate, under_attack
+from robust_accel.evaluation import EvaluateSettings, bench, evaluate, under_attack
 from robust_accel.evaluation.accuracy import predictions
 from robust_accel.evaluation.autoattack import AutoAttackEvaluation
 from robust_accel.evaluation.bench import Attacker, Bench
@@ -66,6 +66,21 @@ def tiny() -> tuple[PixelClassifier, MemoryImages]:
         labels = classifier.eval()(pictures.float() / 255).argmax(dim=1)
     labels[::4] = (labels[::4] + 1) % 5  # a quarter is wrong
     return classifier, MemoryImages(pictures, labels)
+
+
+def correct_flags(
+    classifier: PixelClassifier,
+    images: MemoryImages,
+    attacker: Attacker | None,
+    settings: EvaluateSettings,
+    process: Any,
+    num_images: int | None = None,
+) -> Tensor:
+    on = bench.Bench(
+        classifier, images, process, batch_size=settings.batch_size, seed=settings.seed
+    )
+    clean = on.clean(num_images)
+    return (clean if attacker is None else on.attacked(attacker, clean)).right
 
 
 def flags_of(

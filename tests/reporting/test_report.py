@@ -158,15 +158,6 @@ def test_a_run_without_report_is_refused(tmp_path: Path) -> None:
         write_report(RunFolder(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("key", ["clean_accuracy", "sweep", "certified"])
-def test_a_report_from_before_the_ledger_is_to_be_measured_again(tmp_path: Path, key: str) -> None:
-    folder = write_run(tmp_path / "old", measurements=None, **{key: {"accuracy": 0.5, "n": 9}})
-    again = rf"before the ledger.*robust-accel evaluate {folder.path}"
-    for call in (lambda: write_report(folder), lambda: comparison_table([folder.path])):
-        with pytest.raises(ValueError, match=again):
-            call()
-
-
 def test_names_of_strangers_are_text_in_markdown(tmp_path: Path) -> None:
     source = {"path": "a|b<script>alert(1)</script>", "split": "[x](http://y)"}
     write_run(tmp_path / "run", [clean(source=source), clean()])

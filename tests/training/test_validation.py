@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from robust_accel.attacks import APGD, PGD
 from robust_accel.data import Data
-from robust_accel.evaluation.accuracy import correct_flags, under_attack
+from robust_accel.evaluation.accuracy import under_attack
+from robust_accel.evaluation.bench import Bench
 from robust_accel.models import PixelClassifier
 from robust_accel.recipe import Recipe, load_recipe
 from robust_accel.run_folder import RunFolder
@@ -48,10 +49,14 @@ def shares(recipe: Recipe, data: Data, classifier: PixelClassifier, attack: Any)
     stepped = (x + 0.2 * gradient.sign()).clamp(0, 1)
     clean = classifier(x).argmax(dim=1) == labels
     one_step = clean & (classifier(stepped).argmax(dim=1) == labels)
-    attacker = under_attack(attack)
-    robust = correct_flags(
-        classifier, data.validation, attacker, recipe.evaluate, Accelerator(cpu=True)
+    bench = Bench(
+        classifier,
+        data.validation,
+        Accelerator(cpu=True),
+        batch_size=recipe.evaluate.batch_size,
+        seed=recipe.evaluate.seed,
     )
+    robust = bench.attacked(under_attack(attack), bench.clean()).right
     return [flags.double().mean().item() for flags in (clean, robust, one_step)]
 
 
