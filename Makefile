@@ -19,7 +19,7 @@ test-all: .venv/installed-dev lint
 
 # on machines that are namespaces of this one: Linux, root, iproute2
 test-networks: .venv/installed-dev
-	$(BIN)/python -m pytest tests/training/test_networks.py
+	ROBUST_ACCEL_TEST_NETWORKS=1 $(BIN)/python -m pytest tests/training/test_networks.py
 
 # on one GPU; the other tests do not see it
 test-gpu: .venv/installed-dev
