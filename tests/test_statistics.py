@@ -1,8 +1,9 @@
 """Intervals against the textbook."""
 
 import pytest
+from scipy.stats import binomtest
 
-from robust_accel.statistics import paired_difference, t_interval
+from robust_accel.statistics import paired_difference, t_interval, wilson_interval
 
 
 def test_paired_difference_is_the_textbook_t_interval() -> None:
@@ -16,3 +17,10 @@ def test_paired_difference_is_the_textbook_t_interval() -> None:
         paired_difference([1.0], [1.0])
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("number", [1, 7, 360, 10_000])
+def test_the_interval_of_a_share_is_scipys_wilson_interval(number: int) -> None:
+    for right in {0, 1, number // 3, number - 1, number}:
+        expected = binomtest(right, number).proportion_ci(method="wilson")
+        assert wilson_interval(right / number, number) == pytest.approx(expected, abs=1e-15)
