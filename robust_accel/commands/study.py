@@ -12,7 +12,7 @@ from robust_accel.exit_codes import Stopped
 from robust_accel.files import read_json
 from robust_accel.locks import locked
 from robust_accel.plain_yaml import MOST_LEVELS, RecipeError
-from robust_accel.studies.execution import Done, Runner, stale
+from robust_accel.studies.execution import CHANGED, Done, Line, Runner
 from robust_accel.studies.page import table, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
@@ -29,12 +29,15 @@ def run(options: argparse.Namespace) -> int:
     paths = _studies(find_study(options.study), options.scale)
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
     broken: list[str] = []
+    is_whole = True
     for path, plan in zip(paths, plans, strict=True):
         with nullcontext() if options.table else locked(plan.root):
-            broken += _run(path, plan, options)
+            failed, missing = _run(path, plan, options)
+        broken += failed
+        is_whole = is_whole and not missing
     for text in broken:
         say(f"failed: {text}", file=sys.stderr)
-    return 1 if broken else 0
+    return 0 if options.table or is_whole else 1
 
 
 def _studies(path: Path, scale: str | None, above: tuple[Path, ...] = ()) -> list[Path]:
@@ -82,22 +85,12 @@ def _plan(path: Path, options: argparse.Namespace) -> Plan:
     )
 
 
-def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
-    done = Done(plan.root)
-    results = Results(plan, done)
+def _run(path: Path, plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Which trainings failed, and which rows are missing."""
     name = _name(path)
     logger.info(f"{plan.study.title}: {plan.number} trainings")
-    summary = plan.root / f"{name}.json"
-    if summary.exists():
-        before = read_json(summary)
-        if before.get("title", plan.study.title) != plan.study.title:
-            logger.warning(f"{summary} was of {before['title']!r}: its page is written over")
-        known = before.get("trainings", [])
-        for changed in stale(plan.known(results.chosen), known):
-            logger.warning(
-                f"{changed}: its recipe or launcher has changed since the last table: "
-                "it is trained anew"
-            )
+    done = Done(plan.root, _earlier(plan, name))
+    results = Results(plan, done)
     runner = Runner(plan, done, jobs=options.jobs, launcher=options.launcher)
     try:
         if not options.table:
@@ -111,9 +104,23 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> list[str]:
             page = write_page(results, folder, name, _command(options))
     print(table(results).markdown())
     say(f"{page}")
-    if runner.broken:
-        logger.warning(f"not finished: {'; '.join(results.missing())}")
-    return list(runner.broken.values())
+    missing = results.missing()
+    if options.table:
+        for trial in done.stale(plan.known(results.chosen)):
+            logger.warning(f"{trial.name}: {CHANGED}: the table has no number of it yet")
+    elif missing:
+        logger.warning(f"not finished: {'; '.join(missing)}")
+    return list(runner.broken.values()), missing
+
+
+def _earlier(plan: Plan, name: str) -> dict[str, Line]:
+    """The finished trainings of the last table, and of earlier ones what it lacked, by name."""
+    summary = plan.root / f"{name}.json"
+    found = read_json(summary) if summary.exists() else {}
+    if found.get("title", plan.study.title) != plan.study.title:
+        logger.warning(f"{summary} was of {found['title']!r}: its page is written over")
+    lines = [*found.get("earlier", []), *found.get("trainings", [])]
+    return {str(line.get("name")): line for line in lines}
 
 
 def _name(path: Path) -> str:

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from robust_accel.training.stopping import OVERSEER, process_mark
 
 logger = logging.getLogger(__name__)
 
+CHANGED = "its recipe or launcher has changed since the last table"
+"""What is said of a training that is another than it was."""
 UNFINISHED = "unfinished"
 """What has become of a command that was stopped, and has kept what it did."""
+Line = dict[str, Any]
 _PAUSE = 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # through no link to another file
@@ -37,17 +41,18 @@ class Done:
 
     Args:
         root: The folder of all runs.
+        earlier: Finished trainings of the study's earlier tables, lines by name.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._file = root / "done.jsonl"
-        self._lines: dict[tuple[str, str], dict[str, Any]] = {}
+    def __init__(self, root: Path, earlier: Mapping[str, Line] = MappingProxyType({})) -> None:
+        self._file, self.earlier = root / "done.jsonl", earlier
+        self._lines: dict[tuple[str, str], Line] = {}
         self._before: dict[str, float] = {}  # digest -> seconds of what was gone on from
         self._checked: set[Path] = set()
         for line in read_lines(self._file) if self._file.exists() else []:
             self._keep(line)
 
-    def _keep(self, line: dict[str, Any]) -> None:
+    def _keep(self, line: Line) -> None:
         digest, command = str(line.get("digest")), str(line.get("command"))
         if line.get("outcome") == UNFINISHED:
             self._before[digest] = self._before.get(digest, 0.0) + float(line.get("seconds", 0))
@@ -76,6 +81,15 @@ class Done:
         """Whether its training met numbers that are not finite: it would again."""
         line = self._lines.get((trial.digest, "train"))
         return line is not None and line.get("outcome") == "not finite"
+
+    def stale(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Trainings that an earlier table had by other settings, and that are not done by these."""
+        return [
+            trial
+            for trial in trials
+            if self.earlier.get(trial.name, {}).get("digest") not in (None, trial.digest)
+            and ("train",) in self.left(trial)
+        ]
 
     def add(self, trial: Trial, command: Command, outcome: str, seconds: float) -> None:
         commands = [command]
@@ -139,6 +153,7 @@ class Runner:
         self.plan, self.done, self.jobs, self.launcher = plan, done, jobs, launcher
         self.broken: dict[Path, str] = {}  # folder -> where its log is
         self._running: list[_Job] = []
+        self._told: set[str] = set()  # names of those that are trained anew
 
     def run(self, chosen: Chosen) -> None:
         """Do what is missing.
@@ -166,6 +181,10 @@ class Runner:
         """What can be started now."""
         busy = {job.trial.folder for job in self._running}
         trials = self.plan.known(chosen)
+        for name in [trial.name for trial in self.done.stale(trials)]:
+            if name not in self._told:
+                logger.warning(f"{name}: {CHANGED}: it is trained anew")
+                self._told.add(name)
         left = {trial: self.done.left(trial) for trial in trials}
         unfinished = {trial.folder for trial in trials if left[trial]}
         lost = {trial.folder for trial in trials if self.done.failed(trial)}
@@ -291,13 +310,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def stale(trials: Sequence[Trial], known: Iterable[dict[str, Any]]) -> list[str]:
-    """Names of trainings that a study had by other settings before.
-
-    Args:
-        known: Lines of an earlier table: ``name`` and ``digest``.
-    """
-    before = {line.get("name"): line.get("digest") for line in known}
-    return [trial.name for trial in trials if before.get(trial.name) not in (None, trial.digest)]

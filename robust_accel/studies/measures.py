@@ -16,6 +16,7 @@ from robust_accel.files import as_json
 from robust_accel.recipe import Recipe
 from robust_accel.reporting.views import Row, Run, known_points, pick, refused_by_name
 from robust_accel.settings import listed, parse_number
+from robust_accel.training.facts import held_out_attack
 
 Measured = Callable[[Run, Recipe], float | None]
 
@@ -119,12 +120,25 @@ def _from_report(key: str, scale: float = 1.0) -> Measured:
     return measured
 
 
+def _sent(key: str, scale: float = 1.0) -> Measured:
+    """Of what processes send one another: of one by itself nothing is measured."""
+    found = _from_report(key, scale)
+
+    def measured(run: Run, recipe: Recipe) -> float | None:
+        return None if run.report.get("num_processes") == 1 else found(run, recipe)
+
+    return measured
+
+
 def held_out(run: Run, recipe: Recipe) -> float | None:
     """Robust accuracy in percent on the split that is held out of train, of the weights kept."""
     assert recipe.train is not None
     with refused_by_name(run.folder):
-        kept = run.report.get("best_against_last", {}).get(recipe.train.select)
-        return None if kept is None else 100 * float(kept)
+        found = run.report.get("best_against_last", {})
+        kept = found.get(recipe.train.select)
+        if kept is None or found.get("attack") != held_out_attack(recipe):
+            return None
+        return 100 * float(kept)
 
 
 def _certified(row: Row, skip: int, images: int | None) -> bool:
@@ -143,16 +157,16 @@ MEASURES: dict[str, Measured] = {
     "corruption_error": _corruptions("mean_error"),
     "mce": _corruptions("mce"),
     "seconds": _from_report("train_seconds_per_epoch"),
-    "communication": _from_report("comm_seconds_per_epoch"),
-    "exposed_communication": _from_report("comm_exposed_seconds_per_epoch"),
-    "megabytes": _from_report("bytes_sent_per_step", 1e-6),
+    "communication": _sent("comm_seconds_per_epoch"),
+    "exposed_communication": _sent("comm_exposed_seconds_per_epoch"),
+    "megabytes": _sent("bytes_sent_per_step", 1e-6),
     "memory": _from_report("peak_memory_bytes", 2.0**-20),
     "steps": _from_report("steps"),
 }
 """By name: accuracies and corruptions' errors in percent (``mce``: of the reference's); seconds an
-epoch; MB (10^6 bytes) that a process sends a step; MiB. With a point: ``certified 0.25`` (radius),
-``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of several balls ``pgd`` and ``autoattack`` are
-the union's; ``pgd l1`` is in one of them."""
+epoch; MB (10^6 bytes) that a process sends a step, and nothing of one by itself; MiB. With a point:
+``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of several balls
+``pgd`` and ``autoattack`` are the union's; ``pgd l1`` is in one of them."""
 
 _POINT = re.compile(r"(certified|pgd eps|pgd num_steps) (\S+)")
 _IN_ONE = re.compile(r"(pgd|autoattack) (linf|l2|l1)")

@@ -1,5 +1,6 @@
 """What a study has found, for people: one Markdown page with its figures; and all of it as JSON."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import date
 from math import floor, log10
@@ -7,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from robust_accel.files import write_json, write_text
-from robust_accel.reporting.charts import Line, Lines
-from robust_accel.reporting.figures import draw
 from robust_accel.reporting.tables import Table, escaped
-from robust_accel.reporting.views import refused_by_name
-from robust_accel.studies.plan import Plan
+from robust_accel.reporting.views import Run, refused_by_name
+from robust_accel.studies.figures import figures_of
 from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
-from robust_accel.studies.study_file import FigureSettings
-from robust_accel.studies.trial import Cell
-
-_X_LABELS = {"eps": "eps (1/255)", "num_steps": "steps", "radius": "L2 radius"}
+from robust_accel.studies.trial import Trial
 
 
 def write_page(results: Results, folder: Path, name: str, command: str) -> Path:
@@ -29,8 +25,7 @@ def write_page(results: Results, folder: Path, name: str, command: str) -> Path:
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = [_figure(results, figure) for figure in results.plan.study.figures]
-    drawn = [(chart, draw(chart, folder)) for chart in figures if chart.lines]
+    drawn = [(figure.settings.title, figure.draw(folder)) for figure in figures_of(results)]
     path = folder / f"{name}.md"
     write_json(folder / f"{name}.json", as_json(results, command))
     write_text(path, "\n\n".join(_parts(results, drawn, command)) + "\n")
@@ -41,7 +36,7 @@ def table(results: Results) -> Table:
     """A row a cell: means over the seeds and half of their 95% t-intervals, papers' figures."""
     plan, study = results.plan, results.plan.study
     about = list(dict.fromkeys(key for run in plan.runs.values() for key in run.about))
-    published = {key for run in plan.runs.values() for key in run.published}
+    published = _published(results)
     head = ["run", *(study.grid[axis].label for axis in plan.axes), *about]
     keys = list(
         dict.fromkeys(key for c in plan.cells for tried in plan.tries(c) for key, _ in tried)
@@ -70,6 +65,11 @@ def table(results: Results) -> Table:
     return Table(head, rows)
 
 
+def _published(results: Results) -> set[str]:
+    """Columns in which a row has a paper's figure."""
+    return {key for cell in results.shown for key in results.plan.runs[cell.run].published}
+
+
 def number_text(values: Sequence[float]) -> str:
     """``43.52 ± 1.20``; empty where nothing was measured."""
     if not values:
@@ -81,7 +81,7 @@ def number_text(values: Sequence[float]) -> str:
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
-def _parts(results: Results, drawn: Iterable[tuple[Lines, Path]], command: str) -> Iterable[str]:
+def _parts(results: Results, drawn: Iterable[tuple[str, Path]], command: str) -> Iterable[str]:
     plan, study = results.plan, results.plan.study
     yield f"# {escaped(study.title)}"
     yield from filter(None, [study.about, plan.scale.about])
@@ -91,13 +91,13 @@ def _parts(results: Results, drawn: Iterable[tuple[Lines, Path]], command: str) 
         f"Means over seeds {seeds}, ± half of the 95% t-interval over them; of a single seed, its "
         "number alone."
     )
-    if study.published_of:
+    if _published(results):
         yield f"Published figures: {study.published_of}."
     missing = results.missing()
     if missing:
         yield "Not finished: " + "; ".join(missing) + "."
-    for chart, path in drawn:
-        yield f"![{escaped(chart.title)}]({path.name})"
+    for title, path in drawn:
+        yield f"![{escaped(title)}]({path.name})"
     verdicts = results.verdicts()
     if verdicts:
         yield "## Claims"
@@ -131,7 +131,10 @@ def _claims(verdicts: Sequence[Verdict]) -> Table:
         text = claim.text + (f" ({claim.source})" if claim.source else "")
         words = claim.holds_if.replace("_", " ") + (f" by {claim.margin:g}" if claim.margin else "")
         sides = f"{claim.run} {words} than {claim.than}"
-        rows.append([text, sides, verdict.column, found, size, str(verdict.pairs), verdict.outcome])
+        edges = (f"; best {', '.join(keys)} of {row} at the edge of its grid"
+                 for row, keys in verdict.at_the_edge.items())  # fmt: skip
+        outcome = verdict.outcome + "".join(edges)
+        rows.append([text, sides, verdict.column, found, size, str(verdict.pairs), outcome])
     head = ["claim", "holds if", "in", "difference [95%]", "effect", "pairs", "outcome"]
     return Table(head, rows)
 
@@ -156,84 +159,56 @@ def _tuning(tuned: Sequence[Tuned]) -> Table:
 
 def _how(results: Results) -> str:
     """On what, with what, and how long."""
-    runs = [run for c in results.plan.cells for t in results.trials(c) if (run := results.run(t))]
-    hardware: dict[str, None] = {}
-    versions: dict[str, None] = {}
+    known = {trial.folder: trial for trial in results.plan.known(results.chosen)}
+    runs = [run for trial in known.values() if (run := results.run(trial))]
+    hardware, versions = Counter[str](), Counter[str]()
     for run in runs:
         with refused_by_name(run.folder):
-            hardware |= {str(row["hardware"]): None for row in run.rows if "hardware" in row}
-            found = run.report.get("versions", {}).items()
-            versions |= {f"{name} {version}": None for name, version in found}
-    seconds = sum(results.done.seconds(results.plan.known(results.chosen)).values())
-    trainings = len({trial.folder for trial in results.plan.known(results.chosen)})
+            hardware.update(_hardware(run))
+            versions.update(_versions(run))
+    seconds = sum(results.done.seconds(known.values()).values())
+
+    def counted(found: Counter[str], between: str) -> str:
+        return between.join(
+            text if number == len(runs) else f"{text} ({number} of {len(runs)} trainings)"
+            for text, number in found.items()
+        )
+
     said = (
-        f"{trainings} trainings, {seconds / 3600:.1f} hours of processes in all"
-        + (f", on {'; '.join(hardware)}" if hardware else ""),
-        ", ".join(versions),
+        f"{len(known)} trainings, {seconds / 3600:.1f} hours of processes in all"
+        + (f", on {counted(hardware, '; ')}" if hardware else ""),
+        counted(versions, ", "),
         date.today().isoformat(),
     )
     return f"{'; '.join(filter(None, said))}."
 
 
-def _figure(results: Results, figure: FigureSettings) -> Lines:
-    """Curves of means, with the 95% t-interval over seeds as a band."""
-    plan = results.plan
-    names = figure.runs or tuple(plan.runs)
-    cells = [cell for cell in results.shown if cell.run in names]
-    lines: list[Line] = []
-    if figure.x in plan.axes:
-        groups: dict[tuple[str, ...], list[Cell]] = {}
-        for cell in cells:
-            others = (label for axis, label in cell.labels if axis != figure.x)
-            groups.setdefault((plan.runs[cell.run].label or cell.run, *others), []).append(cell)
-        for column in figure.y:
-            for name, group in groups.items():
-                at = {x: list(results.values(c, column).values())
-                      for c in group for x in _places(c, figure.x, plan)}  # fmt: skip
-                text = ", ".join(name) + (f", {column}" if len(figure.y) > 1 else "")
-                lines += _line(text, at, len(lines))
-        x_label = plan.study.grid[figure.x].label
-    else:
-        for cell in cells:
-            at = results.curve(cell, figure.x)
-            if figure.x == "eps":
-                at = {255 * eps: values for eps, values in at.items()}
-            label = ", ".join([plan.runs[cell.run].label or cell.run, *dict(cell.labels).values()])
-            lines += _line(label, at, len(lines))
-        x_label = _X_LABELS[figure.x]
-    y_label = figure.y[0] if len(figure.y) == 1 else "accuracy (%)"
-    return Lines(figure.name, figure.title, x_label, y_label, lines, percent=False, log=figure.log)
+def _hardware(run: Run) -> list[str]:
+    """Where it was trained and measured."""
+    found = [run.report.get("hardware"), *(row.get("hardware") for row in run.rows)]
+    return [*dict.fromkeys(str(name) for name in found if name)]
 
 
-def _places(cell: Cell, axis: str, plan: Plan) -> list[float]:
-    """Where a row stands on an axis: everywhere, if the axis does not multiply it."""
-    own = dict(cell.labels).get(axis)
-    return [float(label) for label in (plan.axes[axis] if own is None else [own])]
-
-
-def _line(name: str, at: dict[float, list[float]], color: int) -> list[Line]:
-    points = sorted((x, *mean_and_half(values)) for x, values in at.items() if values)
-    if not points:
-        return []
-    x, y, halves = zip(*points, strict=True)
-    band = [half or 0.0 for half in halves]
-    low = [mean - half for mean, half in zip(y, band, strict=True)] if any(band) else []
-    high = [mean + half for mean, half in zip(y, band, strict=True)] if any(band) else []
-    return [Line(name, x, y, low, high, markers=True, color=color)]
+def _versions(run: Run) -> list[str]:
+    return [f"{name} {number}" for name, number in run.report.get("versions", {}).items()]
 
 
 def as_json(results: Results, command: str) -> dict[str, Any]:
-    """Every number with its seed, training and digest; claims; what was tuned."""
+    """Every number with its seed, training and digest; figures; claims; what was tuned.
+
+    ``trainings`` are those that are done; ``earlier`` has those of earlier tables that were not
+    done since: by it a changed recipe is known until it is trained.
+    """
     plan = results.plan
+    trainings = [_training(results, t) for t in plan.known(results.chosen) if results.has_ended(t)]
+    names = {line["name"] for line in trainings}
     return {
         "title": plan.study.title,
         "command": command,
         "seeds": list(plan.seeds),
         "missing": results.missing(),
-        "trainings": [
-            {"name": trial.name, "digest": trial.digest, "folder": trial.folder.name}
-            for trial in plan.known(results.chosen)
-        ],
+        "trainings": trainings,
+        "earlier": [line for name, line in results.done.earlier.items() if name not in names],
         "rows": [
             {
                 "run": cell.run,
@@ -245,6 +220,7 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
             }
             for cell in results.shown
         ],
+        "figures": [figure.as_json() for figure in figures_of(results)],
         "claims": [
             {
                 "text": v.claim.text,
@@ -259,6 +235,7 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
                 and [v.difference.mean, v.difference.low, v.difference.high],
                 "effect": v.effect,
                 "outcome": v.outcome,
+                "at_the_edge": v.at_the_edge,
             }
             for v in results.verdicts()
         ],
@@ -272,3 +249,13 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
             if len(plan.tries(cell)) > 1 and (found := results.tuned(cell)) is not None
         ],
     }
+
+
+def _training(results: Results, trial: Trial) -> dict[str, Any]:
+    line = {"name": trial.name, "digest": trial.digest, "folder": trial.folder.name}
+    run = results.run(trial)
+    if run is None:
+        return line
+    with refused_by_name(run.folder):
+        made = {"hardware": "; ".join(_hardware(run)), "versions": ", ".join(_versions(run))}
+        return line | made

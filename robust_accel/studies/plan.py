@@ -252,7 +252,7 @@ class Plan:
             for key in sorted(_OWN.intersection(flat(settings))):
                 yield f"{self.path}: {place}: {key}: the study itself varies it: leave it out"
         for figure in self.study.figures:
-            for label in self.axes.get(figure.x, ()):
+            for label in self.axes.get(figure.x or "", ()):
                 if number(label) is None:
                     where = f"{self.path}: figures.{figure.name}"
                     yield f"{where}: {label!r} of {figure.x} is no number"

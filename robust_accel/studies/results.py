@@ -53,6 +53,7 @@ class Verdict:
         effect: The mean difference in standard deviations of the differences (Cohen's d_z); None
             where they are equal.
         outcome: ``holds``, ``does not hold``, ``open`` (the interval has both), ``not measured``.
+        at_the_edge: Row -> what it was tuned by, where the best value is the first or the last.
     """
 
     claim: ClaimSettings
@@ -61,6 +62,7 @@ class Verdict:
     difference: Interval | None
     effect: float | None
     outcome: str
+    at_the_edge: dict[str, list[str]]
 
 
 class Results:
@@ -145,14 +147,29 @@ class Results:
         """The rows."""
         return [cell for cell in self.plan.cells if not self.plan.runs[cell.run].hidden]
 
+    def has_ended(self, trial: Trial) -> bool:
+        """Whether all is done of a training, or its numbers were not finite."""
+        return self.run(trial) is not None or self.done.failed(trial)
+
     def missing(self) -> list[str]:
-        """Names of rows that lack a seed, or the tuning."""
-        return [cell.name for cell in self.plan.cells if not self._is_complete(cell)]
+        """Rows that lack a seed, or the tuning, in words."""
+        known = self.plan.known(self.chosen)
+        lost = {trial.folder for trial in known if self.done.failed(trial)}
+        barred = {trial.cell for trial in known if lost.intersection(trial.needs)}
+        return [
+            cell.name + (" (what it starts from was not finite)" if cell in barred else "")
+            for cell in self.plan.cells
+            if not self._is_complete(cell)
+        ]
 
     def _is_complete(self, cell: Cell) -> bool:
-        trials = self.trials(cell)
-        ended = [self.run(t) is not None or self.done.failed(t) for t in trials]
+        ended = [self.has_ended(trial) for trial in self.trials(cell)]
         return sum(ended) == len(self.plan.seeds)
+
+    def edges(self, cell: Cell) -> list[str]:
+        """What a row was tuned by, where the best value is the first or the last."""
+        tuned = self.tuned(cell) if len(self.plan.tries(cell)) > 1 else None
+        return [] if tuned is None else tuned.at_the_edge
 
     def verdicts(self) -> list[Verdict]:
         return [
@@ -164,10 +181,11 @@ class Results:
 
     def _verdict(self, claim: ClaimSettings, column: str) -> Verdict:
         cell, against = self.plan.cell(claim.run), self.plan.cell(claim.than)
+        edges = {one.name: keys for one in (cell, against) if (keys := self.edges(one))}
         own, other = self.values(cell, column), self.values(against, column)
         seeds = sorted(own.keys() & other.keys())
         if len(seeds) < 2:
-            return Verdict(claim, column, len(seeds), None, None, "not measured")
+            return Verdict(claim, column, len(seeds), None, None, "not measured", edges)
         pairs = [(own[seed], other[seed]) for seed in seeds]
         difference = paired_difference(*zip(*pairs, strict=True))
         spread = stdev([a - b for a, b in pairs])
@@ -178,7 +196,7 @@ class Results:
             outcome = "open"
         alike = spread <= _ROUNDING * max(1, abs(difference.mean))
         effect = None if alike else difference.mean / spread
-        return Verdict(claim, column, len(seeds), difference, effect, outcome)
+        return Verdict(claim, column, len(seeds), difference, effect, outcome, edges)
 
 
 def _outcome(claim: ClaimSettings, difference: Interval) -> str:

@@ -126,20 +126,21 @@ class AxisSettings(Settings):
 
 
 class FigureSettings(Settings):
-    """Curves: a measure against an axis of the grid, or against the points of a sweep.
+    """Curves: a measure against an axis of the grid, or against the points of a sweep; or bars.
 
     Args:
         name: Of the files.
         x: An axis of the grid whose labels are numbers; or ``eps``, ``num_steps`` or ``radius``:
-            the points that ``evaluate.sweep`` or ``certify`` have measured.
-        y: Columns, where x is an axis.
-        runs: Those that get a curve; all when not given.
+            the points that ``evaluate.sweep`` or ``certify`` have measured. When not given, each
+            row has bars of its means, with what is published of it.
+        y: Columns, where x is an axis or not given.
+        runs: Those that get a curve or bars; all when not given.
         log: A logarithmic x axis.
     """
 
     name: Name
     title: str
-    x: str
+    x: str | None = None
     y: tuple[str, ...] = ()
     runs: tuple[str, ...] | None = None
     log: Flag = False
@@ -280,11 +281,17 @@ def _contradictions(study: StudySettings) -> list[str]:
         known(scale.grid, f"scales.{name}.grid", study.grid, "axis")
     for figure in study.figures:
         where = f"figures.{figure.name}"
-        known([figure.x], f"{where}.x", [*study.grid, "eps", "num_steps", "radius"], "axis")
+        points, x = ("eps", "num_steps", "radius"), figure.x
+        known([x] if x else [], f"{where}.x", [*study.grid, *points], "axis")
         known(figure.y, f"{where}.y", study.columns, "column")
         known(figure.runs or (), f"{where}.runs", study.runs, "run")
-        if figure.x in study.grid and not figure.y:
-            faults.append(f"{where}.y: missing: against an axis, columns are wanted")
+        of_sweep = x in points and x not in study.grid
+        if not of_sweep and not figure.y:
+            faults.append(f"{where}.y: missing: columns are wanted, but against {listed(points)}")
+        if of_sweep and figure.y:
+            faults.append(f"{where}.y: against {x} accuracy is drawn: leave it out")
+        if x is None and figure.log:
+            faults.append(f"{where}.log: bars have no x axis: leave it out, or give x")
     for number, claim in enumerate(study.claims):
         sides = [side.split(",")[0].strip() for side in (claim.run, claim.than)]
         known(sides, f"claims.{number}", study.runs, "run")

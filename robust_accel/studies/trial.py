@@ -16,19 +16,16 @@ from robust_accel.plain_yaml import RecipeError, read_plain
 from robust_accel.recipe import Recipe
 from robust_accel.run_folder import RunFolder, differences, with_new_defaults
 from robust_accel.studies.study_file import Values
+from robust_accel.training.start import CHOOSING, within
 
-MEASURED = ("pgd", "sweep", "autoattack", "search", "sanity", "corruptions", "images",
-             "autoattack_images", "train_images", "ids", "draws")  # fmt: skip
-"""Of ``evaluate``: what happens after the training; the rest chooses its best weights, too."""
 _MANY = 50_000  # images, where the recipe does not say
 Command = tuple[str, ...]
 """A command of this package and its words, without the run's folder."""
-_FREE = {
-    "evaluate": MEASURED,
-    "train": ("checkpoint_every", "keep", "max_time", "timeout", "log_every", "log_with"),
-    "data": ("num_workers",),
-}
-"""What the weights do not depend on."""
+_FREE = (
+    "output", "certify", "evaluate", "data.num_workers", "train.checkpoint_every", "train.keep",
+    "train.max_time", "train.timeout", "train.log_every", "train.log_with",
+)  # fmt: skip
+"""What the weights do not depend on, but for ``CHOOSING``."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,11 @@ class Trial:
 
     def _commands(self, settings: Values) -> list[Command]:
         certify = tuple(_words("certify", settings["certify"]))
-        evaluate = {key: value for key, value in settings["evaluate"].items() if key in MEASURED}
+        evaluate = {
+            key: value
+            for key, value in settings["evaluate"].items()
+            if f"evaluate.{key}" not in CHOOSING
+        }
         then = [(c[0], *certify, *c[1:]) if c[0] == "certify" else c for c in self.then]
         return [("train",), ("evaluate", *_words("evaluate", evaluate)), *then]
 
@@ -117,9 +118,7 @@ class Trial:
         was = with_new_defaults(read_plain(stored), now, self.recipe.chosen)
         given = {*flat(self.recipe.chosen)}
         for key, line in differences(was, now).items():
-            section, _, name = key.partition(".")
-            counts = section not in ("output", "certify") and name not in _FREE.get(section, ())
-            if counts and key not in given:
+            if _counts(key) and key not in given:
                 raise RecipeError(f"{stored}: {line}, by default: move the folder away")
 
     @property
@@ -156,13 +155,31 @@ def digest_of(
     Args:
         settings: Without those at their defaults: a later version's new ones change nothing.
     """
-    kept = {key: value for key, value in settings.items() if key not in ("output", "certify")}
-    for section, free in _FREE.items():
-        kept[section] = {key: kept[section][key] for key in kept[section] if key not in free}
+    kept = {
+        key: _counting(value, key) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in ("output", "certify")
+    }
     text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
     for trial in needed.values():
         text = text.replace(str(trial.folder), f"{trial.digest} {trial.then}")
     return digest_of_json([text, processes, launcher])[:12]
+
+
+def _counts(key: str) -> bool:
+    return key in CHOOSING or not within(key, _FREE)
+
+
+def _counting(tree: Values, above: str) -> Values:
+    """Of a section what the weights depend on; nothing of it where that is nothing."""
+    kept: Values = {}
+    for key, value in tree.items():
+        name = f"{above}.{key}"
+        if isinstance(value, dict) and value:
+            kept |= {key: inner} if (inner := _counting(value, name)) else {}
+        elif _counts(name):
+            kept[key] = value
+    return kept
 
 
 def flat(tree: Values, above: str = "") -> Iterator[str]:

@@ -1,5 +1,6 @@
 """How a run begins: anew, or from which checkpoint, and whether it is still the same run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,11 @@ _FREE = (
     "train.log_every", "train.log_with", "train.max_time", "train.timeout", "train.on_nonfinite",
     "train.max_skipped_in_a_row", "train.on_collapse", "train.max_rollbacks", "train.keep_gathered",
 )  # fmt: skip
-# of the accuracy that chooses weights
-_CHOOSING = (
+_ATTACKING = (
     "evaluate.norm", "evaluate.eps", "evaluate.balls", "evaluate.pgd.attack", "evaluate.pgd.loss",
-    "evaluate.seed", "evaluate.batch_size",
 )  # fmt: skip
+CHOOSING = (*_ATTACKING, "evaluate.seed", "evaluate.batch_size")
+"""Settings of the held-out accuracy, which chooses weights."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     now = plain(parse(dump(recipe.settings), "recipe"))  # as it was saved: a tuple became a list
     was = with_new_defaults(about["settings"], now, recipe.chosen)
     changed = differences(_with_attack(was), _with_attack(now))
-    chooses = recipe.train is not None and (
-        recipe.train.select == "best" or recipe.train.early_stopping is not None
-    )
-    refused = [line for key, line in changed.items() if not _is_free(key, chooses)]
+    fixed_too = _fixed_of_evaluate(recipe)
+    refused = [
+        line for key, line in changed.items() if key in fixed_too or not within(key, _FREE)
+    ]
     if refused:
         raise ValueError(
             f"output: {folder.path} was started with other settings: {'; '.join(refused)}"
@@ -170,10 +171,17 @@ def _with_attack(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"evaluate": given | filled | {"pgd": pgd}}
 
 
-def _is_free(key: str, chooses: bool) -> bool:
-    if chooses and key in _CHOOSING:
-        return False
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+def _fixed_of_evaluate(recipe: Recipe) -> tuple[str, ...]:
+    """What a run measures its held-out images by: the accuracies are compared with each other."""
+    train = recipe.train
+    if train is not None and (train.select == "best" or train.early_stopping is not None):
+        return CHOOSING
+    return _ATTACKING if recipe.data.validation_size else ()  # a fall of them is a collapse
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a setting is one of these, or in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _both(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str | None, str | None]]:

@@ -15,6 +15,7 @@ from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.study_file import read_study
 from robust_accel.studies.trial import Trial
+from robust_accel.training.facts import held_out_attack
 
 TINY = """
 scales:
@@ -53,8 +54,14 @@ def plan_of(study_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pl
     return make
 
 
-def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 0.5) -> None:
-    """Make a finished run folder with these shares."""
+def leave(
+    trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 0.5, **more: Any
+) -> None:
+    """Make a finished run folder with these shares.
+
+    Args:
+        more: Facts of its report.
+    """
     evaluate = trial.recipe.evaluate
     about = attacker_of(evaluate).about
     pgd_about = {key: value for key, value in about.items() if key not in ("norm", "eps")}
@@ -72,10 +79,15 @@ def leave(trial: Trial, done: Done, clean: float, pgd: float, held_out: float = 
         "measurements": [
             {"purpose": "accuracy", "images": images, "seed": evaluate.seed, **row} for row in rows
         ],
-        "best_against_last": {"best": held_out, "last": held_out},
+        "best_against_last": {
+            "best": held_out,
+            "last": held_out,
+            "attack": held_out_attack(trial.recipe),
+        },
         "train_seconds_per_epoch": 2.0,
         "bytes_sent_per_step": 4e6,
         "versions": {"torch": "2"},
+        **more,
     }
     trial.folder.mkdir(parents=True, exist_ok=True)
     (trial.folder / "report.json").write_text(json.dumps(report))

@@ -1,5 +1,6 @@
 """A training is known by its settings: shared where they are equal, another where they are not."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from robust_accel.recipe import SECTIONS, TrainSettings
 from robust_accel.studies.after import left_behind
 from robust_accel.studies.execution import Done
 from robust_accel.studies.plan import Plan
+from robust_accel.training.start import CHOOSING
 
 TWO = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.num_steps: 2}}}"
 
@@ -79,6 +81,26 @@ def test_what_weights_do_not_depend_on_changes_no_digest(plan_of: Callable[..., 
         assert not set(digests(override)) & set(before), override
     two = plan_of(TWO.replace("quickstart}", "quickstart, processes: 2}"))
     assert set(before) & {t.digest for t in trials(two).values()} == set(before[1::2])
+
+
+def test_what_chooses_weights_while_they_are_trained_is_another_training(
+    plan_of: Callable[..., Plan],
+) -> None:
+    ball = "{norm: linf, eps: 0.2}"
+    others = {
+        "norm": ["evaluate.norm=l2", "evaluate.eps=1"],
+        "eps": ["evaluate.eps=0.1"],
+        "balls": [f"evaluate.balls=[{ball}, {ball.replace('linf', 'l2')}]"],
+        "pgd.attack": ["evaluate.pgd.attack=apgd"],
+        "pgd.loss": ["evaluate.pgd.loss=cw"],
+        "seed": ["evaluate.seed=1"],
+        "batch_size": ["evaluate.batch_size=10"],
+    }
+    assert {f"evaluate.{key}" for key in others} == set(CHOOSING)
+    before = {t.digest for t in trials(plan_of(TWO)).values()}
+    for overrides in others.values():
+        found = plan_of(TWO, overrides=overrides)
+        assert not {t.digest for t in trials(found).values()} & before, overrides
 
 
 def test_an_axis_may_set_the_number_of_processes(plan_of: Callable[..., Plan]) -> None:
@@ -151,6 +173,32 @@ def test_what_another_default_trained_is_not_taken(plan_of: Callable[..., Plan])
         Done(plan.root).left(trial)
     stored.write_text(text.replace("  attack_mode: eval\n", ""))  # an earlier version
     assert Done(plan.root).left(trial) == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["pgd.num_steps=50", "pgd.restarts=2", "sweep.eps=[0.1]", "corruptions={images: 9}"]
+)
+def test_what_was_measured_otherwise_is_only_measured(
+    plan_of: Callable[..., Plan], setting: str
+) -> None:
+    """Whichever came first; unless by what chose the weights."""
+    for first_by, then_by in ([f"evaluate.{setting}"], []), ([], [f"evaluate.{setting}"]):
+        plan = plan_of(TWO, overrides=first_by)
+        for trial in plan.known(first(plan)):
+            leave(trial, Done(plan.root), 0.9, 0.5)
+            trial.recipe.save(trial.folder / "recipe.yaml")
+        then = plan_of(TWO, overrides=then_by)
+        for trial in then.known(first(then)):
+            assert Done(plan.root).left(trial) == [trial.commands[1]]
+            shutil.rmtree(trial.folder)
+        (plan.root / "done.jsonl").unlink()
+    trial = plan_of(TWO).known(first(plan))[0]
+    leave(trial, Done(plan.root), 0.9, 0.5)
+    trial.recipe.save(trial.folder / "recipe.yaml")
+    stored = trial.folder / "recipe.yaml"
+    stored.write_text(stored.read_text().replace("    attack: pgd\n", "    attack: apgd\n"))
+    with pytest.raises(RecipeError, match=r"evaluate\.pgd\.attack: 'apgd', now 'pgd'"):
+        Done(plan.root).left(trial)
 
 
 def test_equal_trainings_of_two_studies_are_one(plan_of: Callable[..., Plan]) -> None:

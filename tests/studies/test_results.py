@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from studies.conftest import filled, leave
+from studies.conftest import TINY, filled, leave
 
 from robust_accel.plain_yaml import RecipeError
-from robust_accel.studies.execution import Done, stale
-from robust_accel.studies.page import _figure, as_json, table, write_page
+from robust_accel.reporting.views import Run
+from robust_accel.run_folder import RunFolder
+from robust_accel.studies.execution import Done
+from robust_accel.studies.measures import held_out, measure
+from robust_accel.studies.page import as_json, table, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.trial import Trial
@@ -82,9 +85,22 @@ def test_what_is_tuned_may_be_lists_and_mappings(
     write_page(results, tmp_path / "page", "study", "")
 
 
-def test_the_edge_of_a_grid_is_told(plan_of: Callable[..., Plan]) -> None:
-    results = filled(plan_of(TUNED), lambda t: (0.5, 0.5, dict(t.tried).get("optimizer.lr", 0.0)))
-    assert results.tuned(results.plan.cells[0]).at_the_edge == ["optimizer.lr"]
+@pytest.mark.parametrize(("best", "told"), [(0.1, True), (0.2, False), (0.3, True)])
+@pytest.mark.parametrize("sides", ["run: a, than: b", "run: b, than: a"])
+def test_the_edge_of_a_grid_is_told_and_beside_its_claims(
+    plan_of: Callable[..., Plan], tmp_path: Path, best: float, told: bool, sides: str
+) -> None:
+    text = TUNED + claims("holds_if: less").replace("run: a, than: b", sides)
+
+    def number(trial: Trial) -> tuple[float, ...]:
+        return 0.5, 0.5, float(dict(trial.tried).get("optimizer.lr") == best)
+
+    results = filled(plan_of(text), number)
+    assert results.tuned(results.plan.cells[0]).at_the_edge == ["optimizer.lr"] * told
+    page = write_page(results, tmp_path / "out", "s", "").read_text()
+    (claim,) = json.loads((tmp_path / "out/s.json").read_text())["claims"]
+    assert ("; best optimizer.lr of a at the edge of its grid |" in page) == told
+    assert claim["at_the_edge"] == ({"a": ["optimizer.lr"]} if told else {})
 
 
 @pytest.mark.parametrize(
@@ -173,17 +189,14 @@ def test_a_list_of_images_that_changed_is_measured_anew(
     assert 0 not in found.values(found.plan.cells[0], "PGD (%)")
 
 
-def test_a_changed_recipe_is_told_by_name(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
-    runs = "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, settings: {optimizer.lr: 0.1}}}"
-    results = filled(plan_of(runs), lambda t: (0.5, 0.5))
-    write_page(results, tmp_path / "out", "s", "command")
-    known = json.loads((tmp_path / "out/s.json").read_text())["trainings"]
-    assert stale(results.plan.known(results.chosen), known) == []
-    changed = plan_of(runs.replace("0.1", "0.2"))
-    assert stale(changed.known(results.chosen), known) == ["b, seed 0", "b, seed 1"]
-    again = Results(changed, results.done)
-    assert again.missing() == ["b"]
-    assert again.values(changed.cells[1], "clean (%)") == {}
+def test_held_out_accuracy_under_another_attack_is_none(plan_of: Callable[..., Plan]) -> None:
+    results = filled(plan_of(TUNED), lambda t: (0.5, 0.4, 0.3))
+    trial = results.plan.known(results.chosen)[0]
+    run = results.run(trial)
+    assert held_out(run, trial.recipe) == 30.0
+    for override in ("evaluate.pgd.attack=apgd", "evaluate.pgd.loss=cw"):
+        other = plan_of(TUNED, overrides=[override]).known(lambda cell: None)[0]
+        assert held_out(run, other.recipe) is None
 
 
 def test_the_page_has_table_figures_claims_and_how(
@@ -213,24 +226,22 @@ def test_the_page_has_table_figures_claims_and_how(
     assert row["values"]["clean (%)"] == {"0": 50.0, "1": 60.0}
 
 
-def test_a_row_that_an_axis_does_not_multiply_is_level(
-    plan_of: Callable[..., Plan], tmp_path: Path
+@pytest.mark.parametrize(("processes", "expected"), [(1, False), (2, True)])
+def test_one_process_measures_no_communication(
+    plan_of: Callable[..., Plan], processes: int, expected: bool
 ) -> None:
-    text = (
-        "runs: {a: {recipe: quickstart}, b: {recipe: quickstart, grid: [],"
-        " settings: {attack.num_steps: 2}}}\n"
-        "grid: {size: {label: images, values: {80: {data.train_size: 80}, 140: {}}}}\n"
-        "columns: {clean (%): clean}\n"
-        "figures: [{name: curve, title: A curve, x: size, y: [clean (%)]}]"
-    )
-    plan = plan_of(text, overrides=["data.validation_size=20"])
-    results = filled(plan, lambda t: (0.7 if t.cell.run == "b" else 0.5, 0.5))
-    curve = _figure(results, plan.study.figures[0])
-    assert {(line.name, line.x, line.y) for line in curve.lines} == {
-        ("a", (80, 140), (50, 50)),
-        ("b", (80, 140), (70, 70)),
+    report = {
+        "num_processes": processes,
+        "comm_seconds_per_epoch": 0.0,
+        "comm_exposed_seconds_per_epoch": 0.0,
+        "bytes_sent_per_step": 0.0,
+        "train_seconds_per_epoch": 1.0,
     }
-    assert write_page(results, tmp_path, "s", "robust-accel study s").exists()
+    run = Run(RunFolder("x"), "x", report, [])
+    recipe = plan_of(TUNED).known(lambda cell: ())[0].recipe
+    for name in ("communication", "exposed_communication", "megabytes"):
+        assert measure(name, run, recipe) == (0.0 if expected else None)
+    assert measure("seconds", run, recipe) == 1.0
 
 
 def test_drawn_test_images_are_all_that_there_are(plan_of: Callable[..., Plan]) -> None:
@@ -286,7 +297,7 @@ CHANGES: dict[str, Callable[[dict], object]] = {
     "a row without a number": lambda report: report["measurements"][0].pop("accuracy"),
     "a row of another kind": lambda report: report["measurements"][0].update(attack=["none"]),
     "a list": lambda report: report.update(best_against_last=[1]),
-    "a word": lambda report: report.update(best_against_last={"last": "much", "best": "much"}),
+    "a word": lambda report: report["best_against_last"].update(last="much", best="much"),
     "a mapping": lambda report: report.update(train_seconds_per_epoch={"a": 1}),
     "versions": lambda report: report.update(versions=["torch"]),
 }
@@ -306,3 +317,37 @@ def test_a_report_of_another_shape_is_refused_by_its_folder(
     fresh = Results(results.plan, Done(results.plan.root))
     with pytest.raises(ValueError, match=f"^{trial.folder}"):
         write_page(fresh, tmp_path / "page", "study", "")
+
+
+def test_published_figures_are_of_something_only_where_a_row_has_one(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    text = (
+        "runs: {a: {recipe: quickstart, published: {clean (%): 62.7}}}\n"
+        "published_of: another network"
+    )
+    for without, scales in ((False, TINY), (True, f"{TINY}    runs: {{a: {{published: {{}}}}}}\n")):
+        results = filled(plan_of(text, scales=scales), lambda t: (0.5, 0.5))
+        page = write_page(results, tmp_path / "out", "s", "").read_text()
+        assert ("another network" not in page) == without
+
+
+def test_what_trainings_were_made_on_and_with_is_told_of_each(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan = plan_of("runs: {b: {recipe: quickstart}}", seeds=range(3))
+    plan.root.mkdir()
+    results = Results(plan, Done(plan.root))
+    for trial in plan.known(results.chosen):
+        where = "a card" if trial.seed else "a processor"
+        with_torch = {"torch": str(trial.seed), "timm": "1"}
+        leave(trial, results.done, 0.5, 0.5, hardware=where, versions=with_torch)
+    page = write_page(results, tmp_path / "out", "s", "").read_text()
+    assert "on a processor (1 of 3 trainings); a card (2 of 3 trainings); torch 0 (1 of 3" in page
+    assert ", timm 1," in page
+    found = json.loads((tmp_path / "out/s.json").read_text())["trainings"]
+    assert [(one["hardware"], one["versions"]) for one in found] == [
+        ("a processor", "torch 0, timm 1"),
+        ("a card", "torch 1, timm 1"),
+        ("a card", "torch 2, timm 1"),
+    ]

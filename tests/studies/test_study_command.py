@@ -13,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from studies.conftest import TINY, filled, leave
 
 from robust_accel.__main__ import main
+from robust_accel.commands.study import _earlier
 from robust_accel.exit_codes import STOPPED
 from robust_accel.recipe import load_recipe
 from robust_accel.reporting.views import read_runs
+from robust_accel.studies.execution import CHANGED, Done, Runner
 from robust_accel.studies.measures import measure
+from robust_accel.studies.plan import Plan
+from robust_accel.studies.results import Results
 
 STUDY = """
 runs:
@@ -167,6 +172,68 @@ def test_the_page_says_the_whole_command(study_of: Callable[..., Path], tmp_path
     assert main([*words, "--table", "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/tiny" / f"{path.parent.name}.json").read_text())
     assert shlex.split(found["command"]) == ["robust-accel", *words]
+
+
+def test_a_changed_recipe_is_told_until_it_is_trained(
+    plan_of: Callable[..., Plan],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A table, or a run that was killed, does not forget it; seeds that wait for tuning neither."""
+
+    def told() -> list[str]:
+        """What was said of changed recipes since the last time, by the command or without it."""
+        said = [*capsys.readouterr().err.splitlines(), *caplog.messages]
+        caplog.clear()
+        return [text.replace(f"{CHANGED}: ", "") for text in said if CHANGED in text]
+
+    text = (
+        "runs: {a: {recipe: quickstart, settings: {train.epochs: 1}, tune: {optimizer.lr: [1, 2]}},"
+        " b: {recipe: quickstart}}"
+    )
+    scales = TINY.replace("tiny:", "runs:")
+    plan = plan_of(text, "runs", scales=scales)
+    filled(plan, lambda t: (0.5, 0.5, 0.1 * dict(t.tried).get("optimizer.lr", 0)))
+    table = ["study", str(plan.path), "--table", "--output", str(tmp_path)]
+    assert main(table) == 0 and not told()
+    summary = tmp_path / "runs" / f"{plan.path.parent.name}.json"
+    names = {line["name"] for line in json.loads(summary.read_text())["trainings"]}
+    changed = plan_of(text.replace("epochs: 1", "epochs: 2"), "runs", scales=scales)
+    first = ["a, lr=1, seed 0", "a, lr=2, seed 0"]
+    for _ in range(2):
+        assert main(table) == 0
+        assert told() == [f"{name}: the table has no number of it yet" for name in first]
+        found = json.loads(summary.read_text())
+        assert {line["name"] for line in found["trainings"]} == {"b, seed 0", "b, seed 1"}
+        assert {line["name"] for line in found["earlier"]} == names - {"b, seed 0", "b, seed 1"}
+    results = Results(changed, Done(changed.root, _earlier(changed, summary.stem)))
+    runner = Runner(changed, results.done, jobs=1, launcher=None)
+    runner._waiting(results.chosen)
+    assert told() == [f"{name}: it is trained anew" for name in first]
+    for trial in changed.known(results.chosen)[:2]:
+        leave(trial, results.done, 0.5, 0.5, 0.1 * dict(trial.tried)["optimizer.lr"])
+    runner._waiting(results.chosen)
+    assert told() == ["a, lr=2, seed 1: it is trained anew"]
+    filled(changed, lambda t: (0.5, 0.5))
+    assert main(table) == 0 and not told()
+    assert json.loads(summary.read_text())["earlier"] == []
+
+
+def test_a_row_that_can_never_be_trained_is_named(
+    plan_of: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "runs: {a: {recipe: quickstart, hidden: true},"
+        " b: {recipe: quickstart, settings: {model.checkpoint: '{a}'}}}"
+    )
+    plan = plan_of(text, "runs", scales=TINY.replace("tiny:", "runs:"), seeds=range(1))
+    plan.root.mkdir()
+    Done(plan.root).add(plan.known(lambda cell: ())[0], ("train",), "not finite", 1.0)
+    words = ["study", str(plan.path), "--output", str(tmp_path), "--seeds", "1"]
+    assert main([*words, "--table"]) == 0
+    assert main(words) == 1
+    assert "not finished: b (what it starts from was not finite)" in capsys.readouterr().err
 
 
 @pytest.mark.long

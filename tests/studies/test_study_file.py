@@ -77,6 +77,20 @@ def test_the_paper_is_all_of_its_tables_and_figures_at_the_scale_of_a_cpu() -> N
             "grid: {b: {label: b, values: {1: {}, 2: {}}}}\nfigures: [{name: f, title: t, x: b}]",
             "figures.f.y: missing",
         ),
+        (
+            "runs: {a: {recipe: quickstart}}\nfigures: [{name: f, title: t}]",
+            "figures.f.y: missing",
+        ),
+        (
+            "runs: {a: {recipe: quickstart}}\n"
+            "figures: [{name: f, title: t, y: [clean (%)], log: true}]",
+            "figures.f.log: bars have no x axis",
+        ),
+        (
+            "runs: {a: {recipe: quickstart}}\n"
+            "figures: [{name: f, title: t, x: eps, y: [clean (%)]}]",
+            "figures.f.y: against eps accuracy is drawn",
+        ),
     ],
 )
 def test_a_fault_names_file_and_key(text: str, said: str, study_of: Callable[..., Path]) -> None:
