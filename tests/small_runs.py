@@ -72,9 +72,14 @@ def resumes_exactly(
         patch.setattr(Loop, "step", deadly)
         with pytest.raises(Killed):
             quick_run(folder / "killed", *settings)
+    with RunFolder(folder / "killed").metrics.open("a") as file:
+        file.write('{"step": 1')  # killed while it wrote a line
     torch.manual_seed(12345)  # whatever another process would have
     resumed = quick_run(folder / "killed", *settings, resume=True)
     assert same(weights(folder / "killed"), weights(folder / "whole"))
     assert timeless(folder / "killed") == timeless(folder / "whole")
-    assert resumed["parameters_digest"] == whole["parameters_digest"]
+    for key in ("steps", "selection", "parameters_digest", "function", "applied"):
+        assert resumed[key] == whole[key]
+    for key in ("clean_accuracy", "pgd_accuracy"):
+        assert resumed.get(key, {}).get("outcomes") == whole.get(key, {}).get("outcomes")
     return whole

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bad_recipes import told
 from torch import Tensor
 
 from robust_accel.attacks import ATTACKS, FGSMRS, PGD, LossFn, NoAttack
@@ -56,14 +57,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def faults(source: str | Path, *overrides: str, **options: object) -> list[str]:
-    with pytest.raises(RecipeError) as refused:
-        load_recipe(source, overrides, **options)  # type: ignore[arg-type]
-    return str(refused.value).splitlines()
-
-
 def only_fault(source: str | Path, *overrides: str) -> str:
-    (fault,) = faults(source, *overrides)
+    (fault,) = told(source, *overrides)
     return fault
 
 
@@ -139,7 +134,7 @@ def test_a_cycle_of_bases_is_refused(tmp_path: Path) -> None:
 )
 def test_broken_files_are_refused_by_name(tmp_path: Path, text: str, complaint: str) -> None:
     path = write(tmp_path / "broken.yaml", text)
-    fault = "\n".join(faults(path))
+    fault = "\n".join(told(path))
     assert fault.startswith(f"{path}: ")
     assert complaint in fault
 
@@ -147,7 +142,7 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, text: str, complaint: 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.yaml"
     path.write_bytes(b"\x89PNG\xff\xfe")
-    assert faults(path)[0].startswith(f"{path}: not YAML")
+    assert told(path)[0].startswith(f"{path}: not YAML")
 
 
 def test_a_missing_recipe_is_told_from_a_misspelt_one() -> None:
@@ -164,7 +159,7 @@ def test_a_missing_recipe_is_told_from_a_misspelt_one() -> None:
 def test_each_fault_names_the_file_or_the_command_line(tmp_path: Path) -> None:
     base = write(tmp_path / "base.yaml", SMALL.replace("batch_size: 64", "batch_size: 0"))
     leaf = write(tmp_path / "leaf.yaml", "base: base.yaml\nattack: {num_steps: 0}")
-    found = faults(leaf, "optimizer.lr=-1", "model.nmae=x")
+    found = told(leaf, "optimizer.lr=-1", "model.nmae=x")
     assert sorted(fault.split(" ")[0:2] for fault in found) == sorted(
         [
             [f"{tmp_path}/base.yaml:", "train.batch_size:"],
@@ -175,13 +170,13 @@ def test_each_fault_names_the_file_or_the_command_line(tmp_path: Path) -> None:
     )
     assert base.exists()
     # replaced on the command line, the file's fault is gone and the command line's is named
-    found = faults(leaf, "attack.num_steps=-2", "train.batch_size=8")
+    found = told(leaf, "attack.num_steps=-2", "train.batch_size=8")
     assert found == ["command line: attack.num_steps: -2 is not allowed: input should be greater "
                      "than or equal to 1"]  # fmt: skip
 
 
 def test_all_faults_come_at_once(small: Path) -> None:
-    found = faults(
+    found = told(
         small, "attack.eps=-1", "attack.num_steps=0", "trian.epochs=1", "train.batch_sise=2",
         "optimizer.betaz=[0.9,0.9]", "communication.name=qsgd", "communication.bits=7",
         "schedule.name=cosin", "data.augment=flop", "model.name=null", "evaluate.pgd.num_stepz=3",
@@ -251,7 +246,7 @@ def test_values_that_are_no_yaml_and_contradictions_are_refused(small: Path) -> 
 
 def test_missing_sections_and_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "poor.yaml", "train: {epochs: 1}\nmodel: {name: a}\nattack: {}")
-    assert sorted(f.removeprefix(f"{path}: ") for f in faults(path)) == sorted(
+    assert sorted(f.removeprefix(f"{path}: ") for f in told(path)) == sorted(
         [
             "data: missing: this section is required",
             "optimizer: missing: this section is required",
@@ -259,7 +254,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
             f"attack.name: missing; allowed: {', '.join(ATTACKS)}, or package.module:Class",
         ]
     )
-    assert len(faults(path, required=("data",))) == 3
+    assert len(told(path, required=("data",))) == 3
 
 
 def test_empty_sections_are_as_good_as_left_out(small: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_recipes import SMALL, faults
+from bad_recipes import SMALL, told
 
 from robust_accel.__main__ import main
 from robust_accel.exit_codes import USAGE
@@ -132,7 +132,7 @@ def test_what_a_file_holds(kind: str, tmp_path: Path) -> None:
     content, said = CONTENTS[kind]
     path = tmp_path / "broken.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    found = faults(path)
+    found = told(path)
     assert any(said in line for line in found)
     for line in found[:100]:
         assert line.startswith(f"{path}: ")
@@ -182,7 +182,7 @@ def test_what_is_inherited(kind: str, tmp_path: Path) -> None:
     files, said = BASES[kind]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert any(said in line for line in faults(tmp_path / "top"))
+    assert any(said in line for line in told(tmp_path / "top"))
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -232,7 +232,7 @@ OVERRIDES: dict[str, str] = {
 def test_what_the_command_line_says(override: str, tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
-    found = faults(path, override)
+    found = told(path, override)
     assert any(OVERRIDES[override] in line for line in found)
     for line in found:
         assert line.startswith("command line: ")
@@ -297,7 +297,7 @@ def test_what_a_users_class_does(kind: str, module: str, tmp_path: Path) -> None
     (tmp_path / f"{module}.py").write_text(body.replace("{name}", module))
     text = small("{name: pgd, eps: 0.2}", f"{{name: '{module}:A'}}")
     (tmp_path / "own.yaml").write_text(f"{text}evaluate: {{norm: linf, eps: 0.2}}\n")
-    (found,) = faults(tmp_path / "own.yaml")
+    (found,) = told(tmp_path / "own.yaml")
     assert found.startswith(f"{tmp_path}/own.yaml: attack")
     assert said in found
 
@@ -309,7 +309,7 @@ def test_what_a_users_class_does(kind: str, module: str, tmp_path: Path) -> None
 def test_names_that_are_no_attack(name: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(small("{name: pgd, eps: 0.2}", f"{{name: '{name}'}}"))
-    (found,) = faults(path)
+    (found,) = told(path)
     assert found.startswith(f"{path}: attack.name: '{name}' ")
 
 

@@ -87,9 +87,11 @@ def test_unsafe_calls_are_seen(text: str) -> None:
     assert list(unsafe(text))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
-def test_the_package_makes_none(path: Path) -> None:
-    assert not list(unsafe(path.read_text(), path.relative_to(PACKAGE).as_posix()))
+def test_the_package_makes_none() -> None:
+    texts = {p.relative_to(PACKAGE).as_posix(): p.read_text() for p in PACKAGE.rglob("*.py")}
+    assert len(texts) > 100
+    found = {file: list(unsafe(text, file)) for file, text in texts.items()}
+    assert not {file: calls for file, calls in found.items() if calls}
 
 
 def test_a_data_sets_loading_script_is_not_run(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "honest"
     settings = ["train.epochs=5", "attack.num_steps=3", "attack.step_size=0.1"]
     settings += ["evaluate.autoattack=null", "evaluate.pgd.num_steps=1", f"output={folder}"]
+    settings += ["evaluate.train_images=null"]
     train(load_recipe("quickstart", settings))
     return folder
 
@@ -75,6 +76,7 @@ def test_an_honest_model_passes(honest: tuple[PixelClassifier, Any]) -> None:
     assert len(found) == 8
 
 
+@pytest.mark.long  # which white-box attack it is there is looked at below
 def test_an_honest_model_passes_in_l1_whatever_measures_it(
     honest: tuple[PixelClassifier, Any],
 ) -> None:

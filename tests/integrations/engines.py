@@ -1,6 +1,7 @@
 """Engines that train a model on two ranks, and what they must end with: averaging by hand."""
 
 import copy
+import functools
 import os
 import pickle
 from collections.abc import Callable
@@ -70,12 +71,20 @@ def flat(parameters: Any) -> Tensor:
 
 def by_hand(kind: str, objective: str, world_size: int, engine: str) -> Tensor:
     """A model a rank in this process; all go down the mean of their gradients."""
-    tiny = [Tiny(unused=engine == "DDP, find_unused") for _ in range(world_size)]
+    broadcast = engine.startswith(("D", "spawn")) and engine != "DDP, no broadcast"
+    return _by_hand(kind != PLAIN, objective, world_size, broadcast, engine == "DDP, find_unused")
+
+
+@functools.cache
+def _by_hand(
+    robust: bool, objective: str, world_size: int, broadcast: bool, unused: bool
+) -> Tensor:
+    tiny = [Tiny(unused) for _ in range(world_size)]
     models: list[nn.Module] = list(tiny)
-    if kind != PLAIN:
+    if robust:
         models = [RobustModel(t, ATTACK, **OBJECTIVES[objective]) for t in tiny]
     for step in range(STEPS):
-        if engine.startswith(("D", "spawn")) and engine != "DDP, no broadcast":
+        if broadcast:
             for other in tiny[1:]:
                 other.load_state_dict(dict(tiny[0].named_buffers()), strict=False)
         for rank, model in enumerate(models):

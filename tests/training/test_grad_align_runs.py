@@ -15,7 +15,10 @@ FGSM = "attack={name: pgd, eps: 0.2, num_steps: 1, random_start: false}"
 GROWING = ("objective.grad_align={eps: null}", "train.eps_schedule={shape: sine}")
 
 
-@pytest.mark.parametrize("settings", [("objective.grad_align={eps: 0.2}",), GROWING])
+FIXED = pytest.param(("objective.grad_align={eps: 0.2}",), marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("settings", [FIXED, GROWING], ids=["fixed", "growing"])
 def test_a_run_with_it_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pictures import drawn
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import SMALL, Killed, quick_run, run, same, timeless, weights
+from small_runs import SMALL, quick_run, resumes_exactly, run, same, weights
 
 from robust_accel.commands.evaluate import evaluate_model
 from robust_accel.data import Data, MemoryImages
@@ -25,9 +26,10 @@ from robust_accel.training.run import train
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, pictures: None) -> tuple[Path, dict]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("runs") / "small"
-    return folder, run(folder)
+    with drawn():
+        return folder, run(folder)
 
 
 @pytest.mark.parametrize("until", ["train.epochs=3", "train.max_steps=5"])
@@ -35,7 +37,7 @@ def test_the_last_weights_are_measured_however_rarely_others_are(
     tmp_path: Path, until: str
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    report = run(folder.path, "train.validate_every=2", "train.select=best", until)
+    report = quick_run(folder.path, "train.validate_every=2", "train.select=best", until)
     lines = [line for line in folder.read_metrics() if "validation_robust_accuracy" in line]
     assert lines[-1]["step"] == report["steps"]
     assert len(lines) == (2 if "epochs" in until else 1)
@@ -148,20 +150,19 @@ def test_another_model_is_not_measured_in_a_runs_folder(finished: tuple[Path, di
 def test_an_evaluation_that_differs_from_training_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report = run(tmp_path / "run", "train.max_steps=1", "evaluate.eps=0.3", "evaluate.pgd=null")
+    report = quick_run(tmp_path / "run", "train.max_steps=1", "evaluate.eps=0.3")
     expected = "trained against linf, eps 0.2; measured against linf, eps 0.3"
     assert expected in report["doubts"][0]
     assert expected in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("fatal_attack", "settings"),
+    ("fatal_step", "settings"),
     [
-        # 7 steps an epoch and 1 validation: both die in the 11th step, after the checkpoint of
-        # the 9th, in the middle of the second epoch
-        pytest.param(12, (), id="plain", marks=pytest.mark.long),
+        # 6 steps an epoch: all die in the 11th step, in the middle of the second epoch
+        pytest.param(11, (), id="plain", marks=pytest.mark.long),
         pytest.param(
-            23,
+            22,
             (
                 "train.ema_decay=0.9",
                 "train.gradient_accumulation=2",
@@ -174,7 +175,7 @@ def test_an_evaluation_that_differs_from_training_is_said(
             id="ema-accumulation-clipping-best-bf16-sgd",
         ),
         pytest.param(
-            12,
+            11,
             (
                 "data.augment=crop_flip",
                 "data.policy=rand",
@@ -188,38 +189,16 @@ def test_an_evaluation_that_differs_from_training_is_said(
     ],
 )
 def test_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal_attack: int, settings: tuple[str, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fatal_step: int,
+    settings: tuple[str, ...],
 ) -> None:
-    settings = ("train.epochs=2", "train.checkpoint_every=3", *settings)
-    whole = run(tmp_path / "whole", *settings)
-
-    from robust_accel.attacks import PGD
-
-    attack, calls = PGD.__call__, 0
-
-    def deadly(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == fatal_attack:
-            raise Killed
-        return attack(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PGD, "__call__", deadly)
-        with pytest.raises(Killed):
-            run(tmp_path / "killed", *settings)
-    names = [path.name for path in RunFolder(tmp_path / "killed").steps()]
-    assert names == ["step-00000007", "step-00000009"]
-    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1')  # killed while it wrote a line
-    torch.manual_seed(12345)  # whatever another process would have
-    resumed = run(tmp_path / "killed", *settings, resume=True)
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    for key in ("steps", "selection", "parameters_digest", "function", "applied"):
-        assert resumed[key] == whole[key]
-    for key in ("clean_accuracy", "pgd_accuracy"):
-        assert resumed[key]["outcomes"] == whole[key]["outcomes"]
-    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    caplog.set_level("INFO")
+    always = ("train.epochs=2", "train.checkpoint_every=3", "evaluate.pgd={num_steps: 5}")
+    resumes_exactly(tmp_path, monkeypatch, fatal_step, *always, *settings)
+    assert f"continuing {tmp_path / 'killed'} at step 9" in caplog.messages
 
 
 def test_a_run_is_never_overwritten(finished: tuple[Path, dict]) -> None:
@@ -232,7 +211,8 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, dict]) -> None:
 
 
 def test_a_moving_average_follows_a_short_run(finished: tuple[Path, dict], tmp_path: Path) -> None:
-    report = run(tmp_path / "run", "train.ema_decay=0.999")
+    settings = ("evaluate.pgd=null", "evaluate.train_images=null")
+    report = run(tmp_path / "run", "train.ema_decay=0.999", *settings)
     assert report["clean_accuracy"]["accuracy"] > finished[1]["clean_accuracy"]["accuracy"] - 0.1
     assert report["applied"]["ema_decay"] == 0.0  # of the first step: the average is the weights
 
@@ -253,7 +233,7 @@ def test_a_line_has_the_classifiers_rate_and_the_number_of_its_images(tmp_path: 
 
 
 def test_trackers_are_told(tmp_path: Path) -> None:
-    run(tmp_path / "run", "train.log_with=[tensorboard]", "train.epochs=1")
+    quick_run(tmp_path / "run", "train.log_with=[tensorboard]", "train.epochs=1")
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
     content = events.read_bytes()
     assert b"images_per_second" in content
@@ -262,7 +242,7 @@ def test_trackers_are_told(tmp_path: Path) -> None:
 
 def test_early_stopping_and_best_weights(tmp_path: Path) -> None:
     # a learning rate of almost nothing: no validation after the first is better
-    report = run(
+    report = quick_run(
         tmp_path / "run",
         "optimizer.lr=1e-12",
         "train.epochs=9",
@@ -277,7 +257,7 @@ def test_early_stopping_and_best_weights(tmp_path: Path) -> None:
 
 def test_select_best_restores_the_weights_that_were_measured(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    report = run(folder, "train.select=best", "train.epochs=2")
+    report = quick_run(folder, "train.select=best", "train.epochs=2")
     assert same(weights(folder), _without_prefix(load_file(RunFolder(folder).best)))
     validations = [
         line["validation_robust_accuracy"]

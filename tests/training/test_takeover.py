@@ -65,7 +65,7 @@ def test_of_several_it_is_the_one_that_has_been_furthest(disks: Path, tmp_path: 
 
 
 def test_what_was_started_otherwise_is_not_taken(disks: Path, tmp_path: Path) -> None:
-    process = start("--resume", "train.seed=5", folders=(tmp_path, disks / "cut"))
+    process = start("--resume", "train.max_steps=1", folders=(tmp_path, disks / "cut"))
     code, output = process.wait()
     assert code == 0, output
     assert "what process 1 has on its disk is not gone on with: output: run was started" in output
