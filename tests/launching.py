@@ -1,5 +1,6 @@
 """Two real processes: under the real launcher, or forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -164,6 +165,7 @@ def _rank(
     arguments: Sequence[str],
 ) -> None:
     """What the launcher and its agent do for a process."""
+    gc.freeze()  # DeepSpeed looks for garbage at every start: what is imported is none
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -30,8 +30,9 @@ class BatchAugmentation:
 
     Attributes:
         augment, crop_scale, cutout: See ``DataSettings``; of a batch at once, on the device.
-        policy: Of each image, on the CPU.
+        policy: Of each image, on the CPU; then all of it is.
         seed: Of all draws.
+        num_workers: Processes that make batches beside the training, for a policy.
     """
 
     augment: Augment = "none"
@@ -39,6 +40,7 @@ class BatchAugmentation:
     crop_scale: float = CROP_SCALE
     policy: Transform | None = None
     cutout: int | None = None
+    num_workers: int = 0
 
     @classmethod
     def of(
@@ -52,7 +54,9 @@ class BatchAugmentation:
         check_cutout(settings.cutout, *shape[1:])
         augment: Augment = "none" if settings.augment == "timm" else settings.augment
         scale = CROP_SCALE if settings.crop_scale is None else settings.crop_scale
-        return cls(augment, seed, scale, policy_transform(settings), settings.cutout)
+        policy = policy_transform(settings)
+        workers = 0 if policy is None else settings.num_workers
+        return cls(augment, seed, scale, policy, settings.cutout, workers)
 
     @property
     def shifts(self) -> bool:
@@ -75,11 +79,13 @@ class BatchAugmentation:
         Args:
             x: uint8 [B, C, H, W].
             indices: The images' numbers in their set, [B].
-            device: Where it is wanted.
+            device: Where it is wanted; by a policy the result is on the CPU all the same.
             shifts: Of ``flip`` and ``crop_flip``, see ``augmented``: [B, 3].
         """
         height, width = x.shape[2:]
-        x = x.to(device if self.policy is None else torch.device("cpu")).contiguous()
+        if self.policy is not None:
+            device = torch.device("cpu")
+        x = x.to(device).contiguous()
         if self.augment == "resized_crop_flip":
             drawn = uniforms(indices, 5, self.seed, epoch, 9)
             x = resized(x, crop_boxes(drawn, height, width, self.crop_scale))
@@ -87,7 +93,7 @@ class BatchAugmentation:
             assert shifts is not None
             x = augmented(x, shifts.to(x.device), self.augment)
         if self.policy is not None:
-            x = _each(x, self.policy, indices, self.seed, epoch).to(device)
+            x = _each(x, self.policy, indices, self.seed, epoch)
         if self.cutout is not None:
             places = torch.tensor([height - self.cutout + 1, width - self.cutout + 1])
             corners = (uniforms(indices, 2, self.seed, epoch, 10) * places).long()

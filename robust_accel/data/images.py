@@ -1,7 +1,9 @@
 """Images of one shape, in memory or in files, to batches in [0, 1] on the device."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,15 +108,22 @@ class MemoryImages:
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device, epoch: int | None = None
     ) -> Iterator[Batch]:
-        augmentation, shifts = self.augmentation, None
-        if epoch is not None and augmentation.shifts:
-            shifts = _draw_shifts(len(self), augmentation.seed, epoch)
-        for indices in index_batches:
-            x = self.images[indices]
-            if epoch is not None:
-                own = None if shifts is None else shifts[indices]
-                x = augmentation(x, indices, epoch, device, own)
-            yield x.to(device).float() / 255, self.labels[indices].to(device)
+        shifts = None
+        if epoch is not None and self.augmentation.shifts:
+            shifts = _draw_shifts(len(self), self.augmentation.seed, epoch)
+        make = partial(self._made, epoch=epoch, device=device, shifts=shifts)
+        workers = 0 if epoch is None else self.augmentation.num_workers
+        yield from made(make, index_batches, workers, device)
+
+    def _made(
+        self, indices: Tensor, *, epoch: int | None, device: torch.device, shifts: Tensor | None
+    ) -> Batch:
+        """See ``made``."""
+        x = self.images[indices]
+        if epoch is not None:
+            own = None if shifts is None else shifts[indices]
+            x = self.augmentation(x, indices, epoch, device, own)
+        return x, self.labels[indices]
 
 
 class FileImages:
@@ -178,6 +187,42 @@ class FileImages:
         yield from loaded(decoded, index_batches, self.settings.num_workers, device)
 
 
+def made(
+    make: Callable[[Tensor], Batch],
+    index_batches: Iterable[Tensor],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches in [0, 1] on the device, by their images' indices.
+
+    Args:
+        make: A batch as uint8; with workers, on the CPU.
+        num_workers: Processes that make some ahead, where processes are forked: others would each
+            have a copy of the images.
+
+    Raises:
+        ValueError: What ``make`` raises.
+    """
+    batches: Iterable[Batch] = map(make, index_batches)
+    if num_workers and multiprocessing.get_start_method() == "fork":
+        batches = loaded(_Whole(make), index_batches, num_workers, device)
+    for x, labels in batches:
+        yield x.to(device).contiguous().float() / 255, labels.to(device)
+
+
+class _Whole(Dataset):
+    """Batches for the worker processes, each at once."""
+
+    def __init__(self, make: Callable[[Tensor], Batch]) -> None:
+        self.make = make
+
+    def __getitems__(self, indices: list[int]) -> Batch | ValueError:
+        try:
+            return self.make(torch.tensor(indices))
+        except ValueError as error:
+            return error  # a worker's exception would become its traceback
+
+
 def loaded(
     dataset: "Dataset[Any]", index_batches: Iterable[Tensor], num_workers: int, device: torch.device
 ) -> Iterator[Batch]:
@@ -185,6 +230,7 @@ def loaded(
 
     Raises:
         UnusableImage: An item's.
+        ValueError: A whole batch's.
     """
     loader: Iterable[Any] = DataLoader(
         dataset,
@@ -197,6 +243,8 @@ def loaded(
     for batch in loader:
         if isinstance(batch, UnusableImage):
             raise UnusableImage(f"data.{batch}")  # nobody else adds the section by then
+        if isinstance(batch, ValueError):
+            raise batch
         x, labels = batch
         yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -262,8 +310,10 @@ class Decoded(Dataset):
             return x, label
 
 
-def _collate(items: list[Any]) -> Any:
-    """A batch, or the error of its first image that has one."""
+def _collate(items: Any) -> Any:
+    """A batch, or the error of its first image that has one; what is one batch stays as it is."""
+    if not isinstance(items, list):
+        return items
     errors = (item for item in items if isinstance(item, UnusableImage))
     return next(errors, None) or default_collate(items)
 

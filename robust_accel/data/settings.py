@@ -115,14 +115,16 @@ class DataSettings(Settings):
             (``resized_crop_flip``, ``timm``); 0.08 unless given.
         policy: Of torchvision, after ``augment``: ``rand`` (RandAugment, 2 operations of magnitude
             9), ``trivial`` (TrivialAugmentWide), or AutoAugment's policy for a data set
-            (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). In memory each training process
-            computes it image by image, from files the workers do.
+            (``auto_cifar10``, ``auto_imagenet``, ``auto_svhn``). The workers compute it, image by
+            image, beside the training.
         cutout: After ``policy``, a black square of so many pixels a side somewhere in each image
             (in memory: in batches on the device).
         mix: After all of these, mixup and CutMix: images and labels of a step mixed with each
             other, see ``MixSettings``.
         image_size: Height and width that images from files are cropped and resized to.
-        num_workers: Processes that decode images from files.
+        num_workers: Processes of each training process that decode images from files, or compute
+            the ``policy`` of those in memory; the images are the same by any number. By 0 it does
+            so itself, in its step.
         on_bad: What to do about images that are missing, empty or cannot be decoded, have several
             frames, more than 178,956,970 pixels, transparent pixels or such of unknown range, or
             (in memory) another size; and about rows without a label, or with one that is no class.

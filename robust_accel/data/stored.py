@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from robust_accel.data.array_files import FileArray
 from robust_accel.data.batch_augmentation import PAD, PLAIN, BatchAugmentation
-from robust_accel.data.images import HASHED_IMAGES, HASHED_WHOLE, NO_LABEL, Batch, ImageSet
+from robust_accel.data.images import HASHED_IMAGES, HASHED_WHOLE, NO_LABEL, Batch, ImageSet, made
 from robust_accel.data.orders import Order, draws
 
 _CHUNK = 2**16  # labels at a time
@@ -112,16 +113,22 @@ class StoredImages:
         Raises:
             ValueError: ``path: ...``, see ``FileArray.rows``.
         """
+        make = partial(self._made, epoch=epoch, device=device)
+        workers = 0 if epoch is None else self.augmentation.num_workers
+        yield from made(make, self._announced(index_batches), workers, device)
+
+    def _announced(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same, each when the kernel has been told of the next one."""
         ahead: list[Tensor] = []  # whose pages are on their way
         for indices in index_batches:
             self._pixels.soon(self._of(indices))
             ahead.append(indices)
             if len(ahead) > 1:
-                yield self._batch(ahead.pop(0), device, epoch)
-        for indices in ahead:
-            yield self._batch(indices, device, epoch)
+                yield ahead.pop(0)
+        yield from ahead
 
-    def _batch(self, indices: Tensor, device: torch.device, epoch: int | None) -> Batch:
+    def _made(self, indices: Tensor, *, epoch: int | None, device: torch.device) -> Batch:
+        """See ``made``."""
         x = torch.from_numpy(self._pixels.rows(self._of(indices))).permute(0, 3, 1, 2)
         if epoch is not None:
             shifts = None
@@ -130,7 +137,7 @@ class StoredImages:
                 own = [drawn % (2 * PAD + 1), (drawn >> 20) % (2 * PAD + 1), (drawn >> 40) % 2]
                 shifts = torch.stack(own, dim=1)
             x = self.augmentation(x, indices, epoch, device, shifts)
-        return x.to(device).contiguous().float() / 255, self.labels_at(indices).to(device)
+        return x, self.labels_at(indices)
 
     def _of(self, indices: Tensor) -> np.ndarray:
         """The rows of images."""

@@ -1,6 +1,7 @@
 """Robust accuracy that was there and is gone: a loss spike, or catastrophic overfitting."""
 
 from collections.abc import Iterable, Iterator
+from math import hypot, sqrt
 from typing import Any, NamedTuple
 
 from robust_accel.statistics import wilson_interval
@@ -10,6 +11,7 @@ HELD_OUT = "validation"
 RAW = "validation_raw"
 """The same of the weights that are trained, in a run that measures and leaves averaged ones."""
 _CLEARLY_LESS = 0.7  # of the best; robust overfitting leaves 0.8 of it
+_STANDARD_ERRORS = 6  # of a difference; the best is the highest of many, so partly luck
 
 
 class Fall(NamedTuple):
@@ -32,6 +34,22 @@ class _Seen(NamedTuple):
     one_step: float | None
     n: int
 
+    @property
+    def kept(self) -> float:
+        """The share that is robust of what one step leaves."""
+        return min(1.0, self.robust * self.n / self._left)
+
+    @property
+    def error_of_kept(self) -> float:
+        """Its standard error."""
+        return sqrt(self.kept * (1 - self.kept) / self._left)
+
+    @property
+    def _left(self) -> float:
+        """Images, by one step."""
+        assert self.one_step is not None
+        return max(1.0, self.one_step * self.n)
+
     def __str__(self) -> str:
         beside = "" if self.one_step is None else f" (after one step {100 * self.one_step:.2f}%)"
         return f"{100 * self.robust:.2f}%{beside} at epoch {self.epoch:.4g}"
@@ -46,8 +64,10 @@ def falls(
     do not meet. Lost is what has come to half of the best, or to a guess's. On the held-out split
     it shows sooner that a weak attack is fooled (catastrophic overfitting), by the accuracy after
     one step: lost is also what has come to 7/10 of the best while that is no lower than there, and
-    what has fallen to less than half of that (of the images that one step leaves, beyond chance).
-    In a sound training both fall together, and robust overfitting takes a fifth over many epochs.
+    what has fallen to less than half of that; either where of the images that one step leaves at
+    most 7/10 of the share at the best are robust, beyond chance. For where the threat is hard, a
+    sound training has less than half from its beginning. In it both fall together, and robust
+    overfitting takes a fifth over many epochs.
 
     On the held-out split the weights that are trained count, not their average, which may hide a
     collapse for epochs. Without such a split the training batches of a line do: these show that
@@ -95,21 +115,23 @@ def _batches(lines: list[dict[str, Any]], after: float) -> Iterator[_Seen]:
 def _lost(now: _Seen, best: _Seen, num_classes: int) -> str:
     """What has become of robust accuracy since its best, see ``falls``; empty if it is there."""
     is_gone = now.robust <= max(best.robust / 2, 1 / num_classes)
-    stays = is_behind = False
-    if now.one_step is not None and best.one_step is not None:
-        stays = now.robust <= _CLEARLY_LESS * best.robust and now.one_step >= best.one_step
-        is_behind = now.robust < now.one_step / 2
     # intervals take milliseconds, which add up over the lines
-    if not (is_gone or stays or is_behind) or not _is_below(now, best):
+    if not (is_gone or _falls_away(now, best)) or not _is_below(now, best):
         return ""
     if is_gone:
         return "is gone"
-    if is_behind and not stays:
-        assert now.one_step is not None
-        left = round(now.one_step * now.n)  # by one step, more than 0
-        if wilson_interval(now.robust / now.one_step, left)[1] >= 1 / 2:
-            return ""
     return "falls away from that after one step (catastrophic overfitting)"
+
+
+def _falls_away(now: _Seen, best: _Seen) -> bool:
+    """Whether the attack's loss of images has grown beside that of one step, beyond chance."""
+    if now.one_step is None or best.one_step is None:
+        return False
+    stays = now.robust <= _CLEARLY_LESS * best.robust and now.one_step >= best.one_step
+    if not (stays or now.kept < 1 / 2) or now.kept > _CLEARLY_LESS * best.kept:
+        return False
+    error = hypot(now.error_of_kept, best.error_of_kept)
+    return best.kept - now.kept > _STANDARD_ERRORS * error
 
 
 def _is_below(now: _Seen, best: _Seen) -> bool:

@@ -78,9 +78,7 @@ def find_start(recipe: Recipe, folder: RunFolder, engine: dict[str, Any], *, res
     was = with_new_defaults(about["settings"], now, recipe.chosen)
     changed = differences(_with_attack(was), _with_attack(now))
     fixed_too = _fixed_of_evaluate(recipe)
-    refused = [
-        line for key, line in changed.items() if key in fixed_too or not within(key, _FREE)
-    ]
+    refused = [line for key, line in changed.items() if key in fixed_too or not within(key, _FREE)]
     if refused:
         raise ValueError(
             f"output: {folder.path} was started with other settings: {'; '.join(refused)}"

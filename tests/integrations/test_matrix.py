@@ -3,7 +3,6 @@
 python -m pytest tests/integrations/test_matrix.py -s      prints the table of docs/support.md
 """
 
-import gc
 from pathlib import Path
 
 import engines
@@ -48,7 +47,6 @@ def refusal(kind: str, engine: str, objective: str) -> str | None:
 
 def matrix(rank: int, world_size: int) -> dict[tuple[str, str, str], float | str]:
     """Of each cell the relative distance from by hand, or what it was refused with."""
-    gc.freeze()  # ZeRO 3 looks for garbage at every start: what is imported is none
     results: dict[tuple[str, str, str], float | str] = {}
     for kind, engine, objective in cells():
         try:

@@ -87,17 +87,21 @@ def test_a_gap_that_opens_is_told() -> None:
 
 @pytest.mark.parametrize("n", [400, 1000, 5000])
 @pytest.mark.parametrize("shape", ["steady", "noisy", "overfitting"])
-def test_an_ordinary_training_raises_no_alarm(n: int, shape: str) -> None:
-    """Accuracies of 60 epochs, drawn image by image anew in each: more chance than there is."""
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_an_ordinary_training_raises_no_alarm(n: int, shape: str, share: float) -> None:
+    """Accuracies of 60 epochs, drawn image by image anew in each: more chance than there is.
+
+    In a hard threat model PGD leaves little of what one step leaves, from the beginning.
+    """
     draw, epochs = np.random.default_rng(n), np.arange(60)
     for _ in range(8):
         grown = 1 - np.exp(-(epochs + 1) / 5)
-        one_step, kept = 0.58 * grown, np.full(60, 0.9)  # PGD leaves of what one step leaves
+        one_step, kept = 0.58 * grown, np.full(60, share)  # PGD leaves of what one step leaves
         if shape == "noisy":  # a high rate: some epochs are worse, for both
             one_step = one_step * draw.uniform(0.85, 1, 60)
-        if shape == "overfitting":  # robust accuracy falls from 53 to 43%
+        if shape == "overfitting":  # robust accuracy falls by a fifth: from 53 to 43%
             late = np.clip((epochs - 30) / 20, 0, 1)
-            one_step, kept = one_step - 0.025 * late, kept - 0.12 * late
+            one_step, kept = one_step - 0.025 * late, kept * (1 - 0.13 * late)
         passed = draw.binomial(n, one_step)
         robust = draw.binomial(passed, kept)
         assert watched((robust / n).tolist(), (passed / n).tolist(), held_out=n) == []
@@ -105,13 +109,14 @@ def test_an_ordinary_training_raises_no_alarm(n: int, shape: str) -> None:
 
 @pytest.mark.parametrize("n", [300, 1000])
 @pytest.mark.parametrize("epochs_of_falling", [1, 3, 8])
+@pytest.mark.parametrize("share", [0.88, 0.4])
 def test_catastrophic_overfitting_is_told_before_all_is_lost(
-    n: int, epochs_of_falling: int
+    n: int, epochs_of_falling: int, share: float
 ) -> None:
     draw = np.random.default_rng(n)
     late = np.clip((np.arange(30) - 14) / epochs_of_falling, 0, 1)
     passed = draw.binomial(n, 0.5 + 0.35 * late)
-    robust = draw.binomial(passed, 0.88 * (1 - late))
+    robust = draw.binomial(passed, share * (1 - late))
     lines = [
         {"epoch": i, KEY: p / n, "validation_one_step_accuracy": q / n}
         for i, (p, q) in enumerate(zip(robust.tolist(), passed.tolist(), strict=True))

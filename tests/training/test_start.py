@@ -26,7 +26,8 @@ def start_of(folder: RunFolder, *settings: str) -> Start:
 
 
 @pytest.mark.parametrize(
-    "setting", ["evaluate={norm: l2, eps: 1.0}", "evaluate.eps=0.3", "evaluate.pgd={attack: apgd, loss: dlr}"]
+    "setting",
+    ["evaluate={norm: l2, eps: 1.0}", "evaluate.eps=0.3", "evaluate.pgd={attack: apgd, loss: dlr}"],
 )
 def test_while_images_are_held_out_their_attack_stays(tmp_path: Path, setting: str) -> None:
     """Whichever weights are left: another attack's accuracy would look like a collapse."""
