@@ -166,8 +166,9 @@ class QSGD(Settings):
             group = workers.peers
         if self.block_size == "whole":
             chunks = [[Segment(rows.shape[1], c[0].position, raw=False)] for c in chunks]
-        rank, parts = dist.get_rank(group), len(rows)
-        key = random_key(self.seed, rank, step, rows.device)
+        parts = len(rows)
+        # by the worker's number among all: replicas of these (HSDP) round independently
+        key = random_key(self.seed, dist.get_rank(), step, rows.device)
         segments = [segment for chunk in chunks for segment in chunk]
         message = self.quantizer.encode_parts(rows.view(-1), segments, key, parts, chunked=True)
         received = Message(*map(torch.empty_like, message))
@@ -176,7 +177,7 @@ class QSGD(Settings):
             for there, sent in zip(received, message, strict=True)
         ).wait()
         mean = out if out.dtype == torch.float32 else rows.new_empty(len(out))
-        self.quantizer.mean_of_chunk(received, chunks[rank], mean)
+        self.quantizer.mean_of_chunk(received, chunks[dist.get_rank(group)], mean)
         if mean is not out:
             out.copy_(mean)
 

@@ -7,7 +7,7 @@ DeepSpeed 0.19.8.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -28,6 +28,10 @@ _ZERO_METHODS = {
     "gradient_reduction_w_predivide": ("tensor", "communication_data_type"),
     "average_tensor": ("tensor", "communication_data_type"),
 }  # fmt: skip
+_OF_ZERO_3 = (
+    "zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_hpz_partition_size", "offload_param",
+)  # fmt: skip
 
 
 def is_engine(model: nn.Module) -> bool:
@@ -115,6 +119,16 @@ def weights_only_loads() -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
+
+
+def passed_over(zero: Mapping[str, Any]) -> str | None:
+    """A setting of `zero_optimization` that only ZeRO 3 has, and DeepSpeed else passes over."""
+    for name in _OF_ZERO_3:
+        found = zero.get(name)
+        asked = found.get("device") if isinstance(found, Mapping) else found
+        if asked is True or asked not in (None, 0, 1, "none"):
+            return f"{name}: {getattr(asked, 'value', asked)}"
+    return None
 
 
 class _Span(NamedTuple):
@@ -233,6 +247,10 @@ def _check_supported(engine: Any) -> None:
             "in every pass: use FSDP2, which cuts weights as well. (DeepSpeed's own ZeRO++, "
             "zero_quantized_gradients and zero_quantized_weights, goes without this package's "
             "exchange and LAMB)"
+        )
+    if over := passed_over(engine._config.zero_config.model_dump()):
+        raise ValueError(
+            f"compress_gradients: DeepSpeed passes over {over} at ZeRO {stage}: leave it out"
         )
     for what, found in (
         ("pipeline parallelism", getattr(engine, "pipeline_parallelism", False)),

@@ -67,7 +67,7 @@ class FSDP2Compression(GradientCompression):
             if not same_bits(shards, replicas):
                 raise ValueError("replicas of the model differ: load the same weights into all")
         self.calls = [0] * len(modules)  # of each module's exchange
-        self.rounding = 0  # of frozen weights: the exchanges before the last optimizer step
+        self.rounding = 0  # of weights: the exchanges before the last optimizer step
         self.size = sum(p.requires_grad for p in model.parameters())
         self._own = {id(p) for p in model.parameters()}
         self._model, self._told = weakref.ref(model), False
@@ -84,12 +84,15 @@ class FSDP2Compression(GradientCompression):
                 module.set_all_reduce_hook(exchange.over_replicas)
             _COMPRESSED.add(module)
 
-    def state_dict(self) -> dict[str, int]:
-        return super().state_dict() | {"rounding": self.rounding}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"calls": list(self.calls), "rounding": self.rounding}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.calls = [self.steps] * len(self.calls)
+        calls = state.get("calls", [])
+        if len(calls) != len(self.calls):  # of an earlier version, or cut otherwise
+            calls = [self.steps] * len(self.calls)
+        self.calls = list(calls)
         self.rounding = state.get("rounding", self.steps)
 
     def close(self) -> None:
@@ -109,7 +112,7 @@ class FSDP2Compression(GradientCompression):
         return step
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Of every optimizer in this process: frozen weights are rounded anew; once, what was sent.
+        """Of every optimizer in this process: weights are rounded anew; once, what was sent.
 
         Raises:
             RuntimeError: Nothing was.
@@ -207,9 +210,9 @@ class ReduceScatter(_OfModule):
 class Gather(_OfModule):
     """What FSDP2 calls to gather one module's weights: as it does, counted, or quantised.
 
-    The rounding of a module's weights changes when its gradients have been exchanged, where all of
-    it is frozen with the optimizer's step, and not before: all passes of a step, an attack's as
-    well, are by the same weights, and so is the resumed step.
+    The rounding of weights changes with the optimizer's step, and not before: all passes of a step,
+    an attack's and several of the outer loss as well, are by the same weights, and so is the
+    resumed step.
     """
 
     def __call__(
@@ -231,8 +234,7 @@ class Gather(_OfModule):
         rank = dist.get_rank(group)
         segments = self._pieces.rows(len(input_tensor), trained=False)[0]
         stream = _WEIGHTS - rank
-        step = own.calls[self._number] if self._pieces.are_trained else own.rounding
-        key = random_key(collective.seed, stream, step, input_tensor.device)
+        key = random_key(collective.seed, stream, own.rounding, input_tensor.device)
         # what is gathered lies around what is sent: it is read first
         message = quantizer.encode(input_tensor.float(), segments, key)
         messages = message.new_empty(others + 1, len(message))

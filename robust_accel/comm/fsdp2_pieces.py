@@ -24,11 +24,6 @@ class Pieces:
         self.num_elements = sum(map(self._size, self._parameters)) * self._num_workers
         self._known: dict[tuple[int, bool], list[list[Segment]]] = {}
 
-    @property
-    def are_trained(self) -> bool:
-        """Whether one of the parameters is, as now set."""
-        return any(p.requires_grad for p in self._parameters)
-
     def rows(self, size: int, *, trained: bool) -> list[list[Segment]]:
         """The tensors in each row of `size` elements: of those that are trained, or of all.
 

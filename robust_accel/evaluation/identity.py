@@ -4,9 +4,12 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from robust_accel.robust_model import ROBUST
 
 # code whose version is part of every identity, or that is Python's own: named, not read
 _VERSIONED = {"robust_accel", "torch", "timm", "torchvision", "transformers", "numpy", "builtins"}
-_VERSIONED |= {"collections", "typing", "functools", "math", "inspect"}
+_VERSIONED |= sys.stdlib_module_names
 _OWN = set(vars(nn.Module())) | {"call_super_init", "dump_patches"}  # of nn.Module itself
 # what says nothing of an answer: where a model is from, how it is trained and run
 _WORDS = {"class_names", "statistics_source", "weights_source", "model_args", "_frozen"}
@@ -69,8 +72,17 @@ def digest_of_function(classifier: PixelClassifier, shape: tuple[int, ...]) -> s
 
 
 def digest_of_object(value: Any) -> str:
-    """SHA-256 of what an object is and holds, as of a function's parts."""
-    return digest_of_json(list(_describe(value, "", {}, 0)))
+    """SHA-256 of what an object is and holds, as of a function's parts, and of all their classes.
+
+    Of a model, which is asked for its answers as well, it is the modules' classes alone.
+    """
+    seen: Seen = {}
+    parts = list(_describe(value, "", seen, 0))
+    kinds = {_kind(type(held)): type(held) for _, held in list(seen.values())}
+    for name, kind in sorted(kinds.items()):
+        if not _is_versioned(kind):
+            parts += _describe(kind, name, seen, 0)
+    return digest_of_json(parts)
 
 
 @torch.no_grad()
@@ -203,11 +215,27 @@ def _held(value: Any) -> Iterable[tuple[Any, Any]]:
             forward = getattr(value, "forward", None)
             return [] if forward is None else [("forward", forward)]
         bases = [("bases", value.__bases__)]
-        return bases + [i for i in sorted(vars(value).items()) if not i[0].startswith("__")]
-    if isinstance(value, nn.Module | types.ModuleType | types.BuiltinFunctionType):
+        return bases + [i for i in sorted(vars(value).items()) if _is_written(value, *i)]
+    if isinstance(value, nn.Module | types.ModuleType | types.BuiltinFunctionType | logging.Logger):
         return []
     held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in _WORDS}
+    for cls in type(value).__mro__:
+        if not _is_versioned(cls):
+            slots = [k for k, v in vars(cls).items() if isinstance(v, types.MemberDescriptorType)]
+            held |= {k: getattr(value, k) for k in slots if hasattr(value, k)}
     return sorted(held.items(), key=lambda item: str(item[0]))
+
+
+def _is_written(cls: type, name: str, value: Any) -> bool:
+    """Whether an attribute of a class is somebody's, not Python's or made by ``dataclass``."""
+    if not name.startswith("__"):
+        return True
+    if name == "__init__" and issubclass(cls, nn.Module):
+        return False  # what it has made is looked at
+    function = inspect.unwrap(getattr(value, "__func__", value))
+    if not isinstance(function, types.FunctionType) or _is_versioned(function):
+        return False
+    return not (is_dataclass(cls) and function.__code__.co_filename == "<string>")
 
 
 def _held_by_function(function: types.FunctionType) -> list[tuple[Any, Any]]:

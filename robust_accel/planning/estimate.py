@@ -144,12 +144,14 @@ def estimates(
 ) -> list[Estimate]:
     """Of each engine by each protocol, whose arithmetic takes what it takes under DDP.
 
-    FSDP2 exchanges a layer's gradient after each backward through it, which an outer loss of
-    several forwards (TRADES) has several of.
+    FSDP2 exchanges what there is of a layer's gradient after each backward through it. An outer
+    loss of several forwards (TRADES) has several: after the first there is that of micro-batches
+    before, after the last this one's.
     """
     shapes, machines = job.cost.shapes, job.machines
     *layers, rest = job.cost.units
-    in_pieces = (*job.cost.losses * tuple(s for one in layers for s in one.trained), *rest.trained)
+    exchanges = min(job.cost.losses, 2) if job.micro_batches > 1 else 1
+    in_pieces = (*exchanges * tuple(s for one in layers for s in one.trained), *rest.trained)
     whole = {n: traffic(one, shapes, machines, job.timed_on) for n, one in protocols.items()}
     found = []
     for engine in held:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
+from robust_accel.comm.deepspeed import passed_over
 from robust_accel.comm.fsdp2 import has_hooks
 from robust_accel.recipe import TrainSettings
 
@@ -161,16 +162,25 @@ def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspe
     _compare(source, {key: os.environ.get(f"ACCELERATE_{key.upper()}") for key in keys}, recipe)
     if not with_deepspeed:
         return
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    zero: dict[str, Any] = {
+        "stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        "offload_param": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+    }
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if name != "none":
         source, given = name, _deepspeed_file(Path(name))
-        stage = given["zero_optimization"].get("stage")
+        zero = given["zero_optimization"]
         _compare(source, given, recipe)
+    stage = zero.get("stage", 0)
     if str(stage) == "3":
         raise ValueError(
             f"{source}: ZeRO 3 is not possible with train, whose exchange of gradients and LAMB "
             "know ZeRO 0 to 2: FSDP2 cuts weights as well (recipe copy accelerate/fsdp2)"
+        )
+    if over := passed_over(zero):
+        raise ValueError(
+            f"{source}: {over} is ZeRO 3's, and DeepSpeed would pass over it at ZeRO {stage}: "
+            "leave it out; gradients are sent as the recipe's communication says"
         )
 
 

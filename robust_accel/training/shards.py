@@ -104,11 +104,23 @@ class Shards:
                 part.set_reshard_after_forward(False, recurse=False)
                 part.set_reshard_after_backward(False, recurse=False)
 
-    def _after(self, *_: object) -> None:
-        """The backward that follows is the outer loss's: it leaves pieces."""
+    def _after(self, module: nn.Module, _: object, found: dict[str, Tensor]) -> None:
+        """The backward that follows is the outer loss's, through all of its forwards."""
         for part, resharded in zip(self._parts, self._resharded, strict=True):
             part.set_reshard_after_forward(resharded, recurse=False)
-            part.set_reshard_after_backward(True, recurse=False)
+        if self._keep_gathered and module.training:
+            found["loss"].register_hook(self._leave_pieces)
+
+    def _leave_pieces(self, _: Tensor) -> None:
+        """At the end of the backward that begins, after what FSDP2 does there."""
+
+        def leave() -> None:
+            self._reshard()
+            for part in self._parts:
+                part.set_reshard_after_backward(True, recurse=False)
+
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(leave))  # FSDP2 queues its own later than this
 
     def whole(self, *, raw: bool = False) -> PixelClassifier:
         """A copy that is not cut, of the averaged weights where there are any.

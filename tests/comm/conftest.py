@@ -17,7 +17,7 @@ def three(request, tmp_path_factory):
     return processes.run(request.module.THREE, 3, tmp_path_factory.mktemp("three"))
 
 
-@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.long)])
 def ranks(request):
     return request.getfixturevalue({2: "two", 3: "three"}[request.param])
 

@@ -156,6 +156,7 @@ def refusals(rank, world_size):
     messages = {}
     for name, engine in (
         ("stage 3", make_engine(rank, world_size, 3)),
+        ("ZeRO++", make_engine(rank, world_size, 2, zero_quantized_gradients=True)),
         ("version", make_engine(rank, world_size, 2)),
     ):
         if name == "version":
@@ -248,6 +249,7 @@ def test_what_cannot_work_is_refused(two):
     for messages in get(two, refusals):
         assert "the shards of DeepSpeed's BF16_Optimizer" in messages["bf16"]
         assert "ZeRO++" in messages["stage 3"] and "FSDP2" in messages["stage 3"]
+        assert "passes over zero_quantized_gradients: True at ZeRO 2" in messages["ZeRO++"]
         assert "0.19.8" in messages["version"]
         assert "allreduce_bucket" in messages["version"]
         assert "compress_gradients" in messages["untold"]

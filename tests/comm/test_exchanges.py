@@ -5,6 +5,7 @@ import os
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 from ddp_training import PROTOCOLS, Recorder, check_mean, get, make_model, params, train, wrap
 
 from robust_accel.comm import (
@@ -93,6 +94,15 @@ def equal_gradients(rank, world_size):
     }
 
 
+def replicas(rank, world_size):
+    """The error of the same gradient on every rank, each of which is a replica by itself."""
+    groups = [dist.new_group([other]) for other in range(world_size)]
+    flat = torch.randn(1 << 14, generator=torch.Generator().manual_seed(7))
+    out, chunks = torch.empty_like(flat), [[Segment(len(flat), 0, False)]]
+    QSGD(bits=4).scatter(flat[None].clone(), chunks, 0, Workers(groups[rank]), Meter(), out)
+    return out - flat
+
+
 class ByServers(QSGD):
     def _serving_is_cheaper(self, *_):
         return True
@@ -134,8 +144,14 @@ def uneven_machines(rank, world_size):
 
 # ------------------------------------------------------------------------------ tests
 
-TWO = [half_precision_overflow, odd_sizes, formulas, equal_gradients]
-THREE = [odd_sizes, formulas, equal_gradients, both_one_sided_exchanges, uneven_machines]
+TWO = [odd_sizes, formulas, equal_gradients, replicas]
+THREE = [*TWO, half_precision_overflow, both_one_sided_exchanges, uneven_machines]
+
+
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.long), 3])
+def ranks(request):
+    """Three by default: no size here is theirs."""
+    return request.getfixturevalue({2: "two", 3: "three"}[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +159,8 @@ def four(tmp_path_factory):
     return processes.run([machines], 4, tmp_path_factory.mktemp("four"))
 
 
-def test_half_precision_overflow_reaches_every_rank(two):
-    for mean in get(two, half_precision_overflow):
+def test_half_precision_overflow_reaches_every_rank(three):
+    for mean in get(three, half_precision_overflow):
         assert mean.isinf().all()
 
 
@@ -168,6 +184,12 @@ def test_rounding_is_independent_across_ranks_steps_sides_and_seeds(ranks):
             correlation = (errors[0] * other).mean() / errors[0].square().mean()
             # both round towards the same two neighbours, but not together
             assert abs(correlation) < 5 / len(other) ** 0.5
+
+
+def test_replicas_round_independently(ranks):
+    errors = torch.stack(get(ranks, replicas))
+    of_mean = errors.mean(0).square().mean() / errors.square().mean()
+    assert float(of_mean) == pytest.approx(1 / len(ranks), rel=0.06)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -12,7 +12,7 @@ from robust_accel.comm.fsdp2 import has_hooks
 
 pytestmark = pytest.mark.skipif(not has_hooks(), reason="this torch's FSDP2 takes no all-gather")
 BITS = [16, 8]
-DRAWS = 40
+DRAWS = 20
 
 
 def seen(model, rank, step, passes, whole=None):
@@ -36,6 +36,23 @@ def seen(model, rank, step, passes, whole=None):
     return torch.cat(found).view(passes, -1)
 
 
+def of_two_forwards(model):
+    """A layer's weights in all passes of two micro-batches whose loss has two forwards."""
+    found, layer = [], model.blocks[0].mlp.fc1
+
+    def note(*_):
+        found.append(layer.weight.detach().clone())
+
+    hooks = [layer.register_forward_pre_hook(note), layer.register_full_backward_pre_hook(note)]
+    for number in range(2):
+        model.set_requires_gradient_sync(number == 1)
+        x = torch.rand(2, 3, 8, 8)
+        (model(x) - model(x / 2)).square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def gathered(rank, world_size):
     model = vit()
     shapes = [tuple(p.shape) for p in model.parameters()]
@@ -43,14 +60,17 @@ def gathered(rank, world_size):
     for bits in BITS:
         model = sharded(vit(), reshard_after_forward=True)
         compression = compress_gradients(model, QSGD(bits=8, weight_bits=bits))
-        before = params(model)
-        first = seen(model, rank, 0, 3)
-        later = torch.cat([seen(model, rank, step, 1) for step in range(1, DRAWS)])
+        before, optimizer = params(model), torch.optim.SGD(model.parameters(), lr=0.0)
+        rounds = []
+        for step in range(DRAWS):
+            rounds.append(seen(model, rank, step, 1 if step else 3))
+            optimizer.step()
         results[bits] = {
-            "in one step": first,
-            "step by step": torch.cat([first[:1], later]),
+            "in one step": rounds[0],
+            "step by step": torch.stack([one[0] for one in rounds]),
             "bytes": compression.gathered.bytes_sent,
             "kept": bool(before.equal(params(model))),
+            "of two forwards": of_two_forwards(model),
         }
     model = sharded(vit())
     compression = compress_gradients(model)
@@ -107,6 +127,9 @@ def test_all_passes_of_a_step_are_by_the_same_weights_on_all_ranks(two, bits):
     assert same[0].equal(same[2])
     assert not first["step by step"][0].equal(first["step by step"][1])
     assert first["kept"]
+    one, *rest = first["of two forwards"]
+    assert len(rest) == 7
+    assert all(one.equal(other) for other in rest)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,29 +1,25 @@
 """Attacks of a user's own: measured in their ball, by name, anew where they change."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from shifting import KINDS, Brightness, Data, Shift
 from torch import Tensor, nn
 
 from robust_accel import PGD, EvaluateSettings, PixelClassifier, evaluate, load_run, train
 from robust_accel.data import MemoryImages
 from robust_accel.evaluation.bench import Bench
+from robust_accel.evaluation.identity import digest_of_object
 from robust_accel.evaluation.own_attacks import own_attacker
 from robust_accel.settings import Number, Settings
 
 SETTINGS = EvaluateSettings(eps=0.1, pgd=None, batch_size=16)
-
-
-class Brightness(Settings):
-    """Everything brighter by eps: a shift that no gradient is needed for."""
-
-    eps: Number = 0.1
-    shift: Number = 1.0
-
-    def __call__(self, loss_fn, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        return (x + self.shift * self.eps).clamp(0, 1)
 
 
 class Wild:
@@ -65,8 +61,8 @@ def test_what_it_breaks_is_counted_in_its_ball(images: tuple[Tensor, Tensor]) ->
         if one.attack["name"] == "pgd":
             broken |= (level > 0.5) & (level - reach <= 0.5)
         assert one.accuracy == 1 - broken.double().mean().item()
-    assert own[0].attack["name"] == f"{__name__}:Brightness" == own[1].attack["name"]
-    assert own[0].attack["shift"] == 1 and "test_own_attacks:Brightness" in repr(found)
+    assert own[0].attack["name"] == "shifting:Brightness" == own[1].attack["name"]
+    assert own[0].attack["shift"] == 1 and "shifting:Brightness" in repr(found)
     assert found.pgd.threat_model["eps"] == 0.05
 
 
@@ -108,20 +104,62 @@ def test_another_version_is_another_attack(images: tuple[Tensor, Tensor], tmp_pa
     def weaker(self: Brightness, loss_fn, x: Tensor, *, generator=None) -> Tensor:
         return (x + 0.01).clamp(0, 1)
 
-    changed = type("Brightness", (Brightness,), {"__call__": weaker, "__module__": __name__})
+    changed = type(
+        "Brightness", (Brightness,), {"__call__": weaker, "__module__": Brightness.__module__}
+    )
     other = evaluate(OfMean(), x, labels, SETTINGS, attacks=[changed()], folder=tmp_path)
     assert other.measurements[-1].record["key"] != known.measurements[-1].record["key"]
     assert other.measurements[-1].accuracy > known.measurements[-1].accuracy
+
+
+def written(kind: type, **methods: Any) -> type:
+    """The class as it is when some of its methods are edited: the name and the bases stay."""
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    own = {k: v for k, v in own.items() if k not in getattr(kind, "__slots__", ())}
+    return type(kind)(kind.__name__, kind.__bases__, own | methods)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edited_call_is_another_attack(kind: str) -> None:
+    def weaker(self: Any, loss_fn, x: Tensor, *, generator=None) -> Tensor:
+        return x
+
+    weaker.__qualname__ = f"{kind}.__call__"
+    one, same, other = (
+        own_attacker(written(KINDS[kind], **edited)()).about
+        for edited in ({}, {}, {"__call__": weaker})
+    )
+    assert one == same != other
+
+
+def test_what_an_attack_holds_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its class as well: the one that is made in a call, and the one that was made before."""
+    before = {kind: digest_of_object(KINDS[kind]()) for kind in ("Plain", "OfPydantic", "Data")}
+    monkeypatch.setattr(Shift, "by", lambda self, x, eps: x - eps)
+    assert all(digest_of_object(KINDS[kind]()) != was for kind, was in before.items())
+    assert digest_of_object(Data(held=[1.0])) != digest_of_object(Data(held=[2.0]))
+
+
+@pytest.mark.long
+def test_an_attack_is_the_same_in_another_process() -> None:
+    here = [digest_of_object(kind()) for kind in KINDS.values()]
+    work = "from shifting import KINDS; from robust_accel.evaluation.identity import *; "
+    work += "print(*(digest_of_object(kind()) for kind in KINDS.values()))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", work], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == here
 
 
 def test_on_the_images_of_a_run(tmp_path: Path) -> None:
     measured = EvaluateSettings(images=40, autoattack=None, pgd=None, train_images=None)
     run = train("quickstart", output=tmp_path / "run", train={"max_steps": 4}, evaluate=measured)
     run = run.evaluate(EvaluateSettings(), attacks=[Brightness(eps=0.2)])
-    (own,) = [one for one in run.measurements if one.attack["name"] == f"{__name__}:Brightness"]
+    (own,) = [one for one in run.measurements if one.attack["name"] == "shifting:Brightness"]
     assert own.images == 40 and own.accuracy <= run.clean.accuracy
     assert own in load_run(run.path).measurements
-    assert f"{__name__}:Brightness" in (run.path / "report.md").read_text()
+    assert "shifting:Brightness" in (run.path / "report.md").read_text()
 
 
 def test_seeds_are_units_and_not_processes(images: tuple[Tensor, Tensor]) -> None:

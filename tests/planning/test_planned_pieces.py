@@ -23,6 +23,7 @@ VIT += "embed_dim: 24}}"
 STEP = (*SMALL, VIT, "train.max_steps=1", "train.validation_steps=1", "data.test_size=20")
 STEP += ("evaluate.pgd=null", "evaluate.train_images=null")
 FP32 = ("communication={name: allreduce}",)
+KEPT = (*FP32, "train.keep_gathered=true")
 QUANTISED = ("communication.weight_bits=8", "train.precision=bf16", "train.gradient_accumulation=2")
 
 
@@ -31,14 +32,11 @@ QUANTISED = ("communication.weight_bits=8", "train.precision=bf16", "train.gradi
     ("settings", "engine", "layer"),
     [
         ((*QUANTISED, "objective.name=trades"), "FSDP2", "Block"),
-        (FP32, "FSDP2", ""),
+        pytest.param(FP32, "FSDP2", "", marks=pytest.mark.long),
         pytest.param(FP32, "FSDP2", "Block", marks=pytest.mark.long),
-        pytest.param(
-            (*FP32, "train.keep_gathered=true"),
-            "FSDP2, keep_gathered",
-            "Block",
-            marks=pytest.mark.long,
-        ),
+        pytest.param((*FP32, "objective.name=trades"), "FSDP2", "Block", marks=pytest.mark.long),
+        ((*KEPT, "objective.name=trades"), "FSDP2, keep_gathered", "Block"),
+        pytest.param(KEPT, "FSDP2, keep_gathered", "Block", marks=pytest.mark.long),
         pytest.param((*QUANTISED, "communication.bits=4"), "FSDP2", "Mlp", marks=pytest.mark.long),
     ],
 )

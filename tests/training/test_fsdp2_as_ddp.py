@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import CPU, Launched, weights
+from launching import CPU, FSDP2, Forked, Launched, weights
 from PIL import Image
 from sharded_runs import PLAIN, losses, trained
 from sklearn.datasets import load_sample_images
@@ -99,12 +99,35 @@ def test_another_number_of_processes_takes_the_same_steps(
     for path in (*later, folder.model):
         shutil.rmtree(path)
     folder.report.unlink()
-    trained(folder.path, *STEPS, "--resume", num_processes=4)
+    resumed = (*STEPS, f"output={folder.path}", "--resume")
+    code, output = Forked(*resumed, environment=FSDP2, num_processes=4).wait()
+    assert code == 0, output
+    assert "the checkpoint is from 2 processes, not 4" in output
     found, expected = losses(folder), losses(in_pieces)
     assert found[:2] == expected[:2]
     assert found == pytest.approx(expected, rel=1e-5)
     apart = distance(weights(folder.path), weights(in_pieces.path))
     assert apart < 1e-3 * moved(in_pieces)
+
+
+def test_weights_that_stay_gathered_are_the_same_and_are_sent_once(
+    in_pieces: RunFolder, tmp_path: Path
+) -> None:
+    kept = trained(tmp_path / "run", *STEPS, "train.keep_gathered=true")
+    assert losses(kept) == losses(in_pieces)
+    sent = [r.read_report()["applied"]["bytes_of_weights_sent"] for r in (kept, in_pieces)]
+    size = 4 * sum(w.numel() for w in weights(in_pieces.path).values())
+    assert size <= sent[0] < 1.2 * size  # of all weights half, once in each of two micro-batches
+    assert sent[1] > 4 * sent[0]  # two steps of the attack and the outer loss, there and back
+
+
+@pytest.mark.long
+def test_activations_that_are_computed_twice_are_the_same(
+    in_pieces: RunFolder, tmp_path: Path
+) -> None:
+    again = FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    folder = trained(tmp_path / "run", *STEPS, environment=again)
+    assert losses(folder) == pytest.approx(losses(in_pieces), rel=1e-4)
 
 
 def photographs(folder: Path) -> Path:

@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         TWO | ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
         "ZeRO 3 is not possible with train",
     ),
+    "weights elsewhere": (
+        TWO | ZERO2 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+        "offload_param: cpu is ZeRO 3's, and DeepSpeed would pass over it at ZeRO 2",
+    ),
     "tensors in parallel": (
         PARALLEL | {"PARALLELISM_CONFIG_TP_SIZE": "2"},
         "parallelism_config_tp_size: 2",
@@ -106,6 +110,16 @@ IN_ITS_FILE = {
     "its collectives": ({"communication_data_type": "fp16"}, 'communication_data_type: "fp16"'),
     "no mapping": ([1], "is a mapping, found [1]"),
     "ZeRO 3": ({"zero_optimization": {"stage": 3}}, "ZeRO 3 is not possible with train"),
+    **{
+        key: ({"zero_optimization": {"stage": 1, key: value}}, f"{key}: {said} is ZeRO 3's")
+        for key, value, said in (
+            ("zero_quantized_gradients", True, "True"),
+            ("zero_quantized_weights", True, "True"),
+            ("zero_quantized_nontrainable_weights", True, "True"),
+            ("zero_hpz_partition_size", 2, "2"),
+            ("offload_param", {"device": "cpu"}, "cpu"),
+        )
+    },
     "no ZeRO": ({"zero_optimization": "auto"}, "zero_optimization: missing, or no mapping"),
 }
 
