@@ -236,7 +236,7 @@ class Heartbeat:
             beats = sorted(self._others.values(), key=lambda beat: beat.about["step"])[:4]
             places = [f"{beat} is at {beat.place}" for beat in beats]
             found = ["all others answer", *places]
-        return f"{own} at {own.place} has waited {waited:.0f} s: {'; '.join(found)}"
+        return f"{own} has been at {own.place} for {waited:.0f} s: {'; '.join(found)}"
 
 
 def is_collective_failure(error: Exception) -> bool:

@@ -141,7 +141,7 @@ def test_a_cut_link_ends_both_sides_in_time_and_each_names_the_other(
     for (code, output), other in zip(ends, ("rank 1 on ", "rank 0 at 10.77.0.1:"), strict=True):
         assert code == UNAVAILABLE, output
         (line,) = [line for line in output.splitlines() if line.startswith("robust-accel: ")]
-        assert other in line.partition(" has waited ")[2], line
+        assert other in line.partition(" has been at ")[2], line
         assert "does not answer" in line
     assert folder.steps()
 

@@ -53,7 +53,7 @@ def test_one_that_hangs_or_dies_is_named(tmp_path: Path, number: signal.Signals,
     output = process.wait()[1]
     (line,) = [line for line in output.splitlines() if line.startswith("robust-accel: ")]
     assert f"robust-accel: rank {1 - rank} on " in line and "at step " in line
-    said = line.partition(" has waited ")[2]
+    said = line.partition(" has been at ")[2]
     if rank == 0:  # which keeps what all of them tell
         assert "rank 0 at 127.0.0.1:" in said
     else:
