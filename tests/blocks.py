@@ -64,7 +64,7 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"robust_accel.commands.{command}.run", _measured)
     monkeypatch.setattr("robust_accel.commands.report.run", lambda options: 0)
     monkeypatch.setattr("robust_accel.commands.wrap.wrap_script", lambda *_, **__: 0)
-    monkeypatch.setattr("robust_accel.commands.study._run", lambda *_: [])
+    monkeypatch.setattr("robust_accel.commands.study._run", lambda *_: ([], []))
     fences = re.findall(r"^ *```(\w*)$", page.read_text(), re.MULTILINE)
     assert {*fences[::2]} <= {*KINDS} and not any(fences[1::2]), f"{page}: a block of no known kind"
     parsers = [CodeBlockParser(kind, evaluate) for kind, evaluate in KINDS.items()]
