@@ -124,7 +124,8 @@ class DataSettings(Settings):
         image_size: Height and width that images from files are cropped and resized to.
         num_workers: Processes of each training process that decode images from files, or compute
             the ``policy`` of those in memory; the images are the same by any number. By 0 it does
-            so itself, in its step.
+            so itself, in its step; the policy also where processes are not forked (macOS, Windows,
+            Python 3.14).
         on_bad: What to do about images that are missing, empty or cannot be decoded, have several
             frames, more than 178,956,970 pixels, transparent pixels or such of unknown range, or
             (in memory) another size; and about rows without a label, or with one that is no class.

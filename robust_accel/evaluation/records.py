@@ -1,4 +1,5 @@
-"""What records, units of work and reports must have before they are shown or gone on from.
+"""What records, units of work and reports must have before they are shown or gone on from; and
+what an attack in them is called.
 
 A run folder may be a stranger's. Whatever else stands in a line is left as it is.
 """

@@ -10,7 +10,7 @@ from typing import Any
 from robust_accel.files import write_json, write_text
 from robust_accel.reporting.tables import Table, escaped
 from robust_accel.reporting.views import Run, refused_by_name
-from robust_accel.studies.figures import figures_of
+from robust_accel.studies.figures import Figure, figures_of
 from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.trial import Trial
 
@@ -25,9 +25,10 @@ def write_page(results: Results, folder: Path, name: str, command: str) -> Path:
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [(figure.settings.title, figure.draw(folder)) for figure in figures_of(results)]
+    figures = figures_of(results)
+    drawn = [(figure.settings.title, figure.draw(folder)) for figure in figures]
     path = folder / f"{name}.md"
-    write_json(folder / f"{name}.json", as_json(results, command))
+    write_json(folder / f"{name}.json", as_json(results, figures, command))
     write_text(path, "\n\n".join(_parts(results, drawn, command)) + "\n")
     return path
 
@@ -193,7 +194,7 @@ def _versions(run: Run) -> list[str]:
     return [f"{name} {number}" for name, number in run.report.get("versions", {}).items()]
 
 
-def as_json(results: Results, command: str) -> dict[str, Any]:
+def as_json(results: Results, figures: Sequence[Figure], command: str) -> dict[str, Any]:
     """Every number with its seed, training and digest; figures; claims; what was tuned.
 
     ``trainings`` are those that are done; ``earlier`` has those of earlier tables that were not
@@ -220,7 +221,7 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
             }
             for cell in results.shown
         ],
-        "figures": [figure.as_json() for figure in figures_of(results)],
+        "figures": [figure.as_json() for figure in figures],
         "claims": [
             {
                 "text": v.claim.text,

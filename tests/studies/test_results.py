@@ -288,7 +288,7 @@ def test_seeds_that_were_not_finite_are_counted_and_decide_no_claim(
     text = f"{lost} of 3 not finite"
     row = next(line for line in table(results).markdown().splitlines() if f"| {run} " in line)
     assert row.count(f"({text})" if lost == 1 else f"| {text}") == len(plan.study.columns)
-    rows = as_json(results, "")["rows"]
+    rows = as_json(results, [], "")["rows"]
     assert [one["lost"] for one in rows if one["run"] == run] == [text]
     assert results.missing() == []
 

@@ -110,6 +110,21 @@ def test_another_number_of_processes_takes_the_same_steps(
     assert apart < 1e-3 * moved(in_pieces)
 
 
+@pytest.mark.long
+def test_a_finished_run_leaves_the_same_weights_by_another_number_of_processes(
+    in_pieces: RunFolder, tmp_path: Path
+) -> None:
+    """Resumed, it measures and leaves those of its checkpoint."""
+    before, folder = weights(in_pieces.path), RunFolder(tmp_path / "run")
+    shutil.copytree(in_pieces.path, folder.path)
+    folder.model.joinpath("model.safetensors").unlink()
+    resumed = (*STEPS, f"output={folder.path}", "--resume")
+    code, output = Forked(*resumed, environment=FSDP2, num_processes=4).wait()
+    assert code == 0, output
+    after = weights(folder.path)
+    assert all(before[key].equal(after[key]) for key in before | after)
+
+
 def test_weights_that_stay_gathered_are_the_same_and_are_sent_once(
     in_pieces: RunFolder, tmp_path: Path
 ) -> None:
