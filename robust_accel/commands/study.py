@@ -13,7 +13,7 @@ from robust_accel.files import read_json
 from robust_accel.locks import locked
 from robust_accel.plain_yaml import MOST_LEVELS, RecipeError
 from robust_accel.studies.execution import CHANGED, Done, Line, Runner
-from robust_accel.studies.page import table, write_page
+from robust_accel.studies.page import has_more, table, write_overview, write_page
 from robust_accel.studies.plan import Plan
 from robust_accel.studies.results import Results
 from robust_accel.studies.study_file import FILE, find_study, read_study
@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> int:
     if options.write is not None:
         check_writable(options.write, "--write")
     check_writable(options.output, "--output")
-    paths = _studies(find_study(options.study), options.scale)
+    asked = find_study(options.study)
+    paths = _studies(asked, options.scale)
     plans = [_plan(path, options) for path in paths]  # all are read before one is started
     broken: list[str] = []
     is_whole = True
@@ -34,10 +35,16 @@ def run(options: argparse.Namespace) -> int:
         with nullcontext() if options.table else locked(plan.root):
             failed, missing = _run(path, plan, options)
         broken += failed
-        is_whole = is_whole and not missing
+        is_whole = is_whole and (options.table or not missing)
+    if paths != [asked]:
+        title, names = read_study(asked, None)[0].title, [_name(path) for path in paths]
+        for folder in _folders(plans[0], options):
+            counted = write_overview(folder, _name(asked), title, names)
+        print(counted.markdown())
+        say(f"{folder / _name(asked)}.md")
     for text in broken:
         say(f"failed: {text}", file=sys.stderr)
-    return 0 if options.table or is_whole else 1
+    return 0 if is_whole and not broken else 1
 
 
 def _studies(path: Path, scale: str | None, above: tuple[Path, ...] = ()) -> list[Path]:
@@ -100,8 +107,13 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> tuple[list[str]
         stopped.is_told = True
         raise
     finally:
-        for folder in filter(None, dict.fromkeys((plan.root, options.write))):
-            page = write_page(results, folder, name, _command(options))
+        kept = []
+        for folder in _folders(plan, options):
+            more = None if folder == plan.root else has_more(results, folder, name)
+            if more is None:
+                page = write_page(results, folder, name, _command(options))
+            else:
+                kept.append(more)
     print(table(results).markdown())
     say(f"{page}")
     missing = results.missing()
@@ -110,7 +122,12 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> tuple[list[str]
             logger.warning(f"{trial.name}: {CHANGED}: the table has no number of it yet")
     elif missing:
         logger.warning(f"not finished: {'; '.join(missing)}")
-    return list(runner.broken.values()), missing
+    return [*runner.broken.values(), *kept], missing
+
+
+def _folders(plan: Plan, options: argparse.Namespace) -> list[Path]:
+    """Where pages are written."""
+    return [*filter(None, dict.fromkeys((plan.root, options.write)))]
 
 
 def _earlier(plan: Plan, name: str) -> dict[str, Line]:

@@ -7,6 +7,8 @@ taken only from the one that the recipe of the study asks for; else there is non
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 from robust_accel.data import Ids, selection_of
 from robust_accel.evaluation.accuracy import attacker_of
@@ -19,6 +21,7 @@ from robust_accel.settings import listed, parse_number
 from robust_accel.training.facts import held_out_attack
 
 Measured = Callable[[Run, Recipe], float | None]
+Line = dict[str, Any]
 
 
 def _clean(run: Run, recipe: Recipe) -> float | None:
@@ -120,9 +123,42 @@ def _from_report(key: str, scale: float = 1.0) -> Measured:
     return measured
 
 
-def _sent(key: str, scale: float = 1.0) -> Measured:
+def _seconds(key: str, so_far: Callable[[list[Line]], list[float]]) -> Measured:
+    """Of an epoch by the report, scaled to what its steps take after the log's first line.
+
+    What comes before is left out, where there are more lines: first steps compile and connect.
+
+    Args:
+        so_far: Lines of ``metrics.jsonl`` -> the seconds up to each, in whatever unit.
+    """
+    in_all = _from_report(key)
+
+    def measured(run: Run, recipe: Recipe) -> float | None:
+        value = in_all(run, recipe)
+        with refused_by_name(run.folder):
+            lines = [line for line in run.folder.read_metrics() if "images_per_second" in line]
+            if not value or len(lines) < 2:
+                return value
+            seconds, steps = so_far(lines), [line["step"] for line in lines]
+            later = (seconds[-1] - seconds[0]) / (steps[-1] - steps[0])
+            return float(value * later / (seconds[-1] / steps[-1]))
+
+    return measured
+
+
+def _of_training(lines: list[Line]) -> list[float]:
+    before = [0, *(line["step"] for line in lines)]
+    took = [(line["step"] - start) / line["images_per_second"]
+            for start, line in zip(before, lines, strict=False)]  # fmt: skip
+    return list(accumulate(took))
+
+
+def _counted(key: str) -> Callable[[list[Line]], list[float]]:
+    return lambda lines: [line[key] for line in lines]
+
+
+def _sent(found: Measured) -> Measured:
     """Of what processes send one another: of one by itself nothing is measured."""
-    found = _from_report(key, scale)
 
     def measured(run: Run, recipe: Recipe) -> float | None:
         return None if run.report.get("num_processes") == 1 else found(run, recipe)
@@ -156,17 +192,20 @@ MEASURES: dict[str, Measured] = {
     "held_out": held_out,
     "corruption_error": _corruptions("mean_error"),
     "mce": _corruptions("mce"),
-    "seconds": _from_report("train_seconds_per_epoch"),
-    "communication": _sent("comm_seconds_per_epoch"),
-    "exposed_communication": _sent("comm_exposed_seconds_per_epoch"),
-    "megabytes": _sent("bytes_sent_per_step", 1e-6),
+    "seconds": _seconds("train_seconds_per_epoch", _of_training),
+    "communication": _sent(_seconds("comm_seconds_per_epoch", _counted("comm_seconds"))),
+    "exposed_communication": _sent(
+        _seconds("comm_exposed_seconds_per_epoch", _counted("comm_exposed_seconds"))
+    ),
+    "megabytes": _sent(_from_report("bytes_sent_per_step", 1e-6)),
     "memory": _from_report("peak_memory_bytes", 2.0**-20),
     "steps": _from_report("steps"),
 }
 """By name: accuracies and corruptions' errors in percent (``mce``: of the reference's); seconds an
-epoch; MB (10^6 bytes) that a process sends a step, and nothing of one by itself; MiB. With a point:
-``certified 0.25`` (radius), ``pgd eps 4/255``, ``pgd num_steps 50`` (sweeps). Of several balls
-``pgd`` and ``autoattack`` are the union's; ``pgd l1`` is in one of them."""
+epoch, without the steps up to the log's first line; MB (10^6 bytes) that a process sends a step,
+and nothing of one by itself; MiB. With a point: ``certified 0.25`` (radius), ``pgd eps 4/255``,
+``pgd num_steps 50`` (sweeps). Of several balls ``pgd`` and ``autoattack`` are the union's; ``pgd
+l1`` is in one of them."""
 
 _POINT = re.compile(r"(certified|pgd eps|pgd num_steps) (\S+)")
 _IN_ONE = re.compile(r"(pgd|autoattack) (linf|l2|l1)")

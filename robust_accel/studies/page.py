@@ -1,17 +1,20 @@
-"""What a study has found, for people: one Markdown page with its figures; and all of it as JSON."""
+"""What a study has found, for people: one Markdown page with its figures; and all of it as JSON.
+
+Of studies that are run as one there is a page with what became of all their claims.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from robust_accel.files import write_json, write_text
+from robust_accel.files import read_json, write_json, write_text
 from robust_accel.reporting.tables import Table, escaped
 from robust_accel.reporting.views import Run, refused_by_name
 from robust_accel.studies.figures import Figure, figures_of
-from robust_accel.studies.results import Results, Tuned, Verdict, mean_and_half
+from robust_accel.studies.results import OUTCOMES, Results, Tuned, Verdict, mean_and_half
 from robust_accel.studies.trial import Trial
 
 
@@ -31,6 +34,38 @@ def write_page(results: Results, folder: Path, name: str, command: str) -> Path:
     write_json(folder / f"{name}.json", as_json(results, figures, command))
     write_text(path, "\n\n".join(_parts(results, drawn, command)) + "\n")
     return path
+
+
+def has_more(results: Results, folder: Path, name: str) -> str | None:
+    """Why the page in a folder is not to be replaced; None where it is not there, or has less."""
+    path = folder / f"{name}.json"
+    there = len(read_json(path).get("trainings", ())) if path.exists() else 0
+    own = sum(map(results.has_ended, results.plan.known(results.chosen)))
+    if there <= own:
+        return None
+    return f"{path} has {there} trainings, and here are {own}: it is kept, or delete it"
+
+
+def write_overview(folder: Path, name: str, title: str, studies: Sequence[str]) -> Table:
+    """Write ``folder/NAME.md``: what became of the claims of studies whose pages are there.
+
+    Returns:
+        A row a study: how many of its comparisons came out how.
+    """
+    head, rows, parts = ["study", "trainings", *OUTCOMES], [], []
+    for study in studies:
+        page = read_json(folder / f"{study}.json")
+        outcomes = Counter(claim["outcome"] for claim in page["claims"])
+        counts = [str(number) if (number := outcomes[key]) else "" for key in OUTCOMES]
+        rows.append([study, str(len(page["trainings"])), *counts])
+        parts.append(f"## [{escaped(page['title'])}]({study}.md)")
+        parts += [claims_table(page["claims"]).markdown()] if page["claims"] else []
+    counted = Table(head, rows)
+    about = "Comparisons by their outcome; a claim in two columns is two."
+    path = folder / f"{name}.md"
+    text = [f"# {escaped(title)}: what became of the claims", about, counted.markdown(), *parts]
+    write_text(path, "\n\n".join(text) + "\n")
+    return counted
 
 
 def table(results: Results) -> Table:
@@ -102,7 +137,7 @@ def _parts(results: Results, drawn: Iterable[tuple[str, Path]], command: str) ->
     verdicts = results.verdicts()
     if verdicts:
         yield "## Claims"
-        yield _claims(verdicts).markdown()
+        yield claims_table([_claim(verdict) for verdict in verdicts]).markdown()
         yield (
             "The difference is paired: of runs that share a seed; in brackets its 95% t-interval, "
             "then its size in standard deviations (Cohen's d_z). A claim holds where the whole "
@@ -123,19 +158,23 @@ def _parts(results: Results, drawn: Iterable[tuple[str, Path]], command: str) ->
     yield _how(results)
 
 
-def _claims(verdicts: Sequence[Verdict]) -> Table:
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a comparison, as ``as_json`` has them."""
     rows = []
-    for verdict in verdicts:
-        claim, d = verdict.claim, verdict.difference
-        found = "" if d is None else f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
-        size = "" if verdict.effect is None else f"{verdict.effect:+.1f}"
-        text = claim.text + (f" ({claim.source})" if claim.source else "")
-        words = claim.holds_if.replace("_", " ") + (f" by {claim.margin:g}" if claim.margin else "")
-        sides = f"{claim.run} {words} than {claim.than}"
+    for claim in claims:
+        found, size, margin = "", "", claim["margin"]
+        if claim["difference"]:
+            mean, low, high = claim["difference"]
+            found = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if claim["effect"] is not None:
+            size = f"{claim['effect']:+.1f}"
+        text = claim["text"] + (f" ({claim['source']})" if claim["source"] else "")
+        words = claim["holds_if"].replace("_", " ") + (f" by {margin:g}" if margin else "")
+        sides = f"{claim['run']} {words} than {claim['than']}"
         edges = (f"; best {', '.join(keys)} of {row} at the edge of its grid"
-                 for row, keys in verdict.at_the_edge.items())  # fmt: skip
-        outcome = verdict.outcome + "".join(edges)
-        rows.append([text, sides, verdict.column, found, size, str(verdict.pairs), outcome])
+                 for row, keys in claim.get("at_the_edge", {}).items())  # fmt: skip
+        outcome = claim["outcome"] + "".join(edges)
+        rows.append([text, sides, claim["column"], found, size, str(claim["pairs"]), outcome])
     head = ["claim", "holds if", "in", "difference [95%]", "effect", "pairs", "outcome"]
     return Table(head, rows)
 
@@ -222,24 +261,7 @@ def as_json(results: Results, figures: Sequence[Figure], command: str) -> dict[s
             for cell in results.shown
         ],
         "figures": [figure.as_json() for figure in figures],
-        "claims": [
-            {
-                "text": v.claim.text,
-                "source": v.claim.source,
-                "run": v.claim.run,
-                "than": v.claim.than,
-                "holds_if": v.claim.holds_if,
-                "margin": v.claim.margin,
-                "column": v.column,
-                "pairs": v.pairs,
-                "difference": v.difference
-                and [v.difference.mean, v.difference.low, v.difference.high],
-                "effect": v.effect,
-                "outcome": v.outcome,
-                "at_the_edge": v.at_the_edge,
-            }
-            for v in results.verdicts()
-        ],
+        "claims": [_claim(verdict) for verdict in results.verdicts()],
         "tuning": [
             {
                 "row": found.cell.name,
@@ -249,6 +271,24 @@ def as_json(results: Results, figures: Sequence[Figure], command: str) -> dict[s
             for cell in plan.cells
             if len(plan.tries(cell)) > 1 and (found := results.tuned(cell)) is not None
         ],
+    }
+
+
+def _claim(verdict: Verdict) -> dict[str, Any]:
+    claim, d = verdict.claim, verdict.difference
+    return {
+        "text": claim.text,
+        "source": claim.source,
+        "run": claim.run,
+        "than": claim.than,
+        "holds_if": claim.holds_if,
+        "margin": claim.margin,
+        "column": verdict.column,
+        "pairs": verdict.pairs,
+        "difference": d and [d.mean, d.low, d.high],
+        "effect": verdict.effect,
+        "outcome": verdict.outcome,
+        "at_the_edge": verdict.at_the_edge,
     }
 
 

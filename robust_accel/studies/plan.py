@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class Plan:
             raise RecipeError(f"{path}: {said}: fewer seeds, values to try or labels of the grid")
         self.cells = [cell for name in self.runs for cell in self._cells_of(name)]
         self._known: dict[Any, Trial] = {}
+        self._attempts: dict[Trial, Trial] = {}
         self._check()
 
     def _cells_of(self, name: str) -> Iterator[Cell]:
@@ -139,18 +141,25 @@ class Plan:
         Args:
             chosen: Asked of cells that are tuned.
         """
-        found = []
+        found: list[Trial | None] = []
         for seed in self.seeds:
             for cell in self.cells:
                 tries = self.tries(cell)
+                best = tries[0] if len(tries) == 1 else chosen(cell)
                 if seed != self.seeds[0]:
-                    best = tries[0] if len(tries) == 1 else chosen(cell)
                     tries = [] if best is None else [best]
                 for tried in tries:
+                    is_used = tried == best
                     trial = self.trial(cell, tried, seed, chosen)
-                    if trial is not None:
-                        found.append(trial)
-        return found
+                    found.append(trial if is_used else self.attempt(cell, tried, chosen))
+        return [trial for trial in found if trial is not None]
+
+    def attempt(
+        self, cell: Cell, tried: tuple[tuple[str, Any], ...], chosen: Chosen
+    ) -> Trial | None:
+        """A training to tune by, as ``trial``, and nothing that follows it."""
+        trial = self.trial(cell, tried, self.seeds[0], chosen)
+        return trial and self._attempts.setdefault(trial, replace(trial, then=()))
 
     def trial(
         self,

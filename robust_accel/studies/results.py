@@ -15,6 +15,7 @@ from robust_accel.studies.trial import Cell, Trial
 
 _ROUNDING = 1e-9  # of differences that are equal but for it
 Tried = tuple[tuple[str, object], ...]
+OUTCOMES = ("holds", "does not hold", "open", "not measured")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Verdict:
         difference: ``run - than`` in the column's unit, paired by seed; None below two pairs.
         effect: The mean difference in standard deviations of the differences (Cohen's d_z); None
             where they are equal.
-        outcome: ``holds``, ``does not hold``, ``open`` (the interval has both), ``not measured``.
+        outcome: One of ``OUTCOMES``; open where the interval has both.
         at_the_edge: Row -> what it was tuned by, where the best value is the first or the last.
     """
 
@@ -86,7 +87,7 @@ class Results:
         if cell not in self._tuned:
             found: list[tuple[Tried, float | None]] = []
             for tried in self.plan.tries(cell):
-                trial = self.plan.trial(cell, tried, self.plan.seeds[0], self.chosen)
+                trial = self.plan.attempt(cell, tried, self.chosen)
                 run = None if trial is None else self.run(trial)
                 if trial is None or (run is None and not self.done.failed(trial)):
                     return None

@@ -12,6 +12,7 @@ from robust_accel.exit_codes import STOPPED
 from robust_accel.studies import execution
 from robust_accel.studies.execution import UNFINISHED, Done, Runner
 from robust_accel.studies.plan import Plan
+from robust_accel.studies.results import Results
 
 RUNS = (f"r{n}: {{recipe: quickstart, settings: {{attack.num_steps: {n + 1}}}}}" for n in range(4))
 FOUR = f"runs: {{{', '.join(RUNS)}}}"
@@ -37,6 +38,25 @@ def test_rows_of_one_training_have_each_its_own_measured(plan_of: Callable[..., 
             runner.done.add(trial, command, "done", 1.0)
     last = ("student", "train")
     assert begun == [("a", "train"), ("teacher", "pseudo-label"), ("certified", "certify"), last]
+
+
+def test_only_what_was_tuned_to_is_measured_further(plan_of: Callable[..., Plan]) -> None:
+    tune = "tune: {optimizer.lr: [0.1, 0.2, 0.3]}"
+    text = f"runs: {{a: {{recipe: quickstart, then: [[certify]], {tune}}}}}"
+    plan = plan_of(text, overrides=["certify.sigma=0.5"])
+    runner = Runner(plan, Done(plan.root), jobs=4, launcher=None)
+    results, begun = Results(plan, runner.done), []
+    while (waiting := runner._waiting(results.chosen)) and len(begun) < 9:
+        for trial, command in waiting:
+            rate = dict(trial.tried)["optimizer.lr"]
+            begun.append((rate, trial.seed, command[0]))
+            if command == ("train",):
+                leave(trial, runner.done, 0.5, 0.5, 0.4 if rate == 0.2 else 0.3)
+            else:
+                runner.done.add(trial, command, "done", 1.0)
+    first = [(rate, 0, "train") for rate in (0.1, 0.2, 0.3)]
+    assert begun == [*first, (0.2, 0, "certify"), (0.2, 1, "train"), (0.2, 1, "certify")]
+    assert not results.missing()
 
 
 @pytest.fixture

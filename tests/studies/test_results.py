@@ -244,6 +244,31 @@ def test_one_process_measures_no_communication(
     assert measure("seconds", run, recipe) == 1.0
 
 
+def test_seconds_are_those_after_the_first_line_of_the_log(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    def line(step: int, speed: float, sent: float, waited: float) -> dict[str, float]:
+        about = {"comm_seconds": sent, "comm_exposed_seconds": waited}
+        return {"step": step, "loss": 1.0, "images_per_second": speed, **about}
+
+    report = {
+        "num_processes": 2,
+        "comm_seconds_per_epoch": 15.0,
+        "comm_exposed_seconds_per_epoch": 11.0,
+        "train_seconds_per_epoch": 60.0,
+    }
+    # an epoch is ten steps: five that start, ten that run five times as fast
+    lines = [line(5, 10.0, 20.0, 16.0), line(15, 50.0, 22.5, 16.5)]
+    lines.insert(1, {"step": 10, "validation_robust_accuracy": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    run = Run(RunFolder(tmp_path), "x", report, [])
+    recipe = plan_of(TUNED).known(lambda cell: ())[0].recipe
+    assert measure("communication", run, recipe) == pytest.approx(2.5)
+    assert measure("exposed_communication", run, recipe) == pytest.approx(0.5)
+    # 5 steps take 5/10 units and 10 take 10/50, in all 7/150 a step, later on 3/150
+    assert measure("seconds", run, recipe) == pytest.approx(60 * 3 / 7)
+
+
 def test_drawn_test_images_are_all_that_there_are(plan_of: Callable[..., Plan]) -> None:
     runs = "runs: {b: {recipe: quickstart}}"
     drawn = ["data.test_size=50", "evaluate.images=null"]

@@ -311,6 +311,31 @@ def test_a_study_that_names_itself_is_refused(
     assert "a/study.yaml: studies: it names itself" in said
 
 
+def test_the_claims_of_all_on_one_page_and_a_fuller_page_is_kept(
+    plan_of: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = "{text: More, run: b, than: a, columns: [PGD (%)]}"
+    runs = "{a: {recipe: quickstart}, b: {recipe: quickstart, settings: {attack.eps: 0.1}}}"
+    text = f"runs: {runs}\nclaims: [{claim}]"
+    plan = plan_of(text, "runs", scales=TINY.replace("tiny:", "runs:"))
+    filled(plan, lambda trial: (0.5, 0.5 + 0.1 * (trial.cell.run == "b") + 0.01 * trial.seed))
+    group = tmp_path / "all"
+    group.mkdir()
+    (group / "study.yaml").write_text(f"title: All\nstudies: [../../{tmp_path.name}]\n")
+    words = ["study", str(group), "--table", "--write", str(tmp_path / "docs"), "--output"]
+    assert main([*words, str(tmp_path)]) == 0
+    page, counted = (tmp_path / "docs/all.md").read_text(), "| 4         | 1     | "
+    assert counted in page and counted in capsys.readouterr().out
+    assert f"## [A study]({tmp_path.name}.md)" in page and "+10.00 [+10.00, +10.00]" in page
+    assert (tmp_path / "runs/all.md").read_text() == page
+    # where nothing is left of it, the page of what there was stays
+    before = (tmp_path / "docs" / f"{tmp_path.name}.md").read_text()
+    assert main([*words, str(tmp_path / "elsewhere")]) == 1
+    assert "has 4 trainings, and here are 0: it is kept" in capsys.readouterr().err
+    assert (tmp_path / "docs" / f"{tmp_path.name}.md").read_text() == before
+    assert counted in (tmp_path / "docs/all.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
