@@ -63,7 +63,7 @@ def main() -> None:
                 stderr=log,
             )
         print(
-            "| step | memory (MiB) | threads | descriptors | checkpoints (MiB) |\n"
+            "| step | memory (MiB) | threads | descriptors | run folder (MiB) |\n"
             + "|---" * 5
             + "|"
         )

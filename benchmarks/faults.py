@@ -3,8 +3,8 @@
 Each must then end as the same run that was left alone: with its weights bit for bit, its metrics,
 its counts and its verdicts; all that differs is lost. The processes are forked from one that has
 imported everything, as in the tests; `launcher killed` and the network's faults start real ones
-(Linux, root, `iproute2`, `nftables`; else left out). Seconds: from the restart to the first
-checkpoint, or the end, that is new.
+(Linux, root, `iproute2`, `nftables`; a full disk wants root, too: `--only` names other rows).
+Seconds: from the restart to the first checkpoint, or the end, that is new.
 
     .venv/bin/python benchmarks/faults.py [--only killed nan] [--times 12] [--seed 0]
 """

@@ -186,7 +186,7 @@ def _classifier_of(recipe: Recipe, model: str) -> PixelClassifier:
             about["checkpoint"] = recipe.model.checkpoint
         name = f"local-dir:{model_folder(model)}"
         settings = ModelSettings(name=name, pretrained="checkpoint" not in about, **about)
-    return create_classifier(settings)
+    return create_classifier(settings, is_trained=True)
 
 
 def _overridden(recipe: Recipe) -> list[str]:

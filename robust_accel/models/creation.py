@@ -99,9 +99,16 @@ class ModelSettings(Settings):
 
 
 def create_classifier(
-    settings: ModelSettings, *, num_classes: int | None = None, in_chans: int | None = None
+    settings: ModelSettings,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    is_trained: bool = False,
 ) -> PixelClassifier:
     """Build the model that the settings name; classes and channels are the data's, if not set.
+
+    Args:
+        is_trained: It is to be measured: a checkpoint must hold its classifier, too.
 
     Returns:
         A classifier that says whose mean and std (``statistics_source``) and which weights
@@ -133,7 +140,7 @@ def create_classifier(
         weights_source = f"{cfg['hf_hub_id']} ({_NEW_STEM})"
     in_file: dict[str, Any] = {}
     if settings.checkpoint is not None:
-        start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint)
+        start, in_file, weights_source = _load_checkpoint(model, settings.checkpoint, is_trained)
         _check_same(settings, in_file)
         _check_options(model, start, (named.model_args or {}) | options)
     if settings.new_head:
@@ -242,8 +249,10 @@ def _surroundings(name: str, model: Any) -> Surroundings:
     return Surroundings(class_names=names_of(model.pretrained_cfg.get("label_names")))
 
 
-def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[str, Any], str]:
-    """Load weights in place; a classifier of another number of classes is left out.
+def _load_checkpoint(
+    model: nn.Module, path: str, is_trained: bool
+) -> tuple[Surroundings, dict[str, Any], str]:
+    """Load weights in place; a classifier of another number of classes is left out, or refused.
 
     Returns:
         What stands beside the weights, the pixels' statistics among them, and what was loaded.
@@ -258,9 +267,13 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
         said, weights = f"{path} ({found.said})", dict(found.weights)
         around = with_code(beside(file), found, path)
         new = [key for key in _head_keys(model) if weights[key].shape != own[key].shape]
+        if new and is_trained:
+            there, here = len(weights[new[0]]), len(own[new[0]])
+            raise ValueError(f"it has {there} classes, the model {here} (model.num_classes)")
         if new:
             said += f"; of other classes, and new here: {', '.join(new)}"
             weights |= {key: own[key] for key in new}
+            around = replace(around, class_names=None)
         wrong = [
             f"{key} is {list(weights[key].shape)}, not {list(value.shape)}"
             for key, value in own.items()
@@ -272,8 +285,6 @@ def _load_checkpoint(model: nn.Module, path: str) -> tuple[Surroundings, dict[st
         raise ValueError(f"checkpoint: {path} for {type(model).__name__}: {error}") from error
     model.load_state_dict(weights)
     logger.info("checkpoint: %s", said)
-    if new:
-        around = replace(around, class_names=None)
     return around, dict(found.statistics), said
 
 

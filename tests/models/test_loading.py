@@ -23,6 +23,7 @@ from robust_accel.models import (
     create_classifier,
     save_model,
 )
+from robust_accel.plain_yaml import RecipeError
 from robust_accel.trained_model import load_classifier, load_model, recipe_of
 from robust_accel.training.checkpoint import save_weights
 
@@ -95,6 +96,18 @@ def test_every_way_to_load_a_run_gives_the_same_classifier(
     shutil.rmtree(run / "model")
     settings = ModelSettings(**TINY, checkpoint=str(run / "checkpoints" / "best.safetensors"))
     assert same(create_classifier(settings, num_classes=4).eval(), classifier, x)
+
+
+def test_a_classifier_to_be_measured_is_never_partly_new(x: Tensor, tmp_path: Path) -> None:
+    classifier = trained()
+    run, name = a_run(tmp_path / "run", classifier), TINY["name"]
+    images = MemoryImages((x * 255).byte(), torch.zeros(3, dtype=torch.int64))
+    weights = f"model.checkpoint={run / 'checkpoints' / 'best.safetensors'}"
+    recipe = recipe_of(name, [weights], required=("model",))
+    with pytest.raises(RecipeError, match=r"has 4 classes, the model 10 \(model.num_classes\)"):
+        load_classifier(recipe, name, images, 4)
+    recipe = recipe_of(name, [weights, "model.num_classes=4"], required=("model",))
+    assert same(load_classifier(recipe, name, images, 4).eval(), classifier, x)
 
 
 def test_a_model_of_the_hub_keeps_it_too(
