@@ -12,6 +12,7 @@ from robust_accel.exit_codes import Stopped
 from robust_accel.files import read_json
 from robust_accel.locks import locked
 from robust_accel.plain_yaml import MOST_LEVELS, RecipeError
+from robust_accel.recipe_file import RECIPES
 from robust_accel.studies.execution import CHANGED, Done, Line, Runner
 from robust_accel.studies.page import has_more, table, write_overview, write_page
 from robust_accel.studies.plan import Plan
@@ -111,7 +112,7 @@ def _run(path: Path, plan: Plan, options: argparse.Namespace) -> tuple[list[str]
         for folder in _folders(plan, options):
             more = None if folder == plan.root else has_more(results, folder, name)
             if more is None:
-                page = write_page(results, folder, name, _command(options))
+                page = write_page(results, folder, name, _command(path, options))
             else:
                 kept.append(more)
     print(table(results).markdown())
@@ -144,8 +145,12 @@ def _name(path: Path) -> str:
     return path.resolve().parent.name if path.name == FILE else path.stem
 
 
-def _command(options: argparse.Namespace) -> str:
-    words = ["robust-accel", "study", str(options.study)]
+def _command(path: Path, options: argparse.Namespace) -> str:
+    """That runs this study alone."""
+    study = path.parent if path.name == FILE else path
+    if study.is_relative_to(RECIPES):
+        study = study.relative_to(RECIPES)
+    words = ["robust-accel", "study", str(study)]
     words += ["--scale", options.scale] if options.scale else []
     words += ["--seeds", str(options.seeds)] if options.seeds else []
     words += ["--launcher", options.launcher] if options.launcher else []

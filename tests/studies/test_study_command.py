@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -168,7 +169,7 @@ def test_every_column_has_the_number_that_a_real_training_leaves(
 def test_the_page_says_the_whole_command(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path, launcher = study_of("runs: {a: {recipe: quickstart}}"), "env A=1 python"
     more = ("--scale", "tiny", "--seeds", "1", "--launcher", launcher)
-    words = ["study", str(path), *more, "train.epochs=2"]
+    words = ["study", str(path.parent), *more, "train.epochs=2"]
     assert main([*words, "--table", "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/tiny" / f"{path.parent.name}.json").read_text())
     assert shlex.split(found["command"]) == ["robust-accel", *words]
@@ -328,6 +329,8 @@ def test_the_claims_of_all_on_one_page_and_a_fuller_page_is_kept(
     assert counted in page and counted in capsys.readouterr().out
     assert f"## [A study]({tmp_path.name}.md)" in page and "+10.00 [+10.00, +10.00]" in page
     assert (tmp_path / "runs/all.md").read_text() == page
+    own = (tmp_path / "runs" / f"{tmp_path.name}.md").read_text()
+    assert re.search(rf"\nrobust-accel study \S*/{tmp_path.name}\n", own)  # not that of all
     # where nothing is left of it, the page of what there was stays
     before = (tmp_path / "docs" / f"{tmp_path.name}.md").read_text()
     assert main([*words, str(tmp_path / "elsewhere")]) == 1
