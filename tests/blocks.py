@@ -42,6 +42,7 @@ from robust_accel.models import check_name, timm_name
 from robust_accel.plain_yaml import plain, read_recipe
 from robust_accel.recipe import Recipe, load_recipe, recipe_of_use
 from robust_accel.recipe_file import packaged_recipes
+from robust_accel.reporting.tables import Table
 from robust_accel.studies.study_file import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,9 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"robust_accel.commands.{command}.run", _measured)
     monkeypatch.setattr("robust_accel.commands.report.run", lambda options: 0)
     monkeypatch.setattr("robust_accel.commands.wrap.wrap_script", lambda *_, **__: 0)
-    monkeypatch.setattr("robust_accel.commands.study._run", lambda *_: ([], []))
+    study = "robust_accel.commands.study"
+    monkeypatch.setattr(f"{study}._run", lambda *_: ([], []))
+    monkeypatch.setattr(f"{study}.write_overview", lambda *_: Table(["study"], []))
     fences = re.findall(r"^ *```(\w*)$", page.read_text(), re.MULTILINE)
     assert {*fences[::2]} <= {*KINDS} and not any(fences[1::2]), f"{page}: a block of no known kind"
     parsers = [CodeBlockParser(kind, evaluate) for kind, evaluate in KINDS.items()]
