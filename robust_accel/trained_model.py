@@ -186,7 +186,12 @@ def _classifier_of(recipe: Recipe, model: str) -> PixelClassifier:
             about["checkpoint"] = recipe.model.checkpoint
         name = f"local-dir:{model_folder(model)}"
         settings = ModelSettings(name=name, pretrained="checkpoint" not in about, **about)
-    return create_classifier(settings, is_trained=True)
+    classifier = create_classifier(settings, is_trained=True)
+    network: Any = classifier.model
+    there, here = network.pretrained_cfg.get("num_classes"), network.num_classes
+    if settings.pretrained and there not in (None, here):  # timm begins a new head
+        raise ValueError(f"num_classes: the weights of {settings.name} have {there}, not {here}")
+    return classifier
 
 
 def _overridden(recipe: Recipe) -> list[str]:

@@ -149,9 +149,11 @@ class Plan:
                 if seed != self.seeds[0]:
                     tries = [] if best is None else [best]
                 for tried in tries:
-                    is_used = tried == best
-                    trial = self.trial(cell, tried, seed, chosen)
-                    found.append(trial if is_used else self.attempt(cell, tried, chosen))
+                    found.append(
+                        self.trial(cell, tried, seed, chosen)
+                        if tried == best
+                        else self.attempt(cell, tried, chosen)
+                    )
         return [trial for trial in found if trial is not None]
 
     def attempt(

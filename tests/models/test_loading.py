@@ -108,6 +108,10 @@ def test_a_classifier_to_be_measured_is_never_partly_new(x: Tensor, tmp_path: Pa
         load_classifier(recipe, name, images, 4)
     recipe = recipe_of(name, [weights, "model.num_classes=4"], required=("model",))
     assert same(load_classifier(recipe, name, images, 4).eval(), classifier, x)
+    folder = f"local-dir:{run / 'model'}"
+    recipe = recipe_of(folder, ["model.num_classes=5"], required=("model",))
+    with pytest.raises(RecipeError, match=r"num_classes: the weights of .*model have 4, not 5"):
+        load_classifier(recipe, folder, images, 4)
 
 
 def test_a_model_of_the_hub_keeps_it_too(
