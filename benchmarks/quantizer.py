@@ -1,6 +1,7 @@
 """How fast is the quantiser beside a copy of the same gradient? Prints a table.
 
     python benchmarks/quantizer.py [--repeats 30] [--threads 1 2] [--bits 8 4]
+    python benchmarks/quantizer.py --whole                # one L2 norm for all, as in the paper
     python benchmarks/quantizer.py --device cuda --threads 1
     python benchmarks/quantizer.py --workers 2 4 8 16 64 256 [--eager]
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--whole", action="store_true", help="one L2 norm for the whole gradient")
     parser.add_argument("--workers", type=int, nargs="+", help="the work of one of so many")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--eager", action="store_true", help="with --workers: not compiled")
@@ -98,6 +100,8 @@ def main() -> None:
         return
 
     flat, segments = gradient()
+    if args.whole:
+        segments = [Segment(len(flat), 0, raw=False)]
     flat = flat.to(args.device)
     key = random_key(0, 0, 0, flat.device)
     warm = torch.empty_like(flat)
@@ -108,6 +112,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         for bits in args.bits:
             q = Quantizer(bits, block_size=256 if bits >= 8 else 128, compile=True)
+            if args.whole:
+                q = Quantizer(bits, "l2", None, compile=True)
             compile_seconds = seconds(lambda q=q: q.encode(flat, segments, key), flat.device)
             message = q.encode(flat, segments, key)
             jobs: dict[str, Callable[[], object]] = {

@@ -1,27 +1,21 @@
-"""Blocks of a gradient to packed words and back: tensor code, as it is or fused by torch.compile.
+"""Blocks of a gradient to packed words and back, in tensor code.
 
-A block is a row of a matrix: kernels know nothing of tensors, messages or workers.
+A block is a row of a matrix, or if it is long several: kernels know nothing of tensors, messages or
+workers.
 """
 
-import logging
-import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from operator import itemgetter
-from types import FunctionType
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from robust_accel.comm.draws import random_key, row_seeds, uniform, uniform_pair
-
-logger = logging.getLogger(__name__)
+from robust_accel.comm.draws import row_seeds, uniform, uniform_pair
 
 BlockNorm = Literal["max", "l2"]
 Plane: TypeAlias = tuple[Tensor, Tensor]  # steps [rows] fp32, words [rows, row_words] int32
 
-TYPICAL_ROWS = 1023  # of a call, for which the compiler tunes; odd, as no stride is
 MAX_UNROLL = 8  # messages that one kernel adds up
 WIDE = 4096  # elements of a block above which most are far below a step
 TINY = 2.0**-126  # the smallest step: its reciprocal is still a normal number
@@ -35,15 +29,35 @@ def num_levels(bits: int, norm: BlockNorm) -> int:
     return 2**bits if norm == "l2" else 2 ** (bits - 1) - 1
 
 
+def words_of(width: int, bits: int, norm: BlockNorm) -> int:
+    """Words of a block's codes, and signs where they are apart; `width` fills whole ones."""
+    return width * (bits + (norm == "l2")) // 32
+
+
 def block_norm(x: Tensor, norm: BlockNorm) -> Tensor:
     """Norm of each block; NaN or Inf where the block holds one. x: [rows, width] -> [rows]."""
-    largest = x.abs().amax(dim=1)
     if norm == "max":
-        return largest
-    # relative to the largest entry: squares of fp32 overflow above 1e19 and vanish below 1e-23
-    ok = (largest > 0) & torch.isfinite(largest)
-    relative = x / torch.where(ok, largest, 1.0)[:, None]
-    return torch.where(ok, largest * relative.square().sum(dim=1).sqrt(), largest)
+        return x.abs().amax(dim=1)
+    # squares of fp32 overflow above 1e19 and vanish below 1e-23; and in any order this sum is one
+    return x.double().square().sum(dim=1).sqrt().float()
+
+
+def steps_of(scale: Tensor, x: Tensor, *, bits: int, norm: BlockNorm) -> tuple[Tensor, Tensor]:
+    """The distance of two levels in each block, and its inverse. scale: [rows], x: [rows, width].
+
+    Steps are NaN where the block holds NaN or Inf, so that every rank sees it. With the L2 norm, b
+    bits and a sign hold -s..s-1 and (A6) also reaches +s. Only an entry above (s - 1) / s of the
+    norm can, hence at most one in a block: there block and step change sign.
+    """
+    s = num_levels(bits, norm)
+    steps = (scale / s).clamp(min=TINY)
+    steps = torch.where(torch.isfinite(scale), steps, torch.nan)
+    # a hair more, that the largest entry reaches level s in spite of fp32's rounding
+    inverse = (1 + 2.0**-22) / steps
+    if norm == "max":
+        return steps, inverse
+    turned = x.amax(dim=1) * inverse > s - 1
+    return torch.where(turned, -steps, steps), torch.where(turned, -inverse, inverse)
 
 
 def prepare_blocks(
@@ -57,16 +71,9 @@ def prepare_blocks(
         key: [2] int32, from `random_key`.
 
     Returns:
-        steps [rows] fp32: scale / s, or NaN where the block holds NaN or Inf, so that every rank
-            sees it.
-        inverse [rows] fp32: of the step.
-        seeds [rows] int32.
+        steps [rows] fp32 and inverse [rows] fp32, see `steps_of`; seeds [rows] int32.
     """
-    scale = block_norm(x, norm)
-    steps = (scale / num_levels(bits, norm)).clamp(min=TINY)
-    steps = torch.where(torch.isfinite(scale), steps, torch.nan)
-    # a hair more, that the largest entry reaches level s in spite of fp32's rounding
-    return steps, (1 + 2.0**-22) / steps, row_seeds(position, key)
+    return *steps_of(block_norm(x, norm), x, bits=bits, norm=norm), row_seeds(position, key)
 
 
 def _levels(x: Tensor, inverse: Tensor, seeds: Tensor, s: int, parts: int) -> list[Tensor]:
@@ -85,39 +92,42 @@ def _levels(x: Tensor, inverse: Tensor, seeds: Tensor, s: int, parts: int) -> li
 
 def _fine_levels(x: Tensor, inverse: Tensor, seeds: Tensor, s: int) -> Tensor:
     """The same by 32 random bits: most entries of a long vector are far below a step."""
-    magnitude = x.abs() * inverse[:, None]
+    value = x * inverse[:, None]
+    magnitude = value.abs()
     low = magnitude.floor()
-    level = (low + (uniform(seeds, x.shape[1]) < magnitude - low)).clamp(max=s)
-    return torch.where(x < 0, -level, level).to(torch.int32)
+    level = low + (uniform(seeds, x.shape[1]) < magnitude - low)
+    return torch.where(value < 0, -level, level).to(torch.int32).clamp(-s, s)
 
 
-def encode_max(x: Tensor, inverse: Tensor, seeds: Tensor, words: Tensor, *, bits: int) -> None:
-    """Quantise blocks by (A5)-(A6) with the max norm. words: [rows, row_words] int32, filled."""
-    s, parts = num_levels(bits, "max"), 32 // bits
-    if x.shape[1] > WIDE:
-        levels = list(_fine_levels(x, inverse, seeds, s).view(len(x), parts, -1).unbind(1))
-    else:
-        levels = _levels(x, inverse, seeds, s, parts)
-    words.copy_(pack([level + s for level in levels], bits))
-
-
-def encode_l2(
-    x: Tensor, inverse: Tensor, seeds: Tensor, words: Tensor, steps: Tensor, *, bits: int
+def encode_blocks(
+    x: Tensor,
+    inverse: Tensor,
+    seeds: Tensor,
+    words: Tensor,
+    *,
+    bits: int,
+    norm: BlockNorm,
+    fine: bool,
 ) -> None:
-    """The same with the L2 norm, whose signs follow the codes; may change the sign of a step.
+    """Quantise blocks by (A5)-(A6).
 
-    b bits and a sign hold -s..s-1 and (A6) also reaches +s. Only an entry above (s - 1) / s of the
-    norm can, hence at most one in a block: then the whole block changes sign, and the step.
+    Args:
+        x: [rows, width] fp32.
+        inverse: [rows], of the steps.
+        seeds: [rows] int32.
+        words: [rows, row_words] int32, filled; with the L2 norm signs follow the codes.
+        fine: draw 32 random bits an element, which the L2 norm always needs, and not 16.
     """
-    s, parts, width = num_levels(bits, "l2"), 32 // bits, x.shape[1]
-    q = _fine_levels(x, inverse, seeds, s)
-    top = (q == s).any(dim=1)
-    codes = torch.where(top[:, None], -q, q) + s  # [rows, width] in [0, 2s)
-    low, high = codes & (s - 1), codes >> bits
-    low_words = pack(low.view(-1, parts, width // parts).unbind(1), bits)
-    high_words = pack(high.view(-1, 32, width // 32).unbind(1), 1)
-    words.copy_(torch.cat([low_words, high_words], dim=1))
-    steps.copy_(torch.where(top, -steps, steps))
+    s, parts = num_levels(bits, norm), 32 // bits
+    if norm == "max" and not fine:
+        words.copy_(pack([level + s for level in _levels(x, inverse, seeds, s, parts)], bits))
+        return
+    levels = _fine_levels(x, inverse, seeds, s)
+    if norm == "max":
+        words.copy_(_packed(levels + s, bits))
+        return
+    codes = levels.clamp(max=s - 1) + s  # [rows, width] in [0, 2s)
+    words.copy_(torch.cat([_packed(codes & (s - 1), bits), _packed(codes >> bits, 1)], dim=1))
 
 
 def decode_blocks(
@@ -145,14 +155,25 @@ def decode_blocks(
 
 
 def decode_part(
-    planes: Sequence[Plane], i: int, out: Tensor, add: bool, divisor: int, *, bits: int
+    planes: Sequence[Plane],
+    i: int,
+    out: Tensor,
+    add: bool,
+    divisor: int,
+    *,
+    bits: int,
+    norm: BlockNorm,
 ) -> None:
-    """Part i of what `decode_blocks` gives for `norm="max"`. out: [rows, width bits / 32]."""
-    s = num_levels(bits, "max")
-    values = [
-        (_codes(words, i * bits, bits) - s).to(torch.float32) * steps[:, None]
-        for steps, words in planes
-    ]
+    """Part i of what `decode_blocks` gives. out: [rows, width bits / 32]."""
+    s, n = num_levels(bits, norm), out.shape[1]
+    values = []
+    for steps, words in planes:
+        codes = _codes(words[:, :n], i * bits, bits)
+        if norm == "l2":
+            shifts = torch.arange(i * bits, (i + 1) * bits, dtype=torch.int32, device=out.device)
+            signs = _codes(words[:, None, n:], shifts[:, None], 1)
+            codes = codes + (signs.view(codes.shape) << bits)
+        values.append((codes - s).to(torch.float32) * steps[:, None])
     _sum(values, out, add, divisor)
 
 
@@ -172,6 +193,11 @@ def pack(parts: Sequence[Tensor], bits: int) -> Tensor:
     return words
 
 
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Blocks of codes [rows, width], a part a bit field -> words [rows, width bits / 32]."""
+    return pack(codes.view(len(codes), 32 // bits, -1).unbind(1), bits)
+
+
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`: [rows, n] int32 -> codes [rows, 32 / bits, n]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
@@ -182,12 +208,7 @@ def _codes(words: Tensor, shift: Tensor | int, bits: int) -> Tensor:
     return (words >> shift) & (2**bits - 1)
 
 
-# ---------------------------------------------------------------------------- eager or fused
-
-# Before, code on CPUs rounds otherwise and writes where it must not, so that a process may abort
-# (seen with 2.6, 2.8 and 2.9; 2.10 and 2.14 pass the tests).
-_RIGHT_CODE = (2, 10)
-_VECTOR = 16  # fp32 numbers, AVX512's
+# ---------------------------------------------------------------------------- what a format needs
 
 
 class Kernels(Protocol):
@@ -206,175 +227,100 @@ class Kernels(Protocol):
         """See `decode_blocks`."""
 
 
-class Eager(Kernels):
+class RowKernels(Kernels, Protocol):
+    """That of rows, which may be blocks or parts of one."""
+
+    def norms(self, x: Tensor) -> Tensor:
+        """See `block_norm`."""
+
+    def encode_rows(self, x: Tensor, inverse: Tensor, seeds: Tensor, words: Tensor) -> None:
+        """See `encode_blocks`."""
+
+
+class Eager(RowKernels):
     """Tensor code as it is."""
 
-    def __init__(self, bits: int, norm: BlockNorm, device: torch.device) -> None:
-        self._bits, self._norm = bits, norm
+    def __init__(
+        self, bits: int, norm: BlockNorm, device: torch.device, fine: bool = False
+    ) -> None:
+        self._bits, self._norm, self._fine = bits, norm, fine
         # what stays in cache; on a GPU, what keeps temporaries at some ten times 16 MiB
         self.slab = 1 << 16 if device.type == "cpu" else 1 << 22
+
+    def norms(self, x: Tensor) -> Tensor:
+        return block_norm(x, self._norm)
+
+    def encode_rows(self, x: Tensor, inverse: Tensor, seeds: Tensor, words: Tensor) -> None:
+        encode_blocks(x, inverse, seeds, words, bits=self._bits, norm=self._norm, fine=self._fine)
 
     def encode(self, x: Tensor, position: Tensor, key: Tensor, plane: Plane) -> None:
         steps, words = plane
         made, inverse, seeds = prepare_blocks(x, position, key, bits=self._bits, norm=self._norm)
         steps.copy_(made)
-        if self._norm == "max":
-            encode_max(x, inverse, seeds, words, bits=self._bits)
-        else:
-            encode_l2(x, inverse, seeds, words, steps, bits=self._bits)
+        self.encode_rows(x, inverse, seeds, words)
 
     def decode(self, planes: Sequence[Plane], out: Tensor, add: bool, divisor: int) -> None:
         decode_blocks(planes, out, add, divisor, bits=self._bits, norm=self._norm)
 
 
-class Fused(Kernels):
-    """The same bytes, for `norm="max"`, by kernels of torch.compile."""
+class Long(Kernels):
+    """Blocks of more than `WIDE` elements: rows of so many with a norm in common, and a rest.
+
+    Blocks may come without the zeros that fill their last word.
+
+    Args:
+        width: elements of a block, zeros included.
+        rows: for rows of `WIDE` elements, with fine draws.
+        rest: for shorter ones, with fine draws.
+    """
 
     slab = 1 << 62
 
-    def __init__(self, bits: int, width: int, device: torch.device) -> None:
-        self._bits, self._parts = bits, 32 // bits
-        self._decoders: dict[tuple[int, bool, int], Callable[..., None]] = {}
-
-        def prepare(tensors: Sequence[Tensor]) -> None:
-            key, x, position, *outputs = tensors
-            values = prepare_blocks(x, position, key, bits=bits, norm="max")
-            for output, value in zip(outputs, values, strict=True):
-                output.copy_(value)
-
-        def encode(tensors: Sequence[Tensor]) -> None:
-            encode_max(*tensors, bits=bits)
-
-        x, key = torch.zeros(1, width, device=device), random_key(0, 0, 0, device)
-        words = x.new_zeros(1, width // self._parts, dtype=torch.int32)
-        floats, ints = x.new_zeros(1), words.new_zeros(1)
-        # two kernels: one would compute a block's scale and seed for each of its vectors
-        self._prepare = _fuse(prepare, [key], [x, ints, floats, floats, ints])
-        self._encode = _fuse(encode, [], [x, floats, ints, words])
-        self.decode([(floats, words)], x, False, 1)  # what fails does so here
+    def __init__(
+        self, bits: int, norm: BlockNorm, width: int, rows: RowKernels, rest: RowKernels
+    ) -> None:
+        self._bits, self._norm, self._width = bits, norm, width
+        self._rows, self._rest = rows, rest
 
     def encode(self, x: Tensor, position: Tensor, key: Tensor, plane: Plane) -> None:
         steps, words = plane
-        inverse, seeds = torch.empty_like(steps), torch.empty_like(position)
-        self._prepare(len(x), key, x, position, steps, inverse, seeds)
-        self._encode(len(x), x, inverse, seeds, words)
+        for i, block in enumerate(x):
+            parts = self._parts(block, self._rest_of(block), words[i])
+            norms = torch.cat([kernels.norms(rows) for kernels, rows, _ in parts])
+            step, inverse = steps_of(
+                block_norm(norms[None], self._norm), block[None], bits=self._bits, norm=self._norm
+            )
+            steps[i : i + 1].copy_(step)
+            starts = torch.arange(0, self._width, WIDE, dtype=torch.int32, device=x.device)
+            seeds = row_seeds(position[i] + starts, key).split([len(rows) for _, rows, _ in parts])
+            for (kernels, rows, codes), own in zip(parts, seeds, strict=True):
+                kernels.encode_rows(rows, inverse.repeat(len(rows)), own, codes)
 
     def decode(self, planes: Sequence[Plane], out: Tensor, add: bool, divisor: int) -> None:
-        # part by part, in one loop: inductor loads a vector of integers slowly (AVX2), so that it
-        # should be loaded once
-        parts = out.view(len(out), self._parts, -1).unbind(1)
-        flat = [t for plane in planes for t in plane]
-        case = (len(planes), add, divisor)
-        if case not in self._decoders:
-            self._decoders[case] = _fuse(self._decoder(add, divisor), [], [*parts, *flat])
-        self._decoders[case](len(out), *parts, *flat)
+        for i, block in enumerate(out):
+            rest = self._rest_of(block)
+            sources = [self._parts(block, rest, words[i]) for _, words in planes]
+            for parts in zip(*sources, strict=True):
+                kernels, rows, _ = parts[0]
+                steps = [s[i : i + 1].repeat(len(rows)) for s, _ in planes]
+                codes = [words for *_, words in parts]
+                kernels.decode(list(zip(steps, codes, strict=True)), rows, add, divisor)
+            if len(block) < self._width:
+                left = len(block) % WIDE
+                block[len(block) - left :].copy_(rest[:left])
 
-    def _decoder(self, add: bool, divisor: int) -> Callable[[Sequence[Tensor]], None]:
-        bits, num_parts = self._bits, self._parts
+    def _rest_of(self, block: Tensor) -> Tensor:
+        """What is behind whole rows, filled up: a view, or a copy if zeros are lacking."""
+        rest = block[len(block) // WIDE * WIDE :]
+        return rest if len(block) == self._width else pad(rest, (0, self._width - len(block)))
 
-        def decode(tensors: Sequence[Tensor]) -> None:
-            parts, flat = tensors[:num_parts], tensors[num_parts:]
-            planes = list(zip(flat[::2], flat[1::2], strict=True))
-            for i, part in enumerate(parts):
-                decode_part(planes, i, part, add, divisor, bits=bits)
-
-        return decode
-
-
-@lru_cache(maxsize=None)  # noqa: UP033  a kernel is compiled for a number of threads
-@torch.no_grad()
-def fused(bits: int, width: int, device: torch.device, threads: int) -> Fused | None:
-    """Kernels for `norm="max"`; None, said once, where there is no compiler or it errs."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < _RIGHT_CODE:
-        _say_eager(f"torch {torch.__version__} makes wrong code of it")
-        return None
-    words = width * bits // 32
-    if device.type == "cpu" and words % _VECTOR:
-        # torch 2.14's code for 24 and 25 words computes something else, and writes behind its rows
-        multiple = _VECTOR * 32 // bits
-        _say_eager(f"on CPUs only blocks of multiples of {multiple} elements are compiled")
-        return None
-    try:
-        kernels = Fused(bits, width, device)
-        _check(kernels, bits, width, device)
-        return kernels
-    except Exception as error:  # torch raises a different class for each missing tool
-        _say_eager(str(error))
-        return None
-
-
-def _check(kernels: Fused, bits: int, width: int, device: torch.device) -> None:
-    """Compare with eager code on a few blocks: compilers have bugs.
-
-    Raises:
-        RuntimeError: An element comes back further away than a step.
-    """
-    rows = 5
-    x = torch.linspace(-1, 1, rows * width, device=device).cos().view(rows, width).contiguous()
-    position = torch.arange(0, rows * width, width, dtype=torch.int32, device=device)
-    key, eager = random_key(0, 0, 0, device), Eager(bits, "max", device)
-    for encoder, decoder in ((kernels, eager), (eager, kernels)):
-        steps = x.new_empty(rows)
-        words = x.new_empty(rows, width * bits // 32, dtype=torch.int32)
-        encoder.encode(x, position, key, (steps, words))
-        y = torch.empty_like(x)
-        decoder.decode([(steps, words)], y, False, 1)
-        if not bool(((y - x).abs() <= 1.001 * steps[:, None] + 1e-6).all()):
-            raise RuntimeError(f"its code for blocks of {width} elements computes something else")
-
-
-def _fuse(
-    function: Callable[[Sequence[Tensor]], None],
-    fixed: Sequence[Tensor],
-    rowwise: Sequence[Tensor],
-) -> Callable[..., None]:
-    """Compile for tensors of these shapes, except for the number of rows.
-
-    A call of what torch.compile returns first proves that the arguments fit: 50 us, and four times
-    as much in the middle of other work, where a kernel takes about as long. Here they fit always,
-    so that the kernel itself is kept, as torch.compile's backend makes it.
-
-    Returns:
-        Takes the number of rows, then the tensors, fixed ones first.
-    """
-    kernels: list[Callable[..., Any]] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        kernel = torch._dynamo.lookup_backend("inductor")(graph, inputs)
-        # in any order: `l_tensors_{i}_`, the number of rows, and strides, which do not change
-        num_arguments = 1 + len(fixed) + len(rowwise)
-        order: list[int] = []  # of arguments, then strides
-        strides: list[int] = []
-        for node, x in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            match = re.fullmatch(r"l_tensors_(\d+)_", node.name)
-            if match:
-                order.append(1 + int(match[1]))
-            elif x.node.hint == TYPICAL_ROWS:
-                order.append(0)
-            else:
-                order.append(num_arguments + len(strides))
-                strides.append(x.node.hint)
-        assert set(order) >= set(range(1, num_arguments)), order
-        pick = itemgetter(*order)
-        kernels.append(lambda *arguments: kernel(*pick((*arguments, *strides))))
-        return kernel
-
-    examples = []
-    for t in rowwise:
-        example = t.new_zeros(TYPICAL_ROWS * t.stride(0))
-        example = example.as_strided((TYPICAL_ROWS, *t.shape[1:]), t.stride())
-        torch._dynamo.mark_dynamic(example, 0)
-        examples.append(example)
-    # new code each time: torch counts what it compiled for one, and gives up at eight
-    fresh = FunctionType(
-        function.__code__.replace(), function.__globals__, closure=function.__closure__
-    )
-    # by this process: inductor's own pool of processes takes longer to start than all of this
-    with torch._inductor.config.patch(compile_threads=1):
-        torch.compile(fresh, backend=keep, dynamic=False, fullgraph=True)([*fixed, *examples])
-    return kernels[0]
-
-
-@lru_cache(maxsize=None)  # noqa: UP033  once a reason
-def _say_eager(reason: str) -> None:
-    logger.warning("torch.compile is left out, gradients are quantised in eager mode: %s", reason)
+    def _parts(
+        self, block: Tensor, rest: Tensor, words: Tensor
+    ) -> list[tuple[RowKernels, Tensor, Tensor]]:
+        """Rows of a block and their words [row_words], a slab at a time, then the rest."""
+        num_rows, slab = len(block) // WIDE, max(1, self._rows.slab // WIDE)
+        cut = words_of(num_rows * WIDE, self._bits, self._norm)
+        rows = block[: num_rows * WIDE].view(-1, WIDE).split(slab)
+        codes = words[:cut].view(num_rows, -1).split(slab)
+        parts = [(self._rows, *part) for part in zip(rows, codes, strict=True)]
+        return [*parts, (self._rest, rest[None], words[None, cut:])] if len(rest) else parts

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robust_accel.comm.kernels import WIDE
+
 RAW_LIMIT = 4096  # one-dimensional tensors up to this size stay fp32
 # elements from which kernels of their own cost less than a copy: on a GPU a copy is almost free
 LONG_RUN, LONG_RUN_ON_GPU = 1 << 17, 1 << 24
@@ -63,9 +65,13 @@ class Run(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows that follow one another, and where they are read."""
+    """Rows that follow one another, and where they are read.
+
+    A long block that is read in the gradient comes without the zeros that fill its last word.
+    """
 
     rows: int
+    size: int  # elements
     src: int | None  # in the flat gradient itself; None: the next of the matrix
 
 
@@ -88,12 +94,11 @@ class Group:
         """Views of `flat` and `short`, of `size` elements at most: [rows, width] in all."""
         rows, taken = max(1, size // self.width), 0
         for piece in self.pieces:
-            length = piece.rows * self.width
             if piece.src is None:
-                part, taken = short[taken : taken + length], taken + length
+                part, taken = short[taken : taken + piece.size], taken + piece.size
             else:
-                part = flat[piece.src : piece.src + length]
-            yield from part.view(-1, self.width).split(rows)
+                part = flat[piece.src : piece.src + piece.size]
+            yield from part.view(piece.rows, -1).split(rows)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,9 @@ class Layout:
             num_elements += s.size
         pieces = 1 if chunked else parts
         groups = tuple(
-            _group(runs, block_size or -(-runs[0].size // pieces), unit, parts, device)
+            _group(
+                runs, block_size or round_up(-(-runs[0].size // pieces), unit), unit, parts, device
+            )
             for runs in members.values()
         )
         return cls(num_elements, parts, num_raw, _merge(raw), groups)
@@ -174,8 +181,9 @@ def _group(members: list[Run], block: int, unit: int, parts: int, device: torch.
     for run in runs:
         size = sum(r.size for r in run)
         rows = sum(-(-r.size // block) for r in run)
-        if size >= long_run and size == rows * width:
-            pieces.append(Piece(rows, run[0].src))
+        filled = width > WIDE and rows == 1 and round_up(size, unit) == width
+        if size >= long_run and (size == rows * width or filled):
+            pieces.append(Piece(rows, size, run[0].src))
             continue
         for src, _, length in run:
             step = length if block == width else block  # a filled-up block ends its run
@@ -184,9 +192,8 @@ def _group(members: list[Run], block: int, unit: int, parts: int, device: torch.
                 short.append(Run(src + k, num_short * width, part))
                 num_short += -(-part // width)
         if pieces and pieces[-1].src is None:
-            pieces[-1] = Piece(pieces[-1].rows + rows, None)
-        else:
-            pieces.append(Piece(rows, None))
+            rows += pieces.pop().rows
+        pieces.append(Piece(rows, rows * width, None))
     starts = [torch.arange(r.dst, r.dst + r.size, block) for run in runs for r in run]
     positions = torch.cat(starts)
     rows = len(positions)

@@ -8,6 +8,8 @@ A message is 32-bit words: floats, then codes (all ranks know the sizes, so ther
                                      a block of n words holds in bits [i b, (i + 1) b) of its word j
                                      element i n + j, so that whole vectors are packed at a time
              1 bit an element        only for `norm="l2"`: signs, packed likewise, after its codes
+                                     a block of more than `WIDE` elements lies as rows of so many
+                                     would, and a rest
 
 Each of the three is in the gradient's order. A message in M parts, one for each server, is a matrix
 [M, floats of a part] and one [M, words of a part]: parts are of one size, the last ones filled up
@@ -21,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from robust_accel.comm.kernels import MAX_UNROLL, WIDE, BlockNorm, Eager, Kernels, Plane, fused
+from robust_accel.comm.compiled import kernels_for
+from robust_accel.comm.kernels import MAX_UNROLL, WIDE, BlockNorm, Kernels, Plane, words_of
 from robust_accel.comm.layout import Group, Layout, Run, Segment, round_up
 
 FUSE_LIMIT = 1 << 16  # elements from which `compile="auto"` fuses
@@ -51,9 +54,9 @@ class Quantizer:
         norm: "max" divides a block by its largest magnitude; "l2" is (A5), sign sent apart.
         block_size: elements a block; blocks never straddle segments. None: one block a segment, or
             one for each part of it.
-        compile: fuse the arithmetic of "max" with torch.compile, to the same bytes; "auto" does so
-            for at least `FUSE_LIMIT` elements. Eager where there is no compiler (or one
-            that errs: before torch 2.10), or whole tensors are blocks.
+        compile: fuse the arithmetic with torch.compile, to the same bytes; "auto" does so for at
+            least `FUSE_LIMIT` elements. Eager where there is no compiler (or one that errs: before
+            torch 2.10), and for whole tensors of at most `WIDE` elements as blocks.
 
     Source: equations (A5)-(A6) of DAT, arXiv 2206.06257. They take one L2 norm over the whole
     vector: that is `norm="l2"`, `block_size=None` and a single segment. The default differs, as
@@ -223,7 +226,7 @@ class Quantizer:
             rows, row = message.words.view(-1, group.width), 0
             short = out.new_empty(group.num_short * group.width)
             for y in group.slabs(out, short, out.numel()):
-                y.copy_(rows[row : row + len(y)])
+                y.copy_(rows[row : row + len(y), : y.shape[1]])
                 row += len(y)
             _scatter(short, group.short, out)
         return out
@@ -312,7 +315,7 @@ class Quantizer:
         return 32 if self.norm == "l2" else 32 // self.bits
 
     def _row_words(self, block: int) -> int:
-        return round_up(block, self._unit) * (self.bits + (self.norm == "l2")) // 32
+        return words_of(round_up(block, self._unit), self.bits, self.norm)
 
     def _layout(
         self, segments: Sequence[Segment], parts: int, device: torch.device, chunked: bool = False
@@ -334,11 +337,9 @@ class Quantizer:
 
     def _kernels(self, layout: Layout, width: int, device: torch.device) -> Kernels:
         fuse = layout.num_elements >= FUSE_LIMIT if self.compile == "auto" else self.compile
-        kernels = None
         # each width is a kernel of its own, made from a thousand such rows
-        if fuse and self.norm == "max" and self.block_size is not None and width <= WIDE:
-            kernels = fused(self.bits, width, device, torch.get_num_threads())
-        return kernels or Eager(self.bits, self.norm, device)
+        own = self.block_size is None and width <= WIDE
+        return kernels_for(self.bits, self.norm, width, device, fuse=fuse and not own)
 
 
 def _mean(raws: Sequence[Tensor]) -> Tensor:

@@ -235,10 +235,11 @@ def test_layouts_go_with_their_owner():
     assert q == other
 
 
+@pytest.mark.parametrize(("norm", "block"), [("max", 256), ("max", None), ("l2", None)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_message_does_not_depend_on_what_is_copied_first(parts, monkeypatch):
+def test_a_message_does_not_depend_on_what_is_copied_first(norm, block, parts, monkeypatch):
     """Long runs are read where they lie on a CPU, and copied on a GPU, where a copy is cheap."""
-    sizes = [7, 200_000, 300, 140_032, 131_072]
+    sizes = [7, 200_000, 300, 140_032, 131_072, 8, 150_003]
     segments, position = [], 0
     for size in sizes:
         segments.append(Segment(size, position, raw=size < 10))
@@ -246,10 +247,11 @@ def test_a_message_does_not_depend_on_what_is_copied_first(parts, monkeypatch):
     x, found = sample("gauss", position), []
     for long_run in (layout.LONG_RUN, layout.LONG_RUN_ON_GPU, 1):
         monkeypatch.setattr(layout, "LONG_RUN", long_run)
-        quantizer, out = Quantizer(8), torch.empty(position)
+        quantizer, out = Quantizer(8, norm, block), torch.empty(position)
         message = quantizer.encode_parts(x, segments, key(), parts)
-        pieces = quantizer._layout(segments, parts, x.device).groups[0].pieces
-        found.append((len(pieces), *message, out))
+        groups = quantizer._layout(segments, parts, x.device).groups
+        in_place = sum(piece.src is not None for group in groups for piece in group.pieces)
+        found.append((in_place, *message, out))
         if parts == 1:
             quantizer.decode_parts(message, segments, out)
     assert len({number for number, *_ in found}) > 1

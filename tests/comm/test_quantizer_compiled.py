@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from roundtrips import ALL_BITS, CPU, key, one_segment, roundtrip, sample
+from roundtrips import ALL_BITS, BOTH_NORMS, CPU, key, one_segment, roundtrip, sample
 
-from robust_accel.comm import kernels
-from robust_accel.comm import quantizer as q
+from robust_accel.comm import compiled
+from robust_accel.comm.kernels import MAX_UNROLL, WIDE
 from robust_accel.comm.layout import Segment
-from robust_accel.comm.quantizer import Quantizer
+from robust_accel.comm.quantizer import FUSE_LIMIT, Quantizer
 
 
 def same_bits(a, b):
@@ -26,19 +26,21 @@ def test_whatever_the_compiler_makes_of_a_block_size_the_values_are_right(block)
     assert roundtrip(quantizer, x).equal(roundtrip(Quantizer(8, block_size=block), x))
 
 
+@pytest.mark.parametrize("norm", BOTH_NORMS)
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_on_cpus_only_what_fills_vectors_is_compiled(monkeypatch, bits):
-    compiled = []
-    monkeypatch.setattr(kernels, "Fused", lambda bits, width, device: compiled.append(width))
-    monkeypatch.setattr(kernels, "_check", lambda *_: None)
-    monkeypatch.setattr(kernels, "_RIGHT_CODE", (2, 0))  # whatever version is here
-    kernels.fused.cache_clear()
-    widths = range(32 // bits, 2049, 32 // bits)
+def test_on_cpus_only_what_fills_vectors_is_compiled(monkeypatch, bits, norm):
+    made = []
+    monkeypatch.setattr(compiled, "Fused", lambda bits, norm, width, *_: made.append(width))
+    monkeypatch.setattr(compiled, "_check", lambda *_: None)
+    monkeypatch.setattr(compiled, "_RIGHT_CODE", (2, 0))  # whatever version is here
+    compiled.fused.cache_clear()
+    packed = 1 if norm == "l2" else bits  # signs, or codes
+    widths = range(32 // packed, 2049, 32 // packed)
     for width in widths:
-        kernels.fused(bits, width, CPU, 1)
-    kernels.fused.cache_clear()
-    assert compiled == [width for width in widths if (width * bits // 32) % 16 == 0]
-    assert {256, 512, 2048} <= {*compiled}
+        compiled.fused(bits, norm, width, False, CPU, 1)
+    compiled.fused.cache_clear()
+    assert made == [width for width in widths if (width * packed // 32) % 16 == 0]
+    assert {512, 2048} <= {*made}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_on_cpus_only_what_fills_vectors_is_compiled(monkeypatch, bits):
 )
 def test_compiled_bytes_equal_eager_bytes_without_recompiling(bits):
     eager, fused = Quantizer(bits, compile=False), Quantizer(bits, compile=True)
-    if kernels.fused(bits, 256, CPU, torch.get_num_threads()) is None:
+    if compiled.fused(bits, "max", 256, False, CPU, torch.get_num_threads()) is None:
         pytest.skip("no compiler here")
     cases = [[3000], [70_000, 5121], [1], [150_001, 512, 200_000]]
     for step, sizes in enumerate(cases):
@@ -68,7 +70,7 @@ def test_compiled_mean_on_another_thread_equals_eager():
     segments = one_segment(140_000)
     eager, fused = Quantizer(8, compile=False), Quantizer(8, compile=True)
     # more than one kernel adds up
-    ranks = range(kernels.MAX_UNROLL + 1)
+    ranks = range(MAX_UNROLL + 1)
     messages = [eager.encode(sample("gauss", 140_000), segments, key(rank=r)) for r in ranks]
     stacked = torch.stack(messages)
     with ThreadPoolExecutor(1) as pool:
@@ -81,19 +83,33 @@ def test_compiled_mean_on_another_thread_equals_eager():
         )
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_l2_ignores_compile(bits):
-    x = sample("gauss", 5000)
-    a, b = (
-        Quantizer(bits, "l2", 128, c).encode(x, one_segment(5000), key()) for c in (True, False)
-    )
-    assert torch.equal(a, b)
+@pytest.mark.parametrize(
+    ("bits", "norm", "block"),
+    [
+        (8, "l2", None),
+        (8, "l2", 512),
+        *(
+            pytest.param(bits, norm, block, marks=pytest.mark.long)
+            for bits in ALL_BITS
+            for norm in BOTH_NORMS
+            for block in (None, 2 * WIDE + 64)
+        ),
+    ],
+)
+def test_long_blocks_and_the_l2_norm_come_to_the_same_bytes(bits, norm, block):
+    segments = [Segment(3 * WIDE + 37, 0, False), Segment(5 * WIDE, 3 * WIDE + 37, False)]
+    x = sample("heavy", 8 * WIDE + 37)
+    eager, fused = (Quantizer(bits, norm, block, compile) for compile in (False, True))
+    messages = [quantizer.encode(x, segments, key()) for quantizer in (eager, fused)]
+    assert messages[0].equal(messages[1])
+    both = torch.stack([messages[0], eager.encode(-x, segments, key(rank=1))])
+    assert same_bits(eager.mean(both, segments), fused.mean(both, segments))
 
 
 def test_auto_fuses_large_gradients_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(q, "fused", lambda *args: asked.append(args))
-    for size, count in ((q.FUSE_LIMIT - 1, 0), (q.FUSE_LIMIT, 1)):
+    monkeypatch.setattr(compiled, "fused", lambda *args: asked.append(args))
+    for size, count in ((FUSE_LIMIT - 1, 0), (FUSE_LIMIT, 1)):
         Quantizer(8).encode(torch.zeros(size), one_segment(size), key())
         assert len(asked) == count
 
@@ -103,21 +119,23 @@ def test_no_compiler_falls_back_and_says_so_once(monkeypatch, caplog):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    kernels.fused.cache_clear()
-    kernels._say_eager.cache_clear()
+    compiled.fused.cache_clear()
+    compiled._say_eager.cache_clear()
     x = sample("gauss", 1000)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             y = roundtrip(Quantizer(8, compile=True), x)
-    kernels.fused.cache_clear()
+    compiled.fused.cache_clear()
     assert torch.equal(y, roundtrip(Quantizer(8, compile=False), x))
     assert sum("eager" in r.getMessage() for r in caplog.records) == 1
 
 
-@pytest.mark.parametrize("block", [None, 1 << 16, 256])
-def test_whole_tensors_as_blocks_stay_eager(monkeypatch, block):
-    """Fused, each would be a kernel of its own, compiled on a thousand copies of the tensor."""
+@pytest.mark.parametrize(("block", "width"), [(None, WIDE), (1 << 16, WIDE), (256, 256)])
+def test_what_is_compiled_are_rows_of_few_widths(monkeypatch, block, width):
+    """One is made with a thousand rows: of whole tensors, each for itself, it would not end."""
     asked = []
-    monkeypatch.setattr(q, "fused", lambda *format: asked.append(format))
-    roundtrip(Quantizer(block_size=block, compile=True), torch.randn(1 << 17))
-    assert bool(asked) == (block == 256)
+    monkeypatch.setattr(compiled, "fused", lambda *format: asked.append(format))
+    sizes = [1 << 17, 3000, 70_000]
+    segments = [Segment(n, i, False) for i, n in enumerate(sizes)]
+    roundtrip(Quantizer(block_size=block, compile=True), torch.randn(sum(sizes)), segments)
+    assert {format[2] for format in asked} == {width}

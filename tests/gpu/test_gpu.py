@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from robust_accel import EvaluateSettings, evaluate
 from robust_accel.attacks import PGD
 from robust_accel.comm.draws import random_key
+from robust_accel.comm.kernels import BlockNorm, num_levels
 from robust_accel.comm.layout import segment
 from robust_accel.comm.quantizer import Quantizer
 from robust_accel.evaluation.outcomes import without_tf32
@@ -46,8 +47,11 @@ def test_lamb_steps_as_on_a_cpu(exclude_1d: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize(("norm", "block"), [("max", 128), ("max", None), ("l2", None)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_message_made_on_a_gpu_is_a_cpus_but_for_rounding(bits: int, compiled: bool) -> None:
+def test_a_message_made_on_a_gpu_is_a_cpus_but_for_rounding(
+    bits: int, compiled: bool, norm: BlockNorm, block: int | None
+) -> None:
     flat = torch.cat([t.flatten() for t in random_tensors(0)])
     position, segments = 0, []
     for shape in SHAPES:
@@ -55,12 +59,13 @@ def test_a_message_made_on_a_gpu_is_a_cpus_but_for_rounding(bits: int, compiled:
         position += torch.Size(shape).numel()
     decoded = []
     for device in ("cpu", "cuda"):
-        q = Quantizer(bits, block_size=128, compile=compiled and device == "cuda")
+        q = Quantizer(bits, norm, block, compile=compiled and device == "cuda")
         key = random_key(0, 0, 3, torch.device(device))
         message = q.encode(flat.to(device), segments, key)
         decoded.append(q.decode(message, segments).cpu())
     cpu, gpu = decoded
-    step = flat.abs().max() / (2 ** (bits - 1) - 1)
+    size = flat.norm() if norm == "l2" else flat.abs().max()
+    step = size / num_levels(bits, norm)
     assert (gpu - flat).abs().max() <= step * 1.001
     # where a draw falls on the line between two levels, the last bit of a division decides
     assert ((gpu - cpu).abs() > 1e-6).float().mean() < 1e-2
