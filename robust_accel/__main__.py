@@ -353,9 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", "all that is wrong with a recipe, its data and model", telling)
     check.add_argument("recipe", help="a YAML file, or a packaged recipe's name")
     check.add_argument("settings", nargs="*", help=settings_help)
-    check.add_argument(
-        "--processes", type=_positive, default=1, metavar="N", help="that would train"
-    )
+    check.add_argument("--processes", type=_positive, metavar="N", help="that would train; 1")
     check.set_defaults(command="robust_accel.commands.check")
 
     plan = command("plan", "what a step would take on many machines", telling)

@@ -183,7 +183,7 @@ def _shared(recipe: Recipe, processes: int) -> None:
 
 
 def _checked(options: argparse.Namespace) -> int:
-    _shared(load_recipe(options.recipe, options.settings), options.processes)
+    _shared(load_recipe(options.recipe, options.settings), (options.processes or 1))
     return 0
 
 

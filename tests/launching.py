@@ -192,9 +192,11 @@ def quickstart_run(folder: Path, start: Callable[..., Processes] = Launched) -> 
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+def refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, command: str = "train"
+) -> str:
     """The line that this process's run is refused by; no folder is made."""
-    assert main(["train", "quickstart", *overrides, f"output={folder}"]) == 2
+    assert main([command, "quickstart", *overrides, f"output={folder}"]) == 2
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
     assert not folder.exists()

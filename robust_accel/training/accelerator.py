@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robust_accel.comm.deepspeed import skip_inference_kernel
 from robust_accel.comm.restarts import join_restartable
 from robust_accel.recipe import TrainSettings
-from robust_accel.training.launcher import check_engine
+from robust_accel.training.launcher import check_engine, launched_processes
 
 LATER = 10.0  # seconds that a collective waits beyond train.timeout: the heartbeat tells more
 
@@ -42,10 +42,7 @@ def create_accelerator(settings: TrainSettings, precision: str, project_dir: Pat
         ValueError: The processes are not joined, the launcher asks for what the recipe says
             otherwise, or the engine cannot leave out a step, as ``train.on_nonfinite`` asks.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch_size = settings.batch_size // (settings.gradient_accumulation * started)
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    check_engine(settings, micro_batch_size, with_deepspeed=with_deepspeed)
+    with_deepspeed, micro_batch_size = check_engine(settings)
     (group,) = (with_deepspeed and deepspeed_without_gpu()) or [InitProcessGroupKwargs()]
     limit = settings.timeout + LATER
     group.timeout = timedelta(seconds=limit)
@@ -60,6 +57,7 @@ def create_accelerator(settings: TrainSettings, precision: str, project_dir: Pat
         project_dir=str(project_dir),
         kwargs_handlers=[group],
     )
+    started = launched_processes()
     if accelerator.num_processes != started:
         raise ValueError(
             f"the launcher has started {started} processes, and Accelerate joins "
@@ -67,11 +65,6 @@ def create_accelerator(settings: TrainSettings, precision: str, project_dir: Pat
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.deepspeed_plugin.deepspeed_config
-        if settings.on_nonfinite == "skip" and not accelerator.deepspeed_plugin.zero_stage:
-            raise ValueError(
-                "train.on_nonfinite: skip is not possible with DeepSpeed's ZeRO 0, which takes the "
-                "step inside of its backward: use ZeRO 1, 2 or DDP, or stop"
-            )
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = settings.gradient_accumulation
         config["gradient_clipping"] = settings.max_grad_norm or 0.0

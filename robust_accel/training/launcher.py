@@ -108,7 +108,7 @@ def read_launcher() -> Sharding | None:
         os.environ["FSDP_VERSION"] = "1"
     _check(_FSDP)
     layers = _layers()
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = launched_processes()
     if num_processes < 2:
         _refuse(
             "distributed_type: FSDP cuts a model over processes, and there is one: "
@@ -146,12 +146,23 @@ def as_launched(precision: str) -> str:
     return asked
 
 
-def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspeed: bool) -> None:
+def launched_processes() -> int:
+    """How many the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_engine(settings: TrainSettings) -> tuple[bool, int]:
     """Refuse what Accelerate or DeepSpeed is asked for beside, or against, the recipe.
+
+    Returns:
+        Whether DeepSpeed is the engine, and the images of a micro-batch on a process.
 
     Raises:
         ValueError: The key, what was found and what is allowed.
     """
+    micro_batch_size = settings.batch_size // (
+        settings.gradient_accumulation * launched_processes()
+    )
     recipe = {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -160,8 +171,9 @@ def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspe
     }
     source, keys = "launch configuration", ("gradient_accumulation_steps", "gradient_clipping")
     _compare(source, {key: os.environ.get(f"ACCELERATE_{key.upper()}") for key in keys}, recipe)
+    with_deepspeed = _asks_for("DEEPSPEED")
     if not with_deepspeed:
-        return
+        return with_deepspeed, micro_batch_size
     zero: dict[str, Any] = {
         "stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
         "offload_param": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
@@ -182,6 +194,12 @@ def check_engine(settings: TrainSettings, micro_batch_size: int, *, with_deepspe
             f"{source}: {over} is ZeRO 3's, and DeepSpeed would pass over it at ZeRO {stage}: "
             "leave it out; gradients are sent as the recipe's communication says"
         )
+    if settings.on_nonfinite == "skip" and str(stage) == "0":
+        raise ValueError(
+            "train.on_nonfinite: skip is not possible with DeepSpeed's ZeRO 0, which takes the "
+            "step inside of its backward: use ZeRO 1, 2 or DDP, or stop"
+        )
+    return with_deepspeed, micro_batch_size
 
 
 def _compare(source: str, given: dict[str, Any], recipe: dict[str, float]) -> None:

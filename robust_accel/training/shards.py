@@ -242,6 +242,26 @@ def check_recipe(recipe: Recipe, sharding: Sharding | None, precision: str) -> N
             recipe.checked(section, refuse)
 
 
+def check_network(network: nn.Module, sharding: Sharding, precision: str) -> None:
+    """Refuse a network that is not cut as the launch configuration says.
+
+    Raises:
+        ValueError: The key, what was found and what is allowed.
+    """
+    norms = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
+    if precision == "bf16" and norms:
+        raise ValueError(
+            f"train.precision: bf16 under FSDP2 is that of the weights, and {norms[0]} is a "
+            "BatchNorm, which keeps fp32 statistics; allowed: fp32"
+        )
+    classes = {type(module).__name__ for module in network.modules()}
+    if unknown := sorted(set(sharding.layers) - classes):
+        raise ValueError(
+            f"launch configuration: fsdp_transformer_layer_cls_to_wrap: {', '.join(unknown)} is no "
+            f"module of {type(network).__name__}{close_to(unknown[0], sorted(classes), 3)}"
+        )
+
+
 def _conflicts(
     recipe: Recipe, sharding: Sharding | None, precision: str
 ) -> list[tuple[str, bool, str]]:
@@ -290,18 +310,7 @@ def _mesh(accelerator: Accelerator, replicas: int) -> tuple[DeviceMesh, ProcessG
 
 def _cut(network: nn.Module, sharding: Sharding, precision: str, mesh: DeviceMesh) -> None:
     """Cut the layers, inner ones before those around them, then what is left."""
-    norms = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
-    if precision == "bf16" and norms:
-        raise ValueError(
-            f"train.precision: bf16 under FSDP2 is that of the weights, and {norms[0]} is a "
-            "BatchNorm, which keeps fp32 statistics; allowed: fp32"
-        )
-    classes = {type(module).__name__ for module in network.modules()}
-    if unknown := sorted(set(sharding.layers) - classes):
-        raise ValueError(
-            f"launch configuration: fsdp_transformer_layer_cls_to_wrap: {', '.join(unknown)} is no "
-            f"module of {type(network).__name__}{close_to(unknown[0], sorted(classes), 3)}"
-        )
+    check_network(network, sharding, precision)
     dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
     shard: Any = functools.partial(fully_shard, mesh=mesh)

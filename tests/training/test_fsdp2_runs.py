@@ -141,12 +141,18 @@ NOT_IN_PIECES = {
 }
 
 
-@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("command", ["train", "check"])
 @pytest.mark.parametrize("override", NOT_IN_PIECES)
 def test_what_pieces_cannot_is_refused(
-    override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    override: str,
+    command: str,
+    launched: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    assert NOT_IN_PIECES[override] in refused(capsys, tmp_path / "run", override)
+    launched.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "PreActBlock")
+    said = refused(capsys, tmp_path / "run", override, command=command)
+    assert NOT_IN_PIECES[override] in said
 
 
 @pytest.mark.usefixtures("launched")
@@ -168,10 +174,11 @@ def test_weights_of_as_many_bits_as_they_have_are_refused(
 def test_a_network_that_cannot_be_cut_so_is_refused(
     override: str, said: str, tmp_path: Path
 ) -> None:
-    run = ("train", "quickstart", override, f"output={tmp_path / 'run'}")
-    code, output = Forked(*run, environment=FSDP2).wait()
-    assert code == 2
-    assert said in output
+    run = ("quickstart", override, f"output={tmp_path / 'run'}")
+    for command in ("check", "train"):
+        code, output = Forked(command, *run, environment=FSDP2).wait()
+        assert code == 2
+        assert said in output
 
 
 @pytest.mark.parametrize(

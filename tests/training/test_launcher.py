@@ -89,16 +89,18 @@ def set_all(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Non
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_done_is_refused(
     case: str,
+    command: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     environment, expected = REFUSED[case]
     set_all(monkeypatch, environment)
-    assert expected in refused(capsys, tmp_path / "run")
+    assert expected in refused(capsys, tmp_path / "run", command=command)
 
 
 IN_ITS_FILE = {
