@@ -5,7 +5,7 @@ workers.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -284,43 +284,73 @@ class Long(Kernels):
 
     def encode(self, x: Tensor, position: Tensor, key: Tensor, plane: Plane) -> None:
         steps, words = plane
-        for i, block in enumerate(x):
-            parts = self._parts(block, self._rest_of(block), words[i])
-            norms = torch.cat([kernels.norms(rows) for kernels, rows, _ in parts])
-            step, inverse = steps_of(
-                block_norm(norms[None], self._norm), block[None], bits=self._bits, norm=self._norm
-            )
-            steps[i : i + 1].copy_(step)
-            starts = torch.arange(0, self._width, WIDE, dtype=torch.int32, device=x.device)
-            seeds = row_seeds(position[i] + starts, key).split([len(rows) for _, rows, _ in parts])
-            for (kernels, rows, codes), own in zip(parts, seeds, strict=True):
-                kernels.encode_rows(rows, inverse.repeat(len(rows)), own, codes)
+        parts = [(part, part.of(x)) for part in self._parts(x)]
+        norms = torch.cat([p.kernels.norms(rows).view(len(x), -1) for p, rows in parts], dim=1)
+        made, inverse = steps_of(block_norm(norms, self._norm), x, bits=self._bits, norm=self._norm)
+        steps.copy_(made)
+        starts = torch.arange(0, self._width, WIDE, dtype=torch.int32, device=x.device)
+        seeds = row_seeds((position[:, None] + starts).view(-1), key).view(len(x), -1)
+        for part, rows in parts:
+            codes, first = part.words_in(words), part.start // WIDE
+            own = seeds[:, first : first + part.number].reshape(-1).contiguous()
+            about = (rows, inverse.repeat_interleave(part.number), own, codes)
+            for some in zip(*(t.split(part.slab) for t in about), strict=True):
+                part.kernels.encode_rows(*some)
+            _give_back(codes, words[:, part.columns])
 
     def decode(self, planes: Sequence[Plane], out: Tensor, add: bool, divisor: int) -> None:
-        for i, block in enumerate(out):
-            rest = self._rest_of(block)
-            sources = [self._parts(block, rest, words[i]) for _, words in planes]
-            for parts in zip(*sources, strict=True):
-                kernels, rows, _ = parts[0]
-                steps = [s[i : i + 1].repeat(len(rows)) for s, _ in planes]
-                codes = [words for *_, words in parts]
-                kernels.decode(list(zip(steps, codes, strict=True)), rows, add, divisor)
-            if len(block) < self._width:
-                left = len(block) % WIDE
-                block[len(block) - left :].copy_(rest[:left])
+        for part in self._parts(out):
+            y = part.of(out)
+            flat = [y]
+            for steps, words in planes:
+                flat += [steps.repeat_interleave(part.number), part.words_in(words)]
+            for rows, *some in zip(*(t.split(part.slab) for t in flat), strict=True):
+                pairs = list(zip(some[::2], some[1::2], strict=True))
+                part.kernels.decode(pairs, rows, add, divisor)
+            _give_back(y, out[:, part.start : part.stop])
 
-    def _rest_of(self, block: Tensor) -> Tensor:
-        """What is behind whole rows, filled up: a view, or a copy if zeros are lacking."""
-        rest = block[len(block) // WIDE * WIDE :]
-        return rest if len(block) == self._width else pad(rest, (0, self._width - len(block)))
+    def _parts(self, x: Tensor) -> "list[_Part]":
+        """Whole rows, then the rest, which may be as long where zeros are lacking."""
+        whole = x.shape[1] // WIDE * WIDE
+        cut = words_of(whole, self._bits, self._norm)
+        parts = [_Part(self._rows, 0, whole, WIDE, slice(0, cut))]
+        if whole < self._width:
+            row = self._width - whole
+            parts.append(_Part(self._rest, whole, self._width, row, slice(cut, None)))
+        return parts
 
-    def _parts(
-        self, block: Tensor, rest: Tensor, words: Tensor
-    ) -> list[tuple[RowKernels, Tensor, Tensor]]:
-        """Rows of a block and their words [row_words], a slab at a time, then the rest."""
-        num_rows, slab = len(block) // WIDE, max(1, self._rows.slab // WIDE)
-        cut = words_of(num_rows * WIDE, self._bits, self._norm)
-        rows = block[: num_rows * WIDE].view(-1, WIDE).split(slab)
-        codes = words[:cut].view(num_rows, -1).split(slab)
-        parts = [(self._rows, *part) for part in zip(rows, codes, strict=True)]
-        return [*parts, (self._rest, rest[None], words[None, cut:])] if len(rest) else parts
+
+class _Part(NamedTuple):
+    """Columns of long blocks, as rows."""
+
+    kernels: RowKernels
+    start: int
+    stop: int
+    row: int  # elements
+    columns: slice  # of the words
+
+    @property
+    def number(self) -> int:
+        """Rows of a block."""
+        return (self.stop - self.start) // self.row
+
+    @property
+    def slab(self) -> int:
+        return max(1, self.kernels.slab // self.row)
+
+    def of(self, x: Tensor) -> Tensor:
+        """[blocks, width] -> [blocks number, row]: a view, or a copy if it must be."""
+        own = x[:, self.start : self.stop]
+        lacking = self.stop - self.start - own.shape[1]
+        own = pad(own, (0, lacking)) if lacking else own
+        return own.reshape(-1, self.row).contiguous()
+
+    def words_in(self, words: Tensor) -> Tensor:
+        """The same of [blocks, row_words]."""
+        return words[:, self.columns].reshape(len(words) * self.number, -1).contiguous()
+
+
+def _give_back(rows: Tensor, blocks: Tensor) -> None:
+    """What was written into a copy of columns."""
+    if rows.data_ptr() != blocks.data_ptr():
+        blocks.copy_(rows.view(len(blocks), -1)[:, : blocks.shape[1]])
