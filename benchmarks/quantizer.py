@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--eager", action="store_true", help="with --workers: not compiled")
     args = parser.parse_args()
+    if args.workers and args.whole:
+        parser.error("--workers is of blocks: leave out --whole")
     if args.workers:
         by_workers(args.workers, args.repeats, not args.eager)
         return
